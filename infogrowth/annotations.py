@@ -1,0 +1,92 @@
+"""The result JSON: what `grow` writes, what training reads, what people load from processed_data.
+
+A list of ``{"image": str, "caption": str | [str], "gains": [image, text]}`` (spec §3). The paper's
+published files hold the gains as strings; both forms load, numbers are written.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError
+from infogrowth.files import atomic_write_json, read_json
+
+Annotation = dict[str, Any]
+
+
+def load_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
+    """Read a result or annotation JSON.
+
+    ``gains`` may be absent (a plain annotation file), numbers, or strings; when present they come
+    back as two floats. Keys beyond the three are kept as they are.
+
+    Raises:
+        UserError: not JSON, or an entry that breaks the contract, named by its position and id.
+    """
+    entries = read_json(path, "the annotation file")
+    if not isinstance(entries, list):
+        kind = type(entries).__name__
+        raise UserError(f"the annotation file {path} must hold a list of samples, not a {kind}")
+    return [_checked(entry, position, path) for position, entry in enumerate(entries)]
+
+
+def save_annotations(
+    path: str | os.PathLike[str],
+    annotations: Sequence[Annotation],
+    legacy_strings: bool = False,
+) -> None:
+    """Write a result JSON whole or not at all.
+
+    Args:
+        legacy_strings: write the gains as strings, as the paper's published files do.
+    """
+    if legacy_strings:
+        annotations = [
+            {**entry, "gains": [str(gain) for gain in entry["gains"]]} if "gains" in entry else entry
+            for entry in annotations
+        ]
+    atomic_write_json(path, list(annotations))
+
+
+def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:
+    """The gains of all samples as ``(N, 2)`` float64: image, text.
+
+    Raises:
+        UserError: a sample without gains, named by its id.
+    """
+    for position, entry in enumerate(annotations):
+        if "gains" not in entry:
+            raise UserError(
+                f"sample {position} ({entry['image']!r}) has no gains; "
+                "use a file written by `python -m infogrowth grow`"
+            )
+    return np.array([entry["gains"] for entry in annotations], dtype=np.float64).reshape(-1, 2)
+
+
+def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotation:
+    where = f"sample {position} of {path}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be an object with image and caption, not {entry!r:.60}")
+    if not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise UserError(f"{where} has no image id: the key 'image' must be a non-empty string")
+    where = f"{where} ({entry['image']!r})"
+    caption = entry.get("caption")
+    captions = caption if isinstance(caption, list) else [caption]
+    if not captions or not all(isinstance(text, str) for text in captions):
+        raise UserError(f"{where} has no caption: the key 'caption' must be text or a list of text")
+    if "gains" not in entry:
+        return entry
+    return {**entry, "gains": _checked_gains(entry["gains"], where)}
+
+
+def _checked_gains(gains: Any, where: str) -> list[float]:
+    try:
+        image, text = (float(gain) for gain in gains)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} has gains {gains!r:.60}, not two numbers [image, text]") from error
+    if not (math.isfinite(image) and math.isfinite(text)):
+        raise UserError(f"{where} has gains that are not finite: {gains!r:.60}")
+    return [image, text]

@@ -1,0 +1,97 @@
+"""Files that are written whole or not at all, and JSON that says where it is broken."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from infogrowth.errors import UserError
+
+TEMPORARY_MARK = ".tmp-"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file that appears under ``path`` only once it is complete and on disk.
+
+    The content goes to a temporary name in the same folder, is flushed and fsynced, renamed over
+    ``path``, and the folder is fsynced, so a reader (or a machine that lost power) sees either the
+    old file or the whole new one. On an exception the temporary file is removed.
+
+    Args:
+        path: the file to make; missing parent folders are created.
+        mode: ``"wb"`` for bytes, ``"w"`` for UTF-8 text.
+
+    Raises:
+        UserError: the file cannot be written (no permission, full disk, …).
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode is 'wb' or 'w', not {mode!r}")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: str | os.PathLike[str]) -> None:
+    """Make the names in ``directory`` durable: a rename is only on disk after this."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> int:
+    """Delete the temporary files that a killed run left in ``directory``; returns how many."""
+    leftovers = [p for p in Path(directory).glob(f"*{TEMPORARY_MARK}*") if p.is_file()]
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def atomic_write_json(
+    path: str | os.PathLike[str], value: object, indent: int | None = None
+) -> None:
+    """Write ``value`` as UTF-8 JSON through :func:`atomic_write`, ending in a newline."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path, "w") as file:
+        file.write(text + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
+    """Parse the JSON at ``path``.
+
+    Args:
+        what: how the error names the file, for example ``"the annotation file"``.
+
+    Raises:
+        UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {path} does not exist; check the path") from error
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{what} {path} is not valid JSON: {error.msg} at {where}") from error
+    except RecursionError as error:
+        raise UserError(f"{what} {path} is not valid: its JSON is nested too deeply") from error
