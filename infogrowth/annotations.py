@@ -45,7 +45,9 @@ def save_annotations(
     """
     if legacy_strings:
         annotations = [
-            {**entry, "gains": [str(gain) for gain in entry["gains"]]} if "gains" in entry else entry
+            {**entry, "gains": [str(gain) for gain in entry["gains"]]}
+            if "gains" in entry
+            else entry
             for entry in annotations
         ]
     atomic_write_json(path, list(annotations))
@@ -86,7 +88,9 @@ def _checked_gains(gains: Any, where: str) -> list[float]:
     try:
         image, text = (float(gain) for gain in gains)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} has gains {gains!r:.60}, not two numbers [image, text]") from error
+        raise UserError(
+            f"{where} has gains {gains!r:.60}, not two numbers [image, text]"
+        ) from error
     if not (math.isfinite(image) and math.isfinite(text)):
         raise UserError(f"{where} has gains that are not finite: {gains!r:.60}")
     return [image, text]

@@ -1,0 +1,7 @@
+"""``python -m infogrowth VERB …``."""
+
+import sys
+
+from infogrowth.cli import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""The command line: ``python -m infogrowth VERB``; each verb is a module of ``infogrowth.commands``.
+
+A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options), ``run(config)``
+and, when some options are given by position, ``POSITIONAL``.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from infogrowth import __version__
+from infogrowth.config import add_flags, config_from_args
+from infogrowth.errors import UserError
+
+VERBS = ("embed", "recaption", "grow", "select", "report", "explain", "sweep", "compare")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status (2 for bad input, told in one sentence)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parser(arguments).parse_args(arguments)
+    _configure_logging(quiet=args.quiet)
+    command = import_module(f"infogrowth.commands.{args.verb}")
+    try:
+        return command.run(config_from_args(command.Config, args)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was committed is safe, run the command again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `infogrowth explain … | head` is not an error
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
+        return 0
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="infogrowth", description=__doc__.partition(";")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        command = import_module(f"infogrowth.commands.{verb}")
+        sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
+        # Only the verb that was asked for needs its flags.
+        if verb in arguments[:1]:
+            add_flags(sub, command.Config, getattr(command, "POSITIONAL", ()))
+            sub.add_argument("--quiet", action="store_true", help="no progress, warnings only")
+    return parser
+
+
+def _configure_logging(quiet: bool) -> None:
+    """Messages to stderr, from rank 0 only unless they are warnings."""
+    silent = quiet or os.environ.get("RANK", "0") != "0"
+    logging.basicConfig(
+        level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
+    )

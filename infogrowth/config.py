@@ -1,0 +1,231 @@
+"""Configuration: one frozen dataclass per command, filled from YAML and flags, checked at the door.
+
+Every field is an :func:`option`; its help text is the flag's help. Unknown keys are refused with
+the nearest valid name, values are coerced to the field's type (a safe YAML loader reads ``3e-4`` as
+a string) and refused when they do not fit.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from infogrowth.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(
+    default: Any = dataclasses.MISSING, help: str = "", flag: bool = True, short: str | None = None
+) -> Any:
+    """A configuration field.
+
+    Args:
+        default: the value when neither file nor flag gives one; without it the key is required.
+        help: one line for ``--help``.
+        flag: whether the command line has a flag for it (else only the YAML has).
+        short: a one-letter flag beside the long one, for example ``"-o"``.
+    """
+    metadata = {"help": help, "flag": flag, "short": short}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_config(
+    cls: type[C],
+    path: str | os.PathLike[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> C:
+    """Build ``cls`` from a YAML file and overrides; an override wins over the file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest valid name), a value of
+            the wrong type, or a required key that nobody gave.
+    """
+    given = {key: (value, f"key {key!r} in {path}") for key, value in _read_yaml(path).items()}
+    flags = {key: (value, f"--{_flag(key)}") for key, value in (overrides or {}).items()}
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, (_, where) in {**given, **flags}.items():
+        if key not in fields:
+            raise UserError(f"unknown {where}{_nearest(str(key), list(fields))}")
+    hints = typing.get_type_hints(cls)
+    merged = {**given, **flags}
+    values = {key: _coerce(value, hints[key], where) for key, (value, where) in merged.items()}
+    for name, field in fields.items():
+        if name not in values and _is_required(field):
+            raise UserError(f"{name} is missing: give --{_flag(name)} or `{name}:` in --config")
+    return cls(**values)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = ()
+) -> argparse.ArgumentParser:
+    """Give ``parser`` a flag per field of ``cls`` and ``--config``; values stay text until checked."""
+    parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, text = hints[field.name], _help(field, hints[field.name])
+        common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
+        if field.name in positional:
+            nargs = "*" if typing.get_origin(hint) is list else "?"
+            common.pop("dest")
+            parser.add_argument(field.name, nargs=nargs, **common)
+        elif not field.metadata.get("flag", True):
+            continue
+        elif hint is bool:
+            parser.add_argument(
+                f"--{_flag(field.name)}", action=argparse.BooleanOptionalAction, **common
+            )
+        else:
+            nargs = "+" if typing.get_origin(hint) is list else None
+            metavar = field.name.upper().rsplit("_", 1)[-1]
+            names = [n for n in (field.metadata.get("short"), f"--{_flag(field.name)}") if n]
+            # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
+            names += [f"--{field.name}"] if "_" in field.name else []
+            parser.add_argument(*names, nargs=nargs, metavar=metavar, **common)
+    return parser
+
+
+def config_from_args(cls: type[C], args: argparse.Namespace) -> C:
+    """Build ``cls`` from parsed arguments; flags win over ``--config``."""
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    overrides = {k: v for k, v in vars(args).items() if k in names and v != []}
+    return load_config(cls, getattr(args, "config", None), overrides)
+
+
+def config_as_dict(config: Any) -> dict[str, Any]:
+    """The effective configuration as plain values, to be saved beside what it produced."""
+    return dataclasses.asdict(config)
+
+
+def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError as error:
+        raise UserError(f"the config file {path} does not exist; check the path") from error
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"the config file {path} is not valid YAML: {detail}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"the config file {path} must hold `key: value` lines")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, except that a key given twice is an error, not a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as ``hint``, or a UserError that says what would have fitted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, arguments, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        close = _nearest(str(value), [str(a) for a in arguments])
+        raise UserError(f"{where} must be one of {', '.join(map(str, arguments))}{close}")
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, arguments[0], where) for item in items]
+    coerced = _SCALARS[hint](value)
+    if coerced is None:
+        raise UserError(f"{where} must be {_NAMES[hint]}, not {value!r}")
+    return coerced
+
+
+def _coerce_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
+    if value is None or value in ("none", "null") and type(None) in alternatives:
+        if type(None) in alternatives:
+            return None
+        raise UserError(f"{where} has no value")
+    # Text last, so that "0.4" for `float | str` is a number.
+    ordered = [a for a in alternatives if a not in (type(None), str)]
+    ordered += [a for a in alternatives if a is str]
+    errors = []
+    for alternative in ordered:
+        try:
+            return _coerce(value, alternative, where)
+        except UserError as error:
+            errors.append(str(error).removeprefix(f"{where} must be "))
+    raise UserError(f"{where} must be {' or '.join(errors)}")
+
+
+def _as_bool(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
+
+
+def _as_int(value: Any) -> int | None:
+    number = _as_float(value)
+    if number is None or not number.is_integer():  # infinities and NaN are no integers either
+        return None
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
+        return None
+    return str(value)
+
+
+_SCALARS: dict[Any, Any] = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _help(field: dataclasses.Field, hint: Any) -> str:
+    text = field.metadata.get("help", "").replace("%", "%%")
+    choices = [a for a in typing.get_args(hint) if isinstance(a, str)]
+    if typing.get_origin(hint) is Literal:
+        text += f" ({', '.join(choices)})"
+    if field.default not in (dataclasses.MISSING, None) and hint is not bool:
+        text += f" [{field.default}]".replace("%", "%%")
+    return text
