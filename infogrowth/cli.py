@@ -1,4 +1,4 @@
-"""The command line: ``python -m infogrowth VERB``; each verb is a module of ``infogrowth.commands``.
+"""The command line: ``python -m infogrowth VERB``, each verb a module of infogrowth.commands.
 
 A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options), ``run(config)``
 and, when some options are given by position, ``POSITIONAL``.
@@ -38,16 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="infogrowth", description=__doc__.partition(";")[0])
+    """The parser; only the verb that was asked for is imported, all of them for a bare --help."""
+    parser = argparse.ArgumentParser(
+        prog="infogrowth", description="Grow clean, diverse image–caption datasets."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
+    asked = [verb for verb in VERBS if verb in arguments[:1]] or VERBS
+    for verb in asked:
         command = import_module(f"infogrowth.commands.{verb}")
         sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
-        # Only the verb that was asked for needs its flags.
-        if verb in arguments[:1]:
-            add_flags(sub, command.Config, getattr(command, "POSITIONAL", ()))
-            sub.add_argument("--quiet", action="store_true", help="no progress, warnings only")
+        add_flags(sub, command.Config, getattr(command, "POSITIONAL", ()))
+        sub.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
     return parser
 
 

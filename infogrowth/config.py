@@ -67,7 +67,7 @@ def load_config(
 def add_flags(
     parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
-    """Give ``parser`` a flag per field of ``cls`` and ``--config``; values stay text until checked."""
+    """Give ``parser`` ``--config`` and a flag per field of ``cls``; values are checked later."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -159,7 +159,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _coerce_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
-    if value is None or value in ("none", "null") and type(None) in alternatives:
+    if value is None or (value in ("none", "null") and type(None) in alternatives):
         if type(None) in alternatives:
             return None
         raise UserError(f"{where} has no value")
