@@ -1,15 +1,17 @@
 """The command line: ``python -m infogrowth VERB``, each verb a module of infogrowth.commands.
 
-A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options), ``run(config)``
-and, when some options are given by position, ``POSITIONAL``.
+A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options),
+``run(config)`` and, when some options are given by position, ``POSITIONAL``. The programs in
+``scripts/`` and ``train/`` go through the same door, :func:`run_script`.
 """
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from infogrowth import __version__
 from infogrowth.config import add_flags, config_from_args
@@ -22,10 +24,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (2 for bad input, told in one sentence)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser(arguments).parse_args(arguments)
-    _configure_logging(quiet=args.quiet)
     command = import_module(f"infogrowth.commands.{args.verb}")
+    return _run(command.Config, command.run, args)
+
+
+def run_script(
+    config_class: type, run: Callable[[Any], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """What a program in scripts/ or train/ does: its flags and --config in, its exit status out.
+
+    ``run``'s own docstring becomes the program's ``--help`` text.
+    """
+    parser = argparse.ArgumentParser(description=run.__doc__)
+    return _run(config_class, run, _with_options(parser, config_class).parse_args(arguments))
+
+
+def _run(config_class: type, run: Callable[[Any], int | None], args: argparse.Namespace) -> int:
+    _configure_logging(quiet=args.quiet)
     try:
-        return command.run(config_from_args(command.Config, args)) or 0
+        return run(config_from_args(config_class, args)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,8 +65,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for verb in asked:
         command = import_module(f"infogrowth.commands.{verb}")
         sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
-        add_flags(sub, command.Config, getattr(command, "POSITIONAL", ()))
-        sub.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
+        _with_options(sub, command.Config, getattr(command, "POSITIONAL", ()))
+    return parser
+
+
+def _with_options(
+    parser: argparse.ArgumentParser, config_class: type, positional: tuple[str, ...] = ()
+) -> argparse.ArgumentParser:
+    add_flags(parser, config_class, positional)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
     return parser
 
 

@@ -86,7 +86,8 @@ def add_flags(
         else:
             nargs = "+" if typing.get_origin(hint) is list else None
             metavar = field.name.upper().rsplit("_", 1)[-1]
-            names = [n for n in (field.metadata.get("short"), f"--{_flag(field.name)}") if n]
+            short: str | None = field.metadata.get("short")
+            names = [*([short] if short else []), f"--{_flag(field.name)}"]
             # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
             names += [f"--{field.name}"] if "_" in field.name else []
             parser.add_argument(*names, nargs=nargs, metavar=metavar, **common)
