@@ -1,0 +1,36 @@
+# The two commands of a new user:  make demo   and   make test.
+# Each sets everything up first (once): a virtual environment in .venv with all requirements.
+
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+SYSTEM  ?= python3
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.installed
+
+# uv installs in about a minute where pip takes several; pip does it when uv cannot be had.
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(SYSTEM) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed; set SYSTEM=/path/to/python3.11"; exit 2; }
+	$(SYSTEM) -m venv $(VENV)
+	@if $(PYTHON) -m pip install --quiet uv; then \
+	  $(PYTHON) -m uv pip install --python $(PYTHON) -r requirements-dev.txt -e . ; \
+	else \
+	  $(PYTHON) -m pip install -r requirements-dev.txt -e . ; \
+	fi
+	@touch $@
+
+demo: setup
+	$(PYTHON) scripts/demo.py
+
+test: setup
+	$(PYTHON) -m pytest -n 2 --dist worksteal
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,70 @@
+"""The result JSON: both published forms load, numbers are written, broken entries are named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from infogrowth import UserError, gains_array, load_annotations, save_annotations
+
+
+def write(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_gains_as_strings_and_as_numbers_load_alike(tmp_path):
+    strings = [{"image": "000000001", "caption": "a fox", "gains": ["0.25", "0.5"]}]
+    numbers = [{"image": "000000001", "caption": "a fox", "gains": [0.25, 0.5]}]
+    loaded = [load_annotations(write(tmp_path / "a.json", form)) for form in (strings, numbers)]
+    assert loaded[0] == loaded[1] == numbers
+
+
+def test_numbers_are_written_unless_strings_are_asked_for(tmp_path):
+    annotations = [{"image": "x", "caption": "naïve café 狐", "gains": [0.1, 2e-9]}]
+    save_annotations(tmp_path / "numbers.json", annotations)
+    save_annotations(tmp_path / "strings.json", annotations, legacy_strings=True)
+    assert json.loads((tmp_path / "numbers.json").read_text())[0]["gains"] == [0.1, 2e-9]
+    assert json.loads((tmp_path / "strings.json").read_text())[0]["gains"] == ["0.1", "2e-09"]
+    assert load_annotations(tmp_path / "strings.json") == annotations
+
+
+def test_extra_keys_and_caption_lists_are_kept(tmp_path):
+    entry = {"image": "x", "caption": ["one", "two"], "gains": [1.0, 1.0], "url": "u", "n": 3}
+    save_annotations(tmp_path / "a.json", [entry])
+    assert load_annotations(tmp_path / "a.json") == [entry]
+
+
+def test_golden_annotations_hold_their_gains(golden):
+    expected = np.load(golden / "sampling_n200.npz")["gains_raw"]
+    annotations = load_annotations(golden / "sampling_annotations.json")
+    np.testing.assert_array_equal(gains_array(annotations), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"image": "x"}', "must hold a list"),
+        ("[{", "not valid JSON"),
+        ('["x"]', "sample 0"),
+        ('[{"caption": "c"}]', "no image id"),
+        ('[{"image": 3, "caption": "c"}]', "no image id"),
+        ('[{"image": "x"}]', "'x'.*no caption"),
+        ('[{"image": "x", "caption": []}]', "'x'.*no caption"),
+        ('[{"image": "x", "caption": [1]}]', "'x'.*no caption"),
+        ('[{"image": "x", "caption": "c", "gains": [1]}]', "not two numbers"),
+        ('[{"image": "x", "caption": "c", "gains": ["a", "b"]}]', "not two numbers"),
+        ('[{"image": "x", "caption": "c", "gains": [NaN, 1]}]', "not finite"),
+    ],
+)
+def test_a_broken_file_is_one_sentence_that_names_the_place(tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_annotations(path)
+    assert "broken.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_gains_are_named():
+    with pytest.raises(UserError, match="'b' has no gains|'b'\\) has no gains"):
+        gains_array([{"image": "a", "caption": "c", "gains": [1, 1]}, {"image": "b"}])

@@ -1,0 +1,90 @@
+"""The layers, held by reading imports: data flows one way, and torch is not loaded for nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+GROUND = {
+    "errors",
+    "files",
+    "annotations",
+    "config",
+    "randomness",
+    "distributed",
+}
+# Lowest first; rooms in one layer may not import each other, except where a room is named below.
+LAYERS = [
+    GROUND,
+    {"data", "growth"},
+    {"blip"},
+    {"encoders"},
+    {"training", "evaluation", "report"},
+    {"commands"},
+    {"cli", "__main__"},
+]
+NEIGHBORS_ALLOWED = {("training", "evaluation")}  # the loop evaluates while it trains
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+PACKAGE = Path(__file__).parents[1] / "infogrowth"
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "infogrowth" and len(parts) > 1 else None
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def test_every_file_lives_in_a_room_of_the_house():
+    rooms = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in MODULES}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_lower_layers_do_not_import_higher_ones(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        other = room_of(name)
+        if other is None or other == room or other == "__version__":
+            continue
+        same_layer_is_fine = room in GROUND or (room, other) in NEIGHBORS_ALLOWED
+        allowed = LEVEL[other] < LEVEL[room] or (LEVEL[other] == LEVEL[room] and same_layer_is_fine)
+        assert allowed, f"{path.name} in {room} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_distributed_calls_torch_distributed(path):
+    if path.name != "distributed.py":
+        assert not [n for n in imported(path) if n.startswith("torch.distributed")]
+
+
+def test_only_the_launcher_room_of_the_package_is_imported_by_programs(repository):
+    """Programs in scripts/ and train/ use the installed package: no path tricks."""
+    for program in [*repository.glob("scripts/*.py"), *repository.glob("train/*.py")]:
+        assert "sys.path" not in program.read_text(), f"{program.name} meddles with sys.path"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import infogrowth", "from infogrowth import load_annotations", "import infogrowth.cli"],
+)
+def test_light_imports_stay_light(statement):
+    check = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_no_file_is_too_long_to_be_one_room():
+    lengths = {p.name: len(p.read_text().splitlines()) for p in MODULES}
+    assert {n: length for n, length in lengths.items() if length > 400} == {}
