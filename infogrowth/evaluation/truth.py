@@ -1,0 +1,64 @@
+"""Scoring a grown dataset against a known truth: which captions were swapped, which images copied.
+
+Pure functions on arrays, for samples whose noise was planted (``processed_data/sample_truth.json``).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive sample scores above a negative one, ties counting half.
+
+    Args:
+        scores: ``(N,)`` real numbers.
+        positive: ``(N,)`` booleans with at least one of each kind.
+    """
+    positive = np.asarray(positive, dtype=bool)
+    ranks = pd.Series(np.asarray(scores)).rank().to_numpy()
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        raise ValueError("the area under the curve needs positive and negative samples")
+    smallest = n_positive * (n_positive + 1) / 2
+    return float((ranks[positive].sum() - smallest) / (n_positive * n_negative))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a set of flagged samples matches the truth; shares are 0 … 1."""
+
+    flagged: int
+    true: int
+    hit: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the flagged samples that are truly bad (1 when nothing was flagged)."""
+        return self.hit / self.flagged if self.flagged else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the truly bad samples that were flagged (1 when there are none)."""
+        return self.hit / self.true if self.true else 1.0
+
+
+def detection(flagged: np.ndarray, truth: np.ndarray) -> Detection:
+    """Compare ``(N,)`` booleans: what was flagged with what is true."""
+    flagged, truth = np.asarray(flagged, dtype=bool), np.asarray(truth, dtype=bool)
+    return Detection(int(flagged.sum()), int(truth.sum()), int((flagged & truth).sum()))
+
+
+def share_in_lowest_decile(gains: np.ndarray, marked: np.ndarray) -> float:
+    """Share of the marked samples whose gain is in the lowest tenth of all ``(N,)`` gains.
+
+    A random choice of samples would score 0.1.
+    """
+    marked = np.asarray(marked, dtype=bool)
+    if not marked.any():
+        raise ValueError("no sample is marked")
+    order = np.argsort(gains, kind="stable")
+    lowest = np.zeros(len(gains), dtype=bool)
+    lowest[order[: len(gains) // 10]] = True
+    return float((lowest & marked).sum() / marked.sum())

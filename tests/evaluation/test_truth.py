@@ -1,0 +1,30 @@
+"""Scoring against a planted truth."""
+
+import numpy as np
+import pytest
+
+from infogrowth.evaluation.truth import auroc, detection, share_in_lowest_decile
+
+
+def test_area_under_the_curve_is_the_chance_to_rank_a_pair_rightly():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 12, 60).astype(float), rng.random(60) < 0.4
+    pairs = scores[positive][:, None] - scores[~positive][None, :]
+    by_hand = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
+    assert auroc(scores, positive) == pytest.approx(by_hand, abs=1e-12)
+    assert auroc(-scores, positive) == pytest.approx(1 - by_hand, abs=1e-12)
+
+
+def test_one_kind_only_has_no_curve():
+    with pytest.raises(ValueError, match="positive and negative"):
+        auroc(np.arange(3.0), np.ones(3, bool))
+
+
+def test_precision_and_recall():
+    found = detection([1, 1, 1, 0, 0], [1, 0, 0, 1, 0])
+    assert (found.precision, found.recall) == (1 / 3, 1 / 2)
+
+
+def test_share_in_lowest_decile():
+    gains = np.arange(40.0)[::-1]
+    assert share_in_lowest_decile(gains, gains < 8) == 0.5
