@@ -71,26 +71,25 @@ def add_flags(
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        hint, text = hints[field.name], _help(field, hints[field.name])
-        common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
+        hint = hints[field.name]
+        many = typing.get_origin(hint) is list
+        common: dict[str, Any] = {"help": _help(field, hint), "default": argparse.SUPPRESS}
         if field.name in positional:
-            nargs = "*" if typing.get_origin(hint) is list else "?"
-            common.pop("dest")
-            parser.add_argument(field.name, nargs=nargs, **common)
-        elif not field.metadata.get("flag", True):
+            parser.add_argument(field.name, nargs="*" if many else "?", **common)
             continue
-        elif hint is bool:
-            parser.add_argument(
-                f"--{_flag(field.name)}", action=argparse.BooleanOptionalAction, **common
-            )
+        if not field.metadata.get("flag", True):
+            continue
+        common["dest"] = field.name
+        # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
+        names = list(dict.fromkeys([f"--{_flag(field.name)}", f"--{field.name}"]))
+        if field.metadata.get("short"):
+            names.insert(0, field.metadata["short"])
+        if hint is bool:
+            common["action"] = argparse.BooleanOptionalAction
         else:
-            nargs = "+" if typing.get_origin(hint) is list else None
-            metavar = field.name.upper().rsplit("_", 1)[-1]
-            short: str | None = field.metadata.get("short")
-            names = [*([short] if short else []), f"--{_flag(field.name)}"]
-            # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
-            names += [f"--{field.name}"] if "_" in field.name else []
-            parser.add_argument(*names, nargs=nargs, metavar=metavar, **common)
+            common["metavar"] = field.name.upper().rsplit("_", 1)[-1]
+            common["nargs"] = "+" if many else None
+        parser.add_argument(*names, **common)
     return parser
 
 

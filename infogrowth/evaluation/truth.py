@@ -1,6 +1,6 @@
-"""Scoring a grown dataset against a known truth: which captions were swapped, which images copied.
+"""Scoring a grown dataset against a known truth: swapped captions and copied images.
 
-Pure functions on arrays, for samples whose noise was planted (``processed_data/sample_truth.json``).
+Pure functions on arrays, for samples with planted noise (``processed_data/sample_truth.json``).
 """
 
 from dataclasses import dataclass
