@@ -1,0 +1,278 @@
+"""From gains to training samples: normalised gains, static selection, and the epoch sampler.
+
+Source: InfoGrowth §"Gain-based sampling" as spec §2 states it. Plain numpy: a sampler is any
+iterable of row numbers with a length, so torch's DataLoader takes it as it is.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from infogrowth.errors import UserError
+from infogrowth.randomness import generator
+
+Mode = Literal["two_phase", "proportional", "uniform"]
+QUANTILE = 0.99
+# In the odd epochs of two_phase even the most informative sample keeps this chance.
+REVERSE_FLOOR = 0.1
+# Uniform numbers drawn at once by `proportional`: bounds memory, does not change the result.
+_BLOCK = 4_000_000
+
+
+def normalized_gains(gains: np.ndarray) -> np.ndarray:
+    """Gains as probabilities: the mean of both spaces over its 0.99 quantile, clipped to [0, 1].
+
+    When more than 99 % of the samples have no gain at all the quantile is zero; the limit of the
+    same rule then gives 1 to every sample that has some gain and 0 to the others.
+
+    Args:
+        gains: ``(N, 2)`` image and text gains, or ``(N,)`` their means; any real numbers.
+
+    Returns:
+        ``(N,)`` float64 in [0, 1], at least one of them 1.
+
+    Raises:
+        UserError: no samples, a gain that is not finite, or no positive gain at all.
+    """
+    gains = np.asarray(gains, dtype=np.float64)
+    if gains.ndim not in (1, 2) or len(gains) == 0:
+        raise UserError(
+            f"gains must be N numbers or N pairs of numbers, N at least 1, not shape {gains.shape}"
+        )
+    mean = gains.mean(axis=1) if gains.ndim == 2 else gains
+    if not np.isfinite(mean).all():
+        row = int(np.flatnonzero(~np.isfinite(mean))[0])
+        raise UserError(f"the gain of sample {row} is not finite: {gains[row].tolist()}")
+    if not (mean > 0).any():
+        raise UserError(
+            f"the total gain of the {len(mean)} samples is zero, so none can be drawn by gain; "
+            "sample uniformly (sampler: uniform) or grow the dataset again"
+        )
+    quantile = np.quantile(mean, QUANTILE)
+    if quantile <= 0:
+        return (mean > 0).astype(np.float64)
+    return np.clip(mean / quantile, 0.0, 1.0)
+
+
+def select_bernoulli(gains: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Static selection: each sample is taken with its normalised gain as the probability.
+
+    Returns:
+        ascending row numbers, int64; the same for the same ``seed`` on every machine.
+    """
+    probability = normalized_gains(gains)
+    return np.flatnonzero(generator(seed, "select").random(len(probability)) < probability)
+
+
+def select_top(gains: np.ndarray, count: int) -> np.ndarray:
+    """Static selection: the ``count`` samples of highest gain; among equals the earlier row wins.
+
+    Unlike the random selection it orders by the gain before clipping, so that the samples above
+    the 0.99 quantile are still told apart.
+
+    Returns:
+        ascending row numbers, int64.
+
+    Raises:
+        UserError: ``count`` is not in 1 … N.
+    """
+    normalized_gains(gains)  # the same checks
+    gains = np.asarray(gains, dtype=np.float64)
+    mean = gains.mean(axis=1) if gains.ndim == 2 else gains
+    if not 1 <= count <= len(mean):
+        raise UserError(f"cannot select the top {count} of {len(mean)} samples")
+    return np.sort(np.argsort(-mean, kind="stable")[:count])
+
+
+class GainSampler:
+    """The rows of one rank for one epoch, drawn by gain.
+
+    * ``two_phase``: even epochs draw each sample with probability gain, odd epochs with
+      max(1 − gain, 0.1); the length differs from epoch to epoch.
+    * ``proportional``: always N draws, passes of the even kind one after the other, so samples
+      repeat; the last pass is a uniform choice among its draws.
+    * ``uniform``: every sample once.
+
+    The sequence is a pure function of (gains, mode, seed, epoch): the same on all ranks, whatever
+    was iterated before, and no global random state is read or touched. Rank r takes places r,
+    r + W, … of the sequence, padded by repeating its head so that all ranks are equally long.
+
+    A resume restores the epoch and the place in it; the next iteration then yields what was left.
+    ``set_epoch`` with that same epoch keeps the place, with another one starts that epoch whole.
+    Loader workers fetch ahead of training, so a training loop tells ``state_dict`` how many
+    samples of this rank it has really consumed.
+
+    Args:
+        gains: ``(N, 2)`` or ``(N,)`` raw gains (they are normalised here).
+        mode: as above.
+        seed: names the random stream.
+        rank, world_size: this process and how many there are.
+
+    Raises:
+        UserError: a misspelt mode (with the nearest name), zero total gain, or a bad rank.
+    """
+
+    def __init__(
+        self,
+        gains: np.ndarray,
+        mode: Mode = "two_phase",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_mode(mode)
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} is not one of {world_size} ranks")
+        self._gains = np.asarray(gains, dtype=np.float64)
+        self.mode, self.seed, self.rank, self.world_size = mode, seed, rank, world_size
+        if mode == "uniform":  # needs no gain, so it also samples what has none
+            if len(self._gains) == 0:
+                raise UserError("there are no samples to draw from")
+            self._probability = np.ones(len(self._gains))
+        else:
+            self._probability = normalized_gains(self._gains)
+        self.epoch = 0
+        self._skip = 0  # places of this rank that the next iteration leaves out (resume)
+        self._position = 0  # places of this rank yielded so far in this epoch
+        self._sequence = self._draw(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw epoch ``epoch``; from now on ``len()`` is that epoch's length."""
+        if epoch != self.epoch:
+            self.epoch, self._skip, self._position = epoch, 0, 0
+            self._sequence = self._draw(epoch)
+
+    def global_sequence(self) -> np.ndarray:
+        """All ranks' rows of this epoch in order, unpadded, int64."""
+        return self._sequence.copy()
+
+    def __len__(self) -> int:
+        """How many rows the next iteration yields on this rank."""
+        return self._rank_length() - self._skip
+
+    def __iter__(self) -> Iterator[int]:
+        start, self._skip = self._skip, 0
+        self._position = start
+        return self._walk(self._rank_rows(), start)
+
+    def positions(self) -> Iterator[tuple[int, int, int]]:
+        """Like iteration, but (row, epoch, place in the padded global sequence).
+
+        The place tells two draws of one sample apart, so augmentation can be a pure function of
+        (seed, epoch, place), whatever the number of loader workers.
+        """
+        epoch, start = self.epoch, self._skip
+        for offset, row in enumerate(self, start=start):
+            yield row, epoch, offset * self.world_size + self.rank
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """Where the sampler is, as plain values.
+
+        Args:
+            consumed: rows of this rank that training has used in this epoch; without it, the rows
+                yielded so far (right when nothing fetches ahead).
+        """
+        position = self._position if consumed is None else consumed
+        return {
+            "mode": self.mode,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "consumed": position * self.world_size,
+            "samples": len(self._probability),
+            "gains": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where ``state`` was taken, also when the number of ranks has changed.
+
+        Raises:
+            UserError: it was taken with other gains, another mode or another seed.
+        """
+        now = self.state_dict()
+        for key, what in (
+            ("mode", "sampler mode"),
+            ("seed", "seed"),
+            ("samples", "number of samples"),
+            ("gains", "gains in the annotation file"),
+        ):
+            if state[key] != now[key]:
+                raise UserError(
+                    f"cannot resume: the {what} changed from {state[key]} to {now[key]} since the "
+                    "checkpoint; restore it, or start anew with --resume none"
+                )
+        self.set_epoch(state["epoch"])
+        self._skip = min(state["consumed"] // self.world_size, self._rank_length())
+        self._position = self._skip
+
+    def _walk(self, rows: np.ndarray, start: int) -> Iterator[int]:
+        for row in rows[start:]:
+            self._position += 1
+            yield int(row)
+
+    def _rank_length(self) -> int:
+        return math.ceil(len(self._sequence) / self.world_size)
+
+    def _rank_rows(self) -> np.ndarray:
+        padded = np.resize(self._sequence, self._rank_length() * self.world_size)
+        return padded[self.rank :: self.world_size]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        random = generator(self.seed, "sampler", self.mode, epoch)
+        if self.mode == "uniform":
+            return random.permutation(len(self._probability))
+        if self.mode == "proportional":
+            return _passes(self._probability, len(self._probability), random)
+        probability = self._probability
+        if epoch % 2:
+            probability = np.maximum(1 - probability, REVERSE_FLOOR)
+        return _one_pass(probability, random)
+
+    def _fingerprint(self) -> str:
+        return hashlib.blake2b(self._probability.tobytes(), digest_size=8).hexdigest()
+
+
+def _one_pass(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """One Bernoulli pass in random order; a pass that by chance drew nothing is drawn again.
+
+    Every phase has a sample of probability at least 0.1, so that ends.
+    """
+    while True:
+        chosen = np.flatnonzero(random.random(len(probability)) < probability)
+        if len(chosen):
+            return random.permutation(chosen)
+
+
+def _passes(probability: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """``count`` rows: Bernoulli passes one after the other, each in random order.
+
+    Passes run over the rows that can be drawn at all, several at once when those are few. At least
+    one per cent of the rows, or all that can be drawn, have probability 1 (normalised gains), so
+    the number of passes is bounded.
+    """
+    support = np.flatnonzero(probability > 0)
+    chance = probability[support]
+    rows: list[np.ndarray] = []
+    missing = count
+    while missing > 0:
+        wanted = math.ceil(missing / chance.sum())
+        at_once = max(1, min(wanted, _BLOCK // len(support)))
+        draw, place = np.nonzero(random.random((at_once, len(support))) < chance)
+        # By pass, and inside a pass in random order: the cut at `count` is then a choice without
+        # replacement among the last pass.
+        order = np.lexsort((random.random(len(place)), draw))
+        rows.append(support[place[order]])
+        missing -= len(place)
+    return np.concatenate(rows)[:count]
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        close = get_close_matches(str(mode), get_args(Mode), n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown sampler mode {mode!r}; did you mean {close!r}? "
+            f"(one of {', '.join(get_args(Mode))})"
+        )
