@@ -1,0 +1,1 @@
+"""Dual encoders and captioners behind two small protocols, and what runs them over a whole pile."""

@@ -1,0 +1,126 @@
+"""BLIP as an encoder and as a captioner, whichever of its file layouts it comes from."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import normalize
+
+from infogrowth.blip.captioning import BlipCaptioner
+from infogrowth.blip.checkpoint import load_blip
+from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.tokenizer import tokenize
+from infogrowth.data.captions import pre_caption
+from infogrowth.data.transforms import MEAN, STD
+from infogrowth.encoders.fingerprint import fingerprint
+from infogrowth.encoders.inference import half_on_cuda, pixels, unit_rows
+
+# What BLIP's own retrieval evaluation reads of a caption.
+_MAX_WORDS = 30
+_MAX_TOKENS = 35
+
+
+class ResizeToSquare:
+    """BLIP's evaluation preprocessing as far as uint8 ``(3, S, S)``, before normalisation."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        resized = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
+        return pixels(resized)
+
+
+class BlipEncoder:
+    """The two towers and projections of a BLIP.
+
+    Args:
+        path: a BLIP folder of ours, a checkpoint, an official .pth, or a Hugging Face folder.
+        name: what the user called it.
+        device: where to run it.
+        vocabulary: vocab.txt for a checkpoint that has none beside it; else bert-base-uncased.
+
+    Raises:
+        UserError: not a BLIP, weights missing, or no vocabulary to be had.
+    """
+
+    def __init__(
+        self, path: Path, name: str, device: torch.device, vocabulary: str | None = None
+    ) -> None:
+        self.name = name
+        self._device = device
+        self._model, self._tokenizer, _ = load_blip(
+            path, kind=BlipDual, device=device, vocab=vocabulary
+        )
+        self.preprocess = ResizeToSquare(self._model.config.image_size)
+        self.dimension = self._model.config.embed_dim
+        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer)
+
+    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels_BCHW = normalized(images_BCHW, self._device)
+        return unit_rows(lambda: self._model.encode_image(pixels_BCHW)[1], self._device)
+
+    def encode_texts(self, captions: list[str]) -> torch.Tensor:
+        words = [pre_caption(caption, _MAX_WORDS) for caption in captions]
+        ids, mask = tokenize(self._tokenizer, words, max_length=_MAX_TOKENS, longest=True)
+        ids, mask = ids.to(self._device), mask.to(self._device)
+        return unit_rows(lambda: self._model.encode_text(ids, mask)[1], self._device)
+
+
+class BlipDescriber:
+    """BLIP's vision tower and text decoder as a captioner (beam search, no sampling).
+
+    Args:
+        prompt: the words that the caption continues; they are removed from it. Official
+            captioning weights were tuned with "a picture of ", pretrained ones without.
+        beams: hypotheses kept by beam search.
+        max_tokens: longest caption.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        device: torch.device,
+        vocabulary: str | None = None,
+        prompt: str = "",
+        beams: int = 3,
+        max_tokens: int = 30,
+    ) -> None:
+        self.name = name
+        self._device = device
+        self._prompt, self._beams, self._max_tokens = prompt, beams, max_tokens
+        self._model, self._tokenizer, _ = load_blip(
+            path, kind=BlipCaptioner, device=device, vocab=vocabulary
+        )
+        self.preprocess = ResizeToSquare(self._model.config.image_size)
+        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer)
+
+    def caption(self, pictures: list[torch.Tensor]) -> list[str]:
+        images_BCHW = normalized(torch.stack(pictures), self._device)
+        with torch.inference_mode(), half_on_cuda(self._device):
+            return self._model.caption(
+                images_BCHW,
+                self._tokenizer,
+                prompt=self._prompt,
+                beams=self._beams,
+                max_length=self._max_tokens,
+                min_length=0,
+            )
+
+
+def normalized(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 pixels to normalised float32, on the device."""
+    return normalize(images_BCHW.to(device, non_blocking=True).float() / 255, MEAN, STD)
+
+
+def _blip_fingerprint(model: torch.nn.Module, tokenizer) -> str:
+    return fingerprint(
+        model.state_dict(),
+        {
+            "config": {k: v for k, v in vars(model.config).items() if "drop" not in k},
+            "vocabulary": sorted(tokenizer.get_vocab().items()),
+            "words": _MAX_WORDS,
+            "tokens": _MAX_TOKENS,
+        },
+    )

@@ -1,0 +1,133 @@
+"""From what the user names (a path, a hub name, "tiny") to an encoder or a captioner."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infogrowth.errors import UserError
+from infogrowth.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from infogrowth.encoders.protocols import Captioner, DualEncoder
+
+BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_blip"}
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Everything but the weights first: a repository often holds the same weights in three formats.
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+_WEIGHT_FILES = (["*.safetensors"], ["pytorch_model*.bin"])
+
+
+def load_encoder(
+    name: str, device: "str | torch.device" = "cpu", vocabulary: str | None = None
+) -> "DualEncoder":
+    """The dual encoder called ``name``, in evaluation mode on ``device``.
+
+    Args:
+        name: ``"tiny"`` (bundled), a BLIP folder or training output of ours, a checkpoint file
+            (official .pth, .safetensors), a Hugging Face folder, or a hub name such as
+            ``Salesforce/blip-itm-base-coco`` or ``openai/clip-vit-base-patch32``.
+        vocabulary: vocab.txt for a BLIP checkpoint without one.
+
+    Raises:
+        UserError: nothing of that name, no network, or a model that is no dual encoder.
+    """
+    import torch
+
+    path = locate(name, "encoder")
+    if _is_blip(path):
+        from infogrowth.encoders.blip import BlipEncoder
+
+        return BlipEncoder(path, name, torch.device(device), vocabulary)
+    from infogrowth.encoders.huggingface import HuggingFaceDualEncoder
+
+    return HuggingFaceDualEncoder(path, name, torch.device(device))
+
+
+def load_captioner(
+    name: str,
+    device: "str | torch.device" = "cpu",
+    vocabulary: str | None = None,
+    prompt: str = "",
+    beams: int = 3,
+    max_tokens: int = 30,
+) -> "Captioner":
+    """The captioner called ``name``: a BLIP with a text decoder, or a Hugging Face
+    image-to-text model; names as for :func:`load_encoder`.
+
+    Args:
+        prompt: words that the caption continues.
+        beams: hypotheses kept by beam search; sampling is never used.
+        max_tokens: longest caption.
+    """
+    import torch
+
+    path, device = locate(name, "captioner"), torch.device(device)
+    if _is_blip(path):
+        from infogrowth.encoders.blip import BlipDescriber
+
+        return BlipDescriber(path, name, device, vocabulary, prompt, beams, max_tokens)
+    from infogrowth.encoders.captioners import HuggingFaceCaptioner
+
+    return HuggingFaceCaptioner(path, name, device, prompt, beams, max_tokens)
+
+
+def locate(name: str, what: str) -> Path:
+    """The checkpoint file or model folder that ``name`` stands for; downloads a hub name.
+
+    Raises:
+        UserError: nothing there, in one sentence that says where it was looked for.
+    """
+    path = BUNDLED.get(name, Path(name).expanduser())
+    if path.is_dir():
+        return _model_folder(path, name, what)
+    if path.is_file():
+        if path.suffix not in CHECKPOINT_ENDINGS:
+            raise UserError(
+                f"{what} {name} is not a checkpoint ({', '.join(CHECKPOINT_ENDINGS)}) or a folder"
+            )
+        return path
+    if name in BUNDLED or not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_ENDINGS:
+        raise UserError(f"{what} {name} does not exist; give 'tiny', a path, or a hub name")
+    return _download(name, what)
+
+
+def _model_folder(path: Path, name: str, what: str) -> Path:
+    # A training output directory keeps its exported model in `model/`.
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"{what} {name} has no config.json; give a BLIP folder, a Hugging Face folder, "
+        "a training output with model/ in it, or a checkpoint file"
+    )
+
+
+def _is_blip(path: Path) -> bool:
+    """Checkpoint files are BLIP's; a folder says so in its config.json.
+
+    Our own config.json has `image_size` and `text_depth` at the top; Hugging Face's has
+    `model_type`, which is "blip" for the one whose weights our classes load.
+    """
+    if path.is_file():
+        return True
+    config = read_json(path / "config.json", "the model's config")
+    return config.get("model_type", "blip") == "blip"
+
+
+def _download(name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in _WEIGHT_FILES:
+            folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *weights]))
+            if any(any(folder.glob(pattern)) for pattern in weights):
+                return folder
+    except Exception as error:  # the hub client raises many kinds; all mean that it is not there
+        raise UserError(
+            f"{what} {name} is no local path and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}); check the name and the network, or give a local folder"
+        ) from error
+    raise UserError(f"{what} {name} holds no weights that can be loaded safely")
