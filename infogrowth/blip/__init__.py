@@ -1,0 +1,1 @@
+"""BLIP: the models that score, train and caption, under the names of its official checkpoints."""

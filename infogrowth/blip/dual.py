@@ -1,0 +1,100 @@
+"""The scoring half of BLIP: two encoders into one feature space, and the matching head.
+
+Shapes: B images or texts, L image tokens, T text length, W a transformer's width, D feature width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from infogrowth.blip.config import BlipConfig
+from infogrowth.blip.losses import unit, widened
+from infogrowth.blip.text import build_text_encoder, open_with
+from infogrowth.blip.vision import build_vision
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise parameters from ``seed`` alone and leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class BlipDual(nn.Module):
+    """Image and text encoders, their projections and the matching head, officially named.
+
+    Args:
+        config: the shape.
+        seed: random weights are a function of it alone.
+        learn_padding: see :func:`infogrowth.blip.text.build_text_encoder`.
+        vit_grad_ckpt, vit_ckpt_layer: see :func:`infogrowth.blip.vision.build_vision`.
+    """
+
+    def __init__(
+        self,
+        config: BlipConfig,
+        *,
+        seed: int = 0,
+        learn_padding: bool = False,
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with seeded(seed):
+            self.visual_encoder = build_vision(config, vit_grad_ckpt, vit_ckpt_layer)
+            self.text_encoder = build_text_encoder(config, learn_padding)
+            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+            self.itm_head = nn.Linear(config.text_width, 2)
+
+    def encode_image(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image tokens ``(B, L, W)`` and unit features ``(B, D) float32``."""
+        tokens_BLW = self.visual_encoder(images_BCHW)
+        return tokens_BLW, unit(self.vision_proj(tokens_BLW[:, 0]))
+
+    def encode_text(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text states ``(B, T, W)`` and unit features ``(B, D) float32``; no image is read."""
+        states_BTW = self._text(self.text_encoder, ids_BT, mask_BT)
+        return states_BTW, unit(self.text_proj(states_BTW[:, 0]))
+
+    def itm_logits(
+        self, image_tokens_BLW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """Matching logits ``(B, 2) float32`` of image i with text i; class 1 is "they match".
+
+        ``ids_BT`` starts with [CLS] as the tokenizer gives it; [ENC] is put in its place here.
+        """
+        ids_BT = open_with(ids_BT, self.config.enc_token_id)
+        states_BTW = self._text(self.text_encoder, ids_BT, mask_BT, image_tokens_BLW)
+        return widened(self.itm_head(states_BTW[:, 0]))
+
+    def itm_score(
+        self, image_tokens_BLW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """The matching logit ``(B,) float32`` of image i with text i."""
+        return self.itm_logits(image_tokens_BLW, ids_BT, mask_BT)[:, 1]
+
+    def compile_encoders(self, **options: object) -> None:
+        """``torch.compile`` the transformers in place; state dict names stay as they are."""
+        for name, module in self.named_children():
+            if name.startswith(("visual_encoder", "text_encoder", "text_decoder")):
+                module.compile(**options)
+
+    @staticmethod
+    def _text(
+        encoder: nn.Module,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        image_tokens_BLW: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # No mask for the image tokens: all are real, and transformers ignores one anyway.
+        output = encoder(
+            input_ids=ids_BT, attention_mask=mask_BT, encoder_hidden_states=image_tokens_BLW
+        )
+        return output.last_hidden_state

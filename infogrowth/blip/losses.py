@@ -1,0 +1,110 @@
+"""BLIP's losses as pure functions of tensors; whatever was gathered from ranks is an argument.
+
+Shapes: B rows of this rank, C candidates (the batch, then the queue), D feature width, T text
+length, V words. The arithmetic is float32 (float64 for float64 input) under any autocast.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float32, or as it is when already float32 or float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def full_precision(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """A block without autocast on the tensor's device."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Rows at length one, in float32 or wider."""
+    with full_precision(features):
+        return F.normalize(widened(features), dim=-1)
+
+
+def similarity_logits(
+    features_BD: torch.Tensor, candidates_CD: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """Cosine over temperature, ``(B, C)``; both sides are unit rows."""
+    with full_precision(features_BD):
+        return widened(features_BD) @ widened(candidates_CD).T / temperature
+
+
+def identity_targets(rows: int, candidates: int, device: torch.device) -> torch.Tensor:
+    """``(B, C)``: each row's own candidate, which comes first among them, is the match."""
+    return torch.eye(rows, candidates, device=device)
+
+
+def same_id_targets(ids_B: torch.Tensor, candidate_ids_C: torch.Tensor) -> torch.Tensor:
+    """``(B, C)``: candidates of the row's own image share the match equally (BLIP retrieval)."""
+    same_BC = (ids_B[:, None] == candidate_ids_C[None, :]).float()
+    return same_BC / same_BC.sum(1, keepdim=True)
+
+
+def copies_of_row(ids_B: torch.Tensor, candidate_ids_C: torch.Tensor) -> torch.Tensor:
+    """``(B, C) bool``: candidates that are the row's own sample again, not counting itself."""
+    copies_BC = ids_B[:, None] == candidate_ids_C[None, :]
+    itself_BC = torch.eye(*copies_BC.shape, dtype=torch.bool, device=copies_BC.device)
+    return copies_BC & ~itself_BC
+
+
+def _hide(logits_BC: torch.Tensor, hidden_BC: torch.Tensor | None) -> torch.Tensor:
+    return logits_BC if hidden_BC is None else logits_BC.masked_fill(hidden_BC, float("-inf"))
+
+
+def soft_targets(
+    momentum_logits_BC: torch.Tensor,
+    hard_BC: torch.Tensor,
+    alpha: float,
+    hidden_BC: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``alpha · softmax(momentum logits) + (1 − alpha) · hard`` without gradient (BLIP §3.2)."""
+    with full_precision(momentum_logits_BC):
+        soft_BC = F.softmax(_hide(momentum_logits_BC.detach(), hidden_BC), dim=1)
+        return alpha * soft_BC + (1 - alpha) * hard_BC
+
+
+def contrastive_loss(
+    logits_BC: torch.Tensor, targets_BC: torch.Tensor, hidden_BC: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of soft targets, mean over rows; hidden candidates take no part."""
+    with full_precision(logits_BC):
+        log_p_BC = F.log_softmax(_hide(logits_BC, hidden_BC), dim=1)
+        if hidden_BC is not None:
+            log_p_BC = log_p_BC.masked_fill(hidden_BC, 0.0)  # their target is 0: 0 · −inf is nan
+        return -(log_p_BC * targets_BC).sum(1).mean()
+
+
+def matching_loss(logits_N2: torch.Tensor, has_negative_B: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of match (class 1) against no match, mean over the pairs that exist.
+
+    Args:
+        logits_N2: ``(3B, 2)``: B own pairs, B with a wrong image, B with a wrong text.
+        has_negative_B: rows for which the batch offers a wrong partner at all. A batch of one, or
+            of one image only, has none: its loss is that of the own pairs.
+    """
+    with full_precision(logits_N2):
+        rows = len(has_negative_B)
+        labels_N = torch.zeros(len(logits_N2), dtype=torch.int64, device=logits_N2.device)
+        labels_N[:rows] = 1
+        each_N = F.cross_entropy(widened(logits_N2), labels_N, reduction="none")
+        exists_N = torch.cat([torch.ones_like(has_negative_B), has_negative_B, has_negative_B])
+        return (each_N * exists_N).sum() / exists_N.sum()
+
+
+def language_loss(
+    logits_BTV: torch.Tensor, ids_BT: torch.Tensor, pad_token_id: int, smoothing: float
+) -> torch.Tensor:
+    """Next-word cross-entropy with label smoothing, mean over the words that are not padding."""
+    with full_precision(logits_BTV):
+        logits_BTV = widened(logits_BTV[:, :-1])
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1),
+            ids_BT[:, 1:].flatten(),
+            ignore_index=pad_token_id,
+            label_smoothing=smoothing,
+        )

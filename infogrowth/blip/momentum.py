@@ -1,0 +1,173 @@
+"""Momentum contrast for both trainings: slow twins of the encoders, and the feature queues.
+
+Shapes: B rows of this rank, D feature width, C candidates: the batch's momentum features, then
+the queue.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from infogrowth.blip.config import BlipConfig
+from infogrowth.blip.dual import BlipDual, seeded
+from infogrowth.blip.losses import similarity_logits, unit
+from infogrowth.blip.queue import register_queues
+from infogrowth.blip.text import build_text_encoder
+from infogrowth.blip.vision import build_vision
+
+# The temperature is kept in this range before each step, as BLIP does.
+TEMPERATURE_RANGE = (0.001, 0.5)
+INITIAL_TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit features ``(B, D)`` of one batch, online and momentum, and what they compare with."""
+
+    image_tokens: torch.Tensor  # (B, L, W)
+    image: torch.Tensor
+    text: torch.Tensor
+    image_momentum: torch.Tensor
+    text_momentum: torch.Tensor
+    image_candidates: torch.Tensor  # (C, D)
+    text_candidates: torch.Tensor  # (C, D)
+
+
+class MomentumBlip(BlipDual):
+    """A :class:`BlipDual` with momentum encoders, a temperature and queues.
+
+    Args:
+        queue_size: how many past momentum features are candidates; any size, 0 for none.
+        momentum: how much of a momentum parameter stays at each step.
+        pointer_name: the official name of the queue's pointer, which differs between models.
+        with_ids: keep the ids of the queued samples.
+    """
+
+    temp: nn.Parameter
+    image_queue: torch.Tensor
+    text_queue: torch.Tensor
+
+    def __init__(
+        self,
+        config: BlipConfig,
+        *,
+        queue_size: int,
+        momentum: float,
+        pointer_name: str,
+        with_ids: bool,
+        seed: int,
+        learn_padding: bool,
+        vit_grad_ckpt: bool,
+        vit_ckpt_layer: int,
+    ) -> None:
+        super().__init__(
+            config,
+            seed=seed,
+            learn_padding=learn_padding,
+            vit_grad_ckpt=vit_grad_ckpt,
+            vit_ckpt_layer=vit_ckpt_layer,
+        )
+        self.momentum = momentum
+        self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        with seeded(seed + 1):
+            self.visual_encoder_m = build_vision(config)
+            self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_encoder_m = build_text_encoder(config, learn_padding)
+            self.text_proj_m = nn.Linear(config.text_width, config.embed_dim)
+            register_queues(self, config.embed_dim, queue_size, pointer_name, with_ids)
+        self.copy_to_momentum()
+
+    @property
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each online module with the twin that follows it."""
+        return [
+            (self.visual_encoder, self.visual_encoder_m),
+            (self.vision_proj, self.vision_proj_m),
+            (self.text_encoder, self.text_encoder_m),
+            (self.text_proj, self.text_proj_m),
+        ]
+
+    @torch.no_grad()
+    def copy_to_momentum(self) -> None:
+        """Make the momentum encoders equal to the online ones; they never take a gradient."""
+        for online, slow in self.momentum_pairs:
+            for theirs, mine in zip(online.parameters(), slow.parameters(), strict=True):
+                mine.copy_(theirs)
+                mine.requires_grad_(False)
+
+    @torch.no_grad()
+    def update_momentum(self) -> None:
+        """``slow = momentum · slow + (1 − momentum) · online``, in a few launches for all."""
+        online = [p for module, _ in self.momentum_pairs for p in module.parameters()]
+        slow = [p for _, module in self.momentum_pairs for p in module.parameters()]
+        torch._foreach_mul_(slow, self.momentum)
+        torch._foreach_add_(slow, online, alpha=1.0 - self.momentum)
+
+    @torch.no_grad()
+    def momentum_features(
+        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit features ``(B, D)`` of images and texts by the momentum encoders; moves nothing."""
+        image = self.vision_proj_m(self.visual_encoder_m(images_BCHW)[:, 0])
+        text = self.text_proj_m(self._text(self.text_encoder_m, ids_BT, mask_BT)[:, 0])
+        return unit(image), unit(text)
+
+    @torch.no_grad()
+    def similarity(
+        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """Cosine ``(B,)`` of image i with text i by the momentum encoders.
+
+        Unlike the paper's helper of this name it moves no weight and no queue, and it computes
+        without dropout whatever mode the model is in.
+        """
+        modules = [module for _, module in self.momentum_pairs]
+        training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        try:
+            image, text = self.momentum_features(images_BCHW, ids_BT, mask_BT)
+        finally:
+            for module, mode in zip(modules, training, strict=True):
+                module.train(mode)
+        return (image * text).sum(1)
+
+    def contrast(
+        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> Features:
+        """Features of a training batch: temperature kept in range, momentum moved, queue read.
+
+        The order is BLIP's: online features, then the momentum update, then momentum features.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(*TEMPERATURE_RANGE)
+        image_tokens, image = self.encode_image(images_BCHW)
+        _, text = self.encode_text(ids_BT, mask_BT)
+        self.update_momentum()
+        image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
+        return Features(
+            image_tokens=image_tokens,
+            image=image,
+            text=text,
+            image_momentum=image_momentum,
+            text_momentum=text_momentum,
+            # A copy: the queue is written in this step, while autograd still needs what it read.
+            image_candidates=torch.cat([image_momentum, self.image_queue.T]),
+            text_candidates=torch.cat([text_momentum, self.text_queue.T]),
+        )
+
+    def both_ways(self, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """Online logits ``(B, C)``: image to texts, text to images."""
+        return (
+            similarity_logits(features.image, features.text_candidates, self.temp),
+            similarity_logits(features.text, features.image_candidates, self.temp),
+        )
+
+    @torch.no_grad()
+    def momentum_both_ways(self, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same logits ``(B, C)`` by the momentum features."""
+        return (
+            similarity_logits(features.image_momentum, features.text_candidates, self.temp),
+            similarity_logits(features.text_momentum, features.image_candidates, self.temp),
+        )

@@ -1,0 +1,60 @@
+"""Hard negatives: how likely each wrong partner is, and the draw, as pure functions."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from infogrowth.blip.losses import full_precision, widened
+
+# (weights (B, C), generator) -> the chosen column of each row (B,) int64
+Chooser = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]
+
+
+@torch.no_grad()
+def negative_weights(
+    logits_BC: torch.Tensor, forbidden_BC: torch.Tensor, floor: float = 0.0
+) -> torch.Tensor:
+    """Weight of each candidate as a negative: ``softmax(logits) + floor``, forbidden ones 0.
+
+    Pretraining forbids a row's own pair and uses floor 1e-4; retrieval forbids all pairs of the
+    same image and uses none.
+    """
+    with full_precision(logits_BC):
+        weights_BC = F.softmax(widened(logits_BC), dim=1) + floor
+        return weights_BC.masked_fill(forbidden_BC, 0.0)
+
+
+@torch.no_grad()
+def drawable(
+    weights_BC: torch.Tensor, forbidden_BC: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights that can be drawn from in every row, and which rows have a negative at all.
+
+    A row whose allowed weights all underflowed to 0 draws evenly among the allowed; a row with
+    nothing allowed gets even weights, so that the draw does not fail, and False in
+    ``has_negative (B,)``, so that the loss leaves it out. Nothing is read back from the device.
+    """
+    allowed_BC = ~forbidden_BC
+    has_negative_B = allowed_BC.any(1)
+    fallback_BC = torch.where(has_negative_B[:, None], allowed_BC, True).to(weights_BC.dtype)
+    usable_B1 = weights_BC.sum(1, keepdim=True) > 0
+    return torch.where(usable_B1, weights_BC, fallback_BC), has_negative_B
+
+
+@torch.no_grad()
+def sample_negatives(
+    weights_BC: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One column per row ``(B,)``, drawn in proportion to its weight, all rows in one call."""
+    if generator is not None and generator.device != weights_BC.device:
+        drawn_B1 = torch.multinomial(weights_BC.to(generator.device), 1, generator=generator)
+        return drawn_B1.to(weights_BC.device).squeeze(1)
+    return torch.multinomial(weights_BC, 1, generator=generator).squeeze(1)
+
+
+def hardest_negatives(
+    weights_BC: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The heaviest column of each row ``(B,)``, the first among equals; draws nothing."""
+    return weights_BC.argmax(1)

@@ -1,0 +1,105 @@
+"""Opening weight files of every kind as one dictionary of tensors, never unpickling code."""
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from infogrowth.blip.hub import download
+from infogrowth.blip.names import official_state
+from infogrowth.errors import UserError
+from infogrowth.files import read_json
+
+_FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Weights as read: tensors under official names, where from, and how they were laid out."""
+
+    tensors: dict[str, torch.Tensor]
+    source: str
+    layout: str  # "official" or "huggingface"
+
+
+def open_state(path: str | os.PathLike[str]) -> WeightFile:
+    """Read weights under official names.
+
+    Args:
+        path: an official ``.pth`` (tensors under the key ``model``), a ``.safetensors`` file, a
+            BLIP folder of ours or of Hugging Face, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: nothing there, no network for a name, or a file that is not plain weights.
+    """
+    file = locate(path)
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(read_json(file, "the weight index")["weight_map"].values()))
+        raw = {k: v for shard in shards for k, v in read_tensors(file.parent / shard).items()}
+    else:
+        raw = read_tensors(file)
+    tensors, layout = official_state(raw)
+    return WeightFile(tensors, str(file), layout)
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The weight file that ``path`` means; names that are no local path are asked of the hub."""
+    local = Path(path)
+    if local.is_file():
+        return local
+    if local.is_dir():
+        for name in _FOLDER_FILES:
+            if (local / name).is_file():
+                return local / name
+        raise UserError(f"the folder {local} holds none of {', '.join(_FOLDER_FILES)}")
+    if local.is_absolute() or local.suffix in (*_PICKLED, ".safetensors") or len(local.parts) > 2:
+        raise UserError(f"the checkpoint {local} does not exist; check the path")
+    return download(str(path), "model.safetensors", "pytorch_model.bin")
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of one file, on CPU.
+
+    Raises:
+        UserError: not a weight file, damaged, or a pickle that holds more than tensors.
+    """
+    if not file.is_file():
+        raise UserError(f"the checkpoint {file} does not exist; check the path")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+    if file.suffix not in _PICKLED:
+        kinds = ", ".join((*_PICKLED, ".safetensors"))
+        raise UserError(f"{file} is not a weight file by its ending (known: {kinds})")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than plain weights (or is damaged), so it is not unpickled"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{file} is not a readable checkpoint: {reason}") from error
+    return _tensors_of(content, file)
+
+
+def _tensors_of(content: object, file: Path) -> dict[str, torch.Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no named weights")
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{file} holds no named weights, neither at its top nor under 'model'")
+    # DistributedDataParallel puts "module." before every name.
+    wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if wrapped else name: t for name, t in tensors.items()}
