@@ -1,0 +1,219 @@
+"""Features as one stream of samples: batches, shards, and the stream over a row of shards.
+
+Rows come as they are stored; the growth engine brings them to unit length. What a shard is on disk
+is the business of feature_shards.py and feature_sources.py.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Some consecutive samples: ids and captions (``""`` where missing), features as stored.
+
+    ``image`` and ``text`` are ``(n, D) float32``, not cleaned and not unit length, or None for a
+    space that was not asked for; ``extra`` holds further metadata columns, n values each.
+    """
+
+    ids: list[str]
+    captions: list[str]
+    image: np.ndarray | None
+    text: np.ndarray | None
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "FeatureBatch":
+        """The samples at the given row numbers."""
+        chosen = rows.tolist()
+        return FeatureBatch(
+            [self.ids[row] for row in chosen],
+            [self.captions[row] for row in chosen],
+            None if self.image is None else self.image[rows],
+            None if self.text is None else self.text[rows],
+            {name: [column[row] for row in chosen] for name, column in self.extra.items()},
+        )
+
+    def slice(self, start: int, stop: int) -> "FeatureBatch":
+        """The samples ``start … stop − 1``; the features are views, not copies."""
+        return FeatureBatch(
+            self.ids[start:stop],
+            self.captions[start:stop],
+            None if self.image is None else self.image[start:stop],
+            None if self.text is None else self.text[start:stop],
+            {name: column[start:stop] for name, column in self.extra.items()},
+        )
+
+    @staticmethod
+    def join(batches: Sequence["FeatureBatch"]) -> "FeatureBatch":
+        """Consecutive batches as one."""
+        if len(batches) == 1:
+            return batches[0]
+        first = batches[0]
+        return FeatureBatch(
+            [sample for batch in batches for sample in batch.ids],
+            [caption for batch in batches for caption in batch.captions],
+            _joined([batch.image for batch in batches]),
+            _joined([batch.text for batch in batches]),
+            {name: [v for batch in batches for v in batch.extra[name]] for name in first.extra},
+        )
+
+
+class FeatureShard(ABC):
+    """One file, or one set of files side by side, holding ``rows`` samples."""
+
+    name: str
+    rows: int
+    dimensions: dict[str, int]
+
+    @abstractmethod
+    def batch(self, start: int, stop: int) -> FeatureBatch:
+        """The samples ``start … stop − 1`` of this shard."""
+
+    @abstractmethod
+    def signature(self) -> bytes:
+        """Bytes that change when the shard's content does, read without reading all of it."""
+
+    def release(self) -> None:  # noqa: B027 - most shards hold nothing
+        """Forget what was cached; called when the stream has moved on."""
+
+
+class FeatureStream:
+    """The samples of a features folder in shard order, then row order.
+
+    Attributes:
+        path: the folder or file, as given.
+        layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
+        rows: number of samples.
+        dimensions: feature width per space that is read.
+        description: features.json of a folder written by ``embed``, else what is known.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layout: str,
+        shards: Sequence[FeatureShard],
+        description: dict[str, Any],
+    ):
+        self.path = str(path)
+        self.layout = layout
+        self.shards = list(shards)
+        self.description = description
+        self.rows = sum(shard.rows for shard in self.shards)
+        self.dimensions = _common_dimensions(self.shards)
+        self._signatures: list[bytes] = []
+
+    @property
+    def dimension(self) -> int:
+        """The one width of all features.
+
+        Raises:
+            UserError: image and text features differ in width, so no cosine exists between them.
+        """
+        widths = set(self.dimensions.values())
+        if len(widths) > 1:
+            told = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
+            raise UserError(
+                f"the features of {self.path} differ in dimension ({told}); image and text "
+                "features must come from one dual encoder"
+            )
+        return widths.pop()
+
+    @property
+    def encoder(self) -> dict[str, Any] | None:
+        """``{"name", "fingerprint", …}`` of the encoder, when the folder tells it."""
+        encoder = self.description.get("encoder")
+        return encoder if isinstance(encoder, dict) else None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many samples got no features, by reason, as ``embed`` recorded it."""
+        told = self.description.get("skipped")
+        if isinstance(told, dict):
+            return dict(told)
+        return _count_skipped(Path(self.path) / "skipped.jsonl")
+
+    def batches(self, batch_size: int, start_row: int = 0) -> Iterator[FeatureBatch]:
+        """Batches of ``batch_size`` samples (the last may be smaller) from ``start_row`` on."""
+        pieces: list[FeatureBatch] = []
+        missing = batch_size
+        for piece in self._pieces(batch_size, start_row):
+            while len(piece) >= missing:
+                head, piece = _split(piece, missing)
+                yield FeatureBatch.join([*pieces, head])
+                pieces, missing = [], batch_size
+            if len(piece):
+                pieces.append(piece)
+                missing -= len(piece)
+        if pieces:
+            yield FeatureBatch.join(pieces)
+
+    def fingerprint(self, rows: int) -> str:
+        """A digest of the shards that hold the first ``rows`` samples: the same features again
+        (copied elsewhere, or with more shards added) have the same one."""
+        digest = hashlib.blake2b(digest_size=16)
+        first = 0
+        for number, shard in enumerate(self.shards):
+            if first >= rows:
+                break
+            if number == len(self._signatures):
+                self._signatures.append(shard.signature())
+            digest.update(self._signatures[number])
+            first += shard.rows
+        return digest.hexdigest()
+
+    def _pieces(self, size: int, start_row: int) -> Iterator[FeatureBatch]:
+        """Slices of single shards, at most ``size`` samples each."""
+        first = 0
+        for shard in self.shards:
+            for start in range(max(start_row - first, 0), shard.rows, size):
+                yield shard.batch(start, min(start + size, shard.rows))
+            first += shard.rows
+            shard.release()
+
+
+def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:
+    dimensions = dict(shards[0].dimensions)
+    for shard in shards:
+        for space, width in shard.dimensions.items():
+            if width != dimensions[space]:
+                raise UserError(
+                    f"{shard.name} has {space} features of dimension {width}, but "
+                    f"{shards[0].name} has {dimensions[space]}; one folder holds one encoder's"
+                )
+    return dimensions
+
+
+def _count_skipped(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        return {}
+    counts: Counter[str] = Counter()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            counts[json.loads(line)["reason"]] += 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
+    return dict(counts)
+
+
+def _split(batch: FeatureBatch, count: int) -> tuple[FeatureBatch, FeatureBatch]:
+    return batch.slice(0, count), batch.slice(count, len(batch))
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
