@@ -1,0 +1,350 @@
+"""Exact search: a blocked matrix product with a running best, checked so that no winner is missed.
+
+The product is fast but rounded. So it only nominates a few more candidates than asked for; their
+cosines are recomputed in float64, and a certificate tells whether rounding could have hidden a
+winner. Rows without certificate are searched again more carefully. The answer is therefore that
+of a float64 brute force, at any block size, batch size, precision or device.
+
+Shapes: N queries, W rows in a block, D dimension, C candidates, K neighbors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from infogrowth.growth.neighbors.base import GrowingRows, Neighbors
+from infogrowth.growth.rows import fold_sum
+
+log = logging.getLogger(__name__)
+
+GROUP = 64  # columns whose maximum is taken before the best are sought
+EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 28}
+QUERY_ROWS = 4096  # queries looked up at once
+TAIL_ROWS = 1024  # block size where queries of one batch see different numbers of rows
+REFINE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+PATIENCE = 0.5  # share of rows without certificate above which half precision does not pay
+NOTHING = -torch.inf
+
+
+class ExactIndex:
+    """Exact nearest rows by cosine, on any torch device.
+
+    `precision` is that of the nominating product: "float32", "bfloat16", "float16" or "auto"
+    (float16 on CUDA, bfloat16 on CPUs with instructions for it, else float32). It changes the
+    speed, never the answer. `memory_mb` bounds the scratch memory of a search.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        k: int,
+        device: str | torch.device = "cpu",
+        memory_mb: float = 256,
+        precision: str = "auto",
+    ) -> None:
+        self.dimension = dimension
+        self.k = k
+        self.device = torch.device(device)
+        self.precision = _fast_precision(self.device) if precision == "auto" else (
+            getattr(torch, precision)
+        )  # fmt: skip
+        self._memory = int(memory_mb * 2**20)
+        self._rows = GrowingRows(dimension, torch.float32, self.device)
+        self._halves: GrowingRows | None = None
+        self._rounding = 0.0  # the largest distance of a row from its half-precision copy
+        self._half_pays = True
+        if self.precision != torch.float32:
+            self._halves = GrowingRows(dimension, self.precision, self.device)
+
+    @property
+    def count(self) -> int:
+        return self._rows.count
+
+    def describe(self) -> str:
+        return f"exact search ({str(self.precision).removeprefix('torch.')} on {self.device})"
+
+    def extend(self, rows: np.ndarray) -> None:
+        if len(rows) == 0:
+            return
+        added_MD = torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
+        self._rows.extend(added_MD)
+        if self._halves is not None:
+            halves_MD = added_MD.to(self.precision)
+            self._rounding = max(self._rounding, float(_rounding(added_MD, halves_MD).max()))
+            self._halves.extend(halves_MD)
+
+    def truncate(self, count: int) -> None:
+        self._rows.truncate(count)
+        if self._halves is not None:
+            self._halves.truncate(count)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._rows.filled[start:stop].cpu().numpy().copy()
+
+    @torch.inference_mode()
+    def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
+        positions = np.full((len(queries), self.k), -1, np.int64)
+        products = np.full((len(queries), self.k), -np.inf, np.float64)
+        with _full_float32():
+            for start in range(0, len(queries), QUERY_ROWS):
+                part = slice(start, start + QUERY_ROWS)
+                queries_ND = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
+                visible_N = torch.from_numpy(np.ascontiguousarray(visible[part])).to(self.device)
+                found = self._search_certainly(queries_ND, visible_N)
+                positions[part], products[part] = (tensor.cpu().numpy() for tensor in found)
+        return Neighbors(positions, products)
+
+    def _search_certainly(
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half precision where it pays, float32 for the rows in doubt, every tie for the rest."""
+        positions_NK, products_NK, doubtful = None, None, torch.arange(len(queries_ND))
+        doubtful = doubtful.to(self.device)
+        for precision in self._precisions():
+            found = self._nominate(queries_ND[doubtful], visible_N[doubtful], precision)
+            if positions_NK is None or products_NK is None:
+                positions_NK, products_NK = found[0], found[1]
+            else:
+                positions_NK[doubtful], products_NK[doubtful] = found[0], found[1]
+            doubtful = doubtful[~found[2]]
+            if precision != torch.float32 and len(doubtful) > PATIENCE * len(queries_ND) > 32:
+                self._half_pays = False
+                log.info("Neighbors lie too close for %s; going on in float32.", precision)
+            if len(doubtful) == 0:
+                return positions_NK, products_NK
+        assert positions_NK is not None and products_NK is not None
+        found_all = self._search_ties(
+            queries_ND[doubtful], visible_N[doubtful], products_NK[doubtful]
+        )
+        positions_NK[doubtful], products_NK[doubtful] = found_all
+        return positions_NK, products_NK
+
+    def _precisions(self) -> list[torch.dtype]:
+        use_half = self._halves is not None and self._half_pays
+        return [self.precision, torch.float32] if use_half else [torch.float32]
+
+    def _nominate(
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, precision: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Best K of the candidates that a product in `precision` nominates, and the certificates.
+
+        Returns positions (N, K), products (N, K) float64, certain (N,) bool.
+        """
+        wanted = self.k + EXTRA_CANDIDATES[precision]
+        scores_NC, positions_NC = self._scan(queries_ND.to(precision), visible_N, wanted)
+        products_NC = self._exact_products(queries_ND, positions_NC)
+        order_NC = _order(products_NC, positions_NC)[:, : self.k]
+        products_NK = products_NC.gather(1, order_NC)
+        positions_NK = positions_NC.gather(1, order_NC)
+        worst_N = scores_NC[:, -1].double()  # whatever was not nominated scored no better
+        could_be_N = worst_N + self._error_bound(queries_ND, worst_N, precision)
+        certain_N = (products_NK[:, -1] > could_be_N) | (visible_N <= wanted)
+        return positions_NK, products_NK, certain_N
+
+    def _error_bound(
+        self, queries_ND: torch.Tensor, scores_N: torch.Tensor, precision: torch.dtype
+    ) -> torch.Tensor:
+        """How far a true cosine can lie above its score: float32 summation in any order (Higham,
+        γ = D·u / (1 − D·u)), plus the rounding of rows, queries and scores to half precision."""
+        unit = 2.0**-24
+        summation = self.dimension * unit / (1 - self.dimension * unit) * (1 + 1e-5)
+        bound_N = torch.full_like(scores_N, summation)
+        if precision != torch.float32:
+            queries_rounding_N = _rounding(queries_ND, queries_ND.to(precision)).double()
+            bound_N += (self._rounding + queries_rounding_N * (1 + self._rounding)) * (1 + 1e-5)
+            half_unit = torch.finfo(precision).eps / 2
+            bound_N += scores_N.abs() * half_unit / (1 - half_unit)
+        return torch.where(scores_N == NOTHING, 0.0, bound_N)
+
+    def _scan(
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, wanted: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `wanted` best scores (N, C) and their positions, -1 where fewer rows are visible."""
+        scores_NC = torch.full((len(queries_ND), wanted), NOTHING, device=self.device)
+        positions_NC = torch.full_like(scores_NC, -1, dtype=torch.int64)
+        for first, start, scores_MW in self._blocks(queries_ND, visible_N):
+            _take_best(scores_NC[first:], positions_NC[first:], scores_MW, start)
+        positions_NC[scores_NC == NOTHING] = -1
+        return scores_NC, positions_NC
+
+    def _blocks(
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Scores block by block: (first query, first row, scores (M, W) of the queries from
+        `first` on). W is a multiple of GROUP; rows that a query may not see score -inf."""
+        precision = queries_ND.dtype
+        held = self._rows if precision == torch.float32 else self._halves
+        assert held is not None
+        rows_PD = held.filled
+        all_see, some_see = int(visible_N[0]), int(visible_N[-1])
+        width = self._block_width(len(queries_ND), precision)
+        steps = [(at, min(at + width, all_see)) for at in range(0, all_see, width)]
+        width = min(width, TAIL_ROWS)
+        steps += [(at, min(at + width, some_see)) for at in range(all_see, some_see, width)]
+        widest = max((stop - start for start, stop in steps), default=0)
+        scratch = torch.empty(
+            len(queries_ND) * _whole_groups(widest), dtype=precision, device=self.device
+        )
+        for start, stop in steps:
+            first = int(torch.searchsorted(visible_N, start, right=True)) if start else 0
+            seeing, padded = len(queries_ND) - first, _whole_groups(stop - start)
+            scores_MW = scratch[: seeing * padded].view(seeing, padded)
+            scores_MW[:, stop - start :] = NOTHING
+            torch.mm(
+                queries_ND[first:], rows_PD[start:stop].T, out=scores_MW[:, : stop - start]
+            )
+            if stop > all_see:
+                at_W = torch.arange(start, start + padded, device=self.device)
+                scores_MW.masked_fill_(at_W >= visible_N[first:, None], NOTHING)
+            yield first, start, scores_MW
+
+    def _block_width(self, queries: int, precision: torch.dtype) -> int:
+        # Half for the scores; the group maxima and candidates need less than the other half.
+        fitting = self._memory // 2 // (max(1, queries) * precision.itemsize)
+        return max(GROUP, min(1 << 16, fitting // GROUP * GROUP))
+
+    def _exact_products(self, queries_ND: torch.Tensor, positions_NC: torch.Tensor) -> torch.Tensor:
+        """Cosines in float64 of each query with its candidates, -inf where there is none."""
+        count, wanted = positions_NC.shape
+        products_NC = torch.empty((count, wanted), dtype=torch.float64, device=self.device)
+        elements = REFINE_ELEMENTS.get(self.device.type, 1 << 20)
+        step = max(1, elements // (wanted * self.dimension))
+        for start in range(0, count, step):
+            at_NC = positions_NC[start : start + step]
+            rows = self._rows.filled[at_NC.clamp(min=0).flatten()].double()
+            rows.view(*at_NC.shape, -1).mul_(queries_ND[start : start + step, None])
+            products_NC[start : start + step] = fold_sum(rows).view(at_NC.shape)
+        return products_NC.masked_fill_(positions_NC < 0, NOTHING)
+
+    def _search_ties(
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, products_NK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search among dense near-copies: every row that could reach a query's K-th best so far
+        (`products_NK`, a lower bound) is recomputed in float64."""
+        best_NK = torch.full_like(products_NK, NOTHING)
+        positions_NK = torch.full_like(best_NK, -1, dtype=torch.int64)
+        floor_N = products_NK[:, -1]
+        reach_N = floor_N - self._error_bound(queries_ND, floor_N, torch.float32)
+        for first, start, scores_MW in self._blocks(queries_ND, visible_N):
+            hits = (scores_MW.double() >= reach_N[first:, None]).nonzero()
+            if len(hits) == 0:
+                continue
+            query, position = hits[:, 0] + first, hits[:, 1] + start
+            product = torch.empty(len(hits), dtype=torch.float64, device=self.device)
+            step = REFINE_ELEMENTS.get(self.device.type, 1 << 20) // self.dimension + 1
+            for at in range(0, len(hits), step):
+                part = slice(at, at + step)
+                rows = self._rows.filled[position[part]].double()
+                product[part] = fold_sum(rows.mul_(queries_ND[query[part]]))
+            _keep_best_ties(best_NK, positions_NK, query, position, product)
+        return positions_NK, best_NK
+
+
+def _take_best(
+    scores_NC: torch.Tensor, positions_NC: torch.Tensor, scores_NW: torch.Tensor, start: int
+) -> None:
+    """Merge a block of scores, whose first column is row `start`, into the running best C.
+
+    The C best columns lie in the C groups with the highest maxima, so only those are sorted; and
+    queries whose best so far no group beats are left alone.
+    """
+    count, wanted = scores_NC.shape
+    groups_NGW = scores_NW.view(count, -1, GROUP)
+    if groups_NGW.shape[1] > wanted:
+        maxima_NG = groups_NGW.amax(2)
+        hot = None
+        if scores_NC.device.type == "cpu":  # elsewhere asking costs more than it saves
+            hot = (maxima_NG.amax(1) > scores_NC[:, -1]).nonzero()[:, 0]
+            if len(hot) == 0:
+                return
+            if len(hot) < 0.7 * count:
+                maxima_NG, groups_NGW = maxima_NG[hot], groups_NGW
+            else:
+                hot = None
+        group_NC = maxima_NG.topk(wanted, sorted=False).indices
+        if hot is None:
+            picked = groups_NGW.gather(1, group_NC[:, :, None].expand(-1, -1, GROUP))
+        else:
+            picked = groups_NGW[hot[:, None], group_NC]
+        new_NC, at_NC = picked.flatten(1).topk(wanted, sorted=False)
+        columns_NC = group_NC.gather(1, at_NC // GROUP) * GROUP + at_NC % GROUP
+    else:
+        hot = None
+        new_NC, columns_NC = scores_NW.topk(min(wanted, scores_NW.shape[1]), sorted=False)
+    rows = slice(None) if hot is None else hot
+    all_scores = torch.cat([scores_NC[rows], new_NC.float()], 1)
+    all_positions = torch.cat([positions_NC[rows], columns_NC + start], 1)
+    scores, order = all_scores.topk(wanted)
+    scores_NC[rows] = scores
+    positions_NC[rows] = all_positions.gather(1, order)
+
+
+def _order(products_NC: torch.Tensor, positions_NC: torch.Tensor) -> torch.Tensor:
+    """Columns by descending product; equal products by position, absent ones last."""
+    by_position = positions_NC.masked_fill(positions_NC < 0, torch.iinfo(torch.int64).max)
+    by_position = by_position.argsort(dim=1, stable=True)
+    by_product = products_NC.gather(1, by_position).argsort(dim=1, stable=True, descending=True)
+    return by_position.gather(1, by_product)
+
+
+def _keep_best_ties(
+    best_NK: torch.Tensor,
+    positions_NK: torch.Tensor,
+    query: torch.Tensor,
+    position: torch.Tensor,
+    product: torch.Tensor,
+) -> None:
+    """Merge (query, position, product) triples, in order of query and position, into the best K."""
+    k = best_NK.shape[1]
+    order = product.argsort(stable=True, descending=True)
+    order = order[query[order].argsort(stable=True)]
+    query, position, product = query[order], position[order], product[order]
+    concerned, sizes = torch.unique_consecutive(query, return_counts=True)
+    offsets = torch.cumsum(sizes, 0) - sizes
+    place = torch.arange(len(query), device=query.device) - offsets.repeat_interleave(sizes)
+    line = torch.arange(len(concerned), device=query.device).repeat_interleave(sizes)
+    first_k = place < k
+    new_products = torch.full((len(concerned), k), NOTHING, dtype=product.dtype).to(query.device)
+    new_positions = torch.full_like(new_products, -1, dtype=torch.int64)
+    new_products[line[first_k], place[first_k]] = product[first_k]
+    new_positions[line[first_k], place[first_k]] = position[first_k]
+    products = torch.cat([best_NK[concerned], new_products], 1)
+    positions = torch.cat([positions_NK[concerned], new_positions], 1)
+    best = _order(products, positions)[:, :k]
+    best_NK[concerned] = products.gather(1, best)
+    positions_NK[concerned] = positions.gather(1, best)
+
+
+def _rounding(rows_ND: torch.Tensor, halves_ND: torch.Tensor) -> torch.Tensor:
+    """Length of what rounding took from each row (N,)."""
+    return torch.linalg.vector_norm(rows_ND - halves_ND.float(), dim=1) * (1 + 1e-5)
+
+
+def _whole_groups(columns: int) -> int:
+    return -(-columns // GROUP) * GROUP
+
+
+def _fast_precision(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.float16
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and supported() else torch.float32
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Float32 products in real float32: training may have allowed TF32 or bfloat16 for them."""
+    allowed = torch.get_float32_matmul_precision()
+    reduced = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = reduced

@@ -1,0 +1,124 @@
+"""Feature rows: read from any array type, brought to unit length, multiplied row by row in float64.
+
+Every number that decides something comes from here, and none depends on how many rows are
+handled at once: sums are folded in one fixed order, the same for numpy, torch, CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError
+
+UNIT_TOLERANCE = 2.5e-7
+"""A row this near to unit length is left untouched, so bringing rows to unit length twice changes
+nothing: rounding a unit row to float32 moves its norm by at most 6e-8."""
+
+_FOLD_ELEMENTS = 1 << 17  # float64 elements handled at once: 1 MB, so the fold stays in the cache
+
+
+class Trouble(IntEnum):
+    """What is wrong with a feature row."""
+
+    NONE = 0
+    NOT_FINITE = 1
+    ZERO = 2
+
+
+def fold_sum(products: Any) -> Any:
+    """Sum each row of `products` (N, D) -> (N,), in place, by adding the upper half to the lower.
+
+    Only element-wise additions in a fixed order: the result has the same bits for any number of
+    rows and on any device. Takes numpy arrays and torch tensors.
+    """
+    width = products.shape[1]
+    while width > 1:
+        half = width // 2
+        products[:, :half] += products[:, width - half : width]
+        width -= half
+    return products[:, 0]
+
+
+def row_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Dot product of each row of `left` (N, D) with the same row of `right` -> (N,) float64."""
+    count, dimension = left.shape
+    products = np.empty(count, np.float64)
+    step = max(1, _FOLD_ELEMENTS // max(1, dimension))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        products[rows] = fold_sum(np.multiply(left[rows], right[rows], dtype=np.float64))
+    return products
+
+
+def as_matrix(values: Any, what: str) -> np.ndarray:
+    """Read `values` as a two-dimensional floating array on the CPU.
+
+    Takes numpy arrays, nested lists and torch tensors of any device and precision. Raises
+    UserError when they are not numbers or not (samples, dimension); `what` names them there.
+    """
+    if hasattr(values, "detach"):  # a torch tensor, without importing torch
+        values = values.detach().cpu()
+        values = values.float() if "bfloat16" in str(values.dtype) else values
+        values = values.numpy()
+    try:
+        matrix = np.asarray(values)
+        if matrix.dtype not in (np.float16, np.float32, np.float64):
+            if matrix.dtype.kind not in "fiub":
+                raise ValueError(f"of type {matrix.dtype}")
+            matrix = matrix.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{what} must be an array of numbers with one row per sample, not {error}."
+        ) from None
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise UserError(
+            f"{what} must have the shape (samples, dimension), not {tuple(matrix.shape)}."
+        )
+    return matrix
+
+
+def unit_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bring the rows of `matrix` (N, D) to unit length.
+
+    Returns (rows (N, D) float32, trouble (N,) int8 of `Trouble`). Lengths are taken in float64
+    and the quotient is rounded to float32 once. Rows that are not finite or zero come back as
+    zeros, with their trouble told.
+    """
+    rows = np.empty(matrix.shape, np.float32)
+    trouble = np.zeros(len(matrix), np.int8)
+    step = max(1, _FOLD_ELEMENTS // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
+        rows[part], trouble[part] = _unit_rows_at_once(matrix[part])
+    return rows, trouble
+
+
+def _unit_rows_at_once(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    trouble = np.zeros(len(matrix), np.int8)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        squares = fold_sum(np.square(matrix, dtype=np.float64))
+        odd = ~(np.isfinite(squares) & (squares > 1e-200))
+        if odd.any():  # not finite, zero, or float64 values whose squares leave float64's range
+            matrix = matrix.astype(np.float64)
+            largest = np.abs(matrix[odd]).max(axis=1)
+            trouble[odd] = np.where(
+                np.isfinite(largest),
+                np.where(largest == 0, Trouble.ZERO, Trouble.NONE),
+                Trouble.NOT_FINITE,
+            )
+            usable = trouble[odd] == Trouble.NONE
+            scaled = np.where(usable[:, None], matrix[odd] / largest[:, None], 0)
+            matrix[odd] = scaled
+            squares[odd] = fold_sum(np.square(scaled))
+            squares[trouble != Trouble.NONE] = 1
+    norms = np.sqrt(squares)
+    rows = matrix.astype(np.float32)
+    stretch = np.abs(norms - 1) > UNIT_TOLERANCE
+    if stretch.all():
+        rows[:] = matrix / norms[:, None]
+    elif stretch.any():
+        rows[stretch] = matrix[stretch] / norms[stretch, None]
+    return rows, trouble
