@@ -51,7 +51,7 @@ class BlipCaptioner(nn.Module):
         try:
             tokens_BLW = self.visual_encoder(images_BCHW)
             start = self._start(tokenizer, prompt).to(images_BCHW.device)
-            ids_BT = self.text_decoder.generate(
+            ids_BT = self.text_decoder.generate(  # type: ignore[misc]
                 input_ids=start.expand(len(images_BCHW), -1),
                 encoder_hidden_states=tokens_BLW,
                 do_sample=False,

@@ -130,31 +130,32 @@ def from_huggingface(values: dict[str, Any]) -> BlipConfig:
     """Translate the ``config.json`` of a Hugging Face BLIP (``model_type: blip``)."""
     from transformers import BlipConfig as HuggingFaceConfig
 
-    config = HuggingFaceConfig.from_dict(values)
-    vision, text = config.vision_config, config.text_config
-    # A [DEC] or [ENC] of its own is not in that file: BLIP appends them after BERT's words.
+    # Filled with the defaults of transformers: its files may leave fields out.
+    full = HuggingFaceConfig.from_dict(values).to_dict()
+    vision, text = full["vision_config"], full["text_config"]
+    # [ENC] is not in that file: BLIP appends it right after [DEC].
     return BlipConfig(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        vision_width=vision.hidden_size,
-        vision_depth=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads,
-        vision_feedforward=vision.intermediate_size,
-        vision_norm_eps=vision.layer_norm_eps,
-        text_width=text.hidden_size,
-        text_depth=text.num_hidden_layers,
-        text_heads=text.num_attention_heads,
-        text_feedforward=text.intermediate_size,
-        text_positions=text.max_position_embeddings,
-        text_norm_eps=text.layer_norm_eps,
-        text_dropout=float(text.hidden_dropout_prob),
-        vocab_size=text.vocab_size,
-        pad_token_id=text.pad_token_id,
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        vision_width=vision["hidden_size"],
+        vision_depth=vision["num_hidden_layers"],
+        vision_heads=vision["num_attention_heads"],
+        vision_feedforward=vision["intermediate_size"],
+        vision_norm_eps=vision["layer_norm_eps"],
+        text_width=text["hidden_size"],
+        text_depth=text["num_hidden_layers"],
+        text_heads=text["num_attention_heads"],
+        text_feedforward=text["intermediate_size"],
+        text_positions=text["max_position_embeddings"],
+        text_norm_eps=text["layer_norm_eps"],
+        text_dropout=float(text["hidden_dropout_prob"]),
+        vocab_size=text["vocab_size"],
+        pad_token_id=text["pad_token_id"],
         cls_token_id=values.get("cls_token_id", 101),
-        sep_token_id=text.sep_token_id,
-        bos_token_id=text.bos_token_id,
-        enc_token_id=values.get("enc_token_id", text.bos_token_id + 1),
-        embed_dim=config.image_text_hidden_size,
+        sep_token_id=text["sep_token_id"],
+        bos_token_id=text["bos_token_id"],
+        enc_token_id=values.get("enc_token_id", text["bos_token_id"] + 1),
+        embed_dim=full["image_text_hidden_size"],
     )
 
 

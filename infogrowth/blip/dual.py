@@ -1,6 +1,7 @@
 """The scoring half of BLIP: two encoders into one feature space, and the matching head.
 
-Shapes: B images or texts, L image tokens, T text length, W a transformer's width, D feature width.
+Shapes: B images or texts, G images for N texts, L image tokens, T text length, W a transformer's
+width, D feature width.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from infogrowth.blip.config import BlipConfig
+from infogrowth.blip.cross_attention import SharedImages
 from infogrowth.blip.losses import unit, widened
 from infogrowth.blip.text import build_text_encoder, open_with
 from infogrowth.blip.vision import build_vision
@@ -64,21 +66,38 @@ class BlipDual(nn.Module):
         return states_BTW, unit(self.text_proj(states_BTW[:, 0]))
 
     def itm_logits(
-        self, image_tokens_BLW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+        self,
+        image_tokens_GLW: torch.Tensor,
+        ids_NT: torch.Tensor,
+        mask_NT: torch.Tensor,
+        image_rows_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Matching logits ``(B, 2) float32`` of image i with text i; class 1 is "they match".
+        """Matching logits ``(N, 2) float32`` of N image-text pairs; class 1 is "they match".
 
-        ``ids_BT`` starts with [CLS] as the tokenizer gives it; [ENC] is put in its place here.
+        Args:
+            image_tokens_GLW: tokens of G images from :meth:`encode_image`.
+            ids_NT, mask_NT: texts that start with [CLS] as the tokenizer gives them; [ENC] is
+                put in its place here.
+            image_rows_N: which of the images text n is paired with; default: image n, G = N.
+                An image that meets several texts is then read once, which is much less work.
         """
-        ids_BT = open_with(ids_BT, self.config.enc_token_id)
-        states_BTW = self._text(self.text_encoder, ids_BT, mask_BT, image_tokens_BLW)
-        return widened(self.itm_head(states_BTW[:, 0]))
+        states_NTW = self._text(
+            self.text_encoder,
+            open_with(ids_NT, self.config.enc_token_id),
+            mask_NT,
+            SharedImages(image_tokens_GLW, image_rows_N),
+        )
+        return widened(self.itm_head(states_NTW[:, 0]))
 
     def itm_score(
-        self, image_tokens_BLW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+        self,
+        image_tokens_GLW: torch.Tensor,
+        ids_NT: torch.Tensor,
+        mask_NT: torch.Tensor,
+        image_rows_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The matching logit ``(B,) float32`` of image i with text i."""
-        return self.itm_logits(image_tokens_BLW, ids_BT, mask_BT)[:, 1]
+        """The matching logit ``(N,) float32`` of each pair; see :meth:`itm_logits`."""
+        return self.itm_logits(image_tokens_GLW, ids_NT, mask_NT, image_rows_N)[:, 1]
 
     def compile_encoders(self, **options: object) -> None:
         """``torch.compile`` the transformers in place; state dict names stay as they are."""
@@ -91,10 +110,8 @@ class BlipDual(nn.Module):
         encoder: nn.Module,
         ids_BT: torch.Tensor,
         mask_BT: torch.Tensor,
-        image_tokens_BLW: torch.Tensor | None = None,
+        images: SharedImages | None = None,
     ) -> torch.Tensor:
         # No mask for the image tokens: all are real, and transformers ignores one anyway.
-        output = encoder(
-            input_ids=ids_BT, attention_mask=mask_BT, encoder_hidden_states=image_tokens_BLW
-        )
+        output = encoder(input_ids=ids_BT, attention_mask=mask_BT, encoder_hidden_states=images)
         return output.last_hidden_state

@@ -99,8 +99,11 @@ class MomentumBlip(BlipDual):
     @torch.no_grad()
     def update_momentum(self) -> None:
         """``slow = momentum · slow + (1 − momentum) · online``, in a few launches for all."""
-        online = [p for module, _ in self.momentum_pairs for p in module.parameters()]
-        slow = [p for _, module in self.momentum_pairs for p in module.parameters()]
+        online: list[torch.Tensor] = []
+        slow: list[torch.Tensor] = []
+        for mine, twin in self.momentum_pairs:
+            online.extend(mine.parameters())
+            slow.extend(twin.parameters())
         torch._foreach_mul_(slow, self.momentum)
         torch._foreach_add_(slow, online, alpha=1.0 - self.momentum)
 
@@ -117,21 +120,22 @@ class MomentumBlip(BlipDual):
     def similarity(
         self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
     ) -> torch.Tensor:
-        """Cosine ``(B,)`` of image i with text i by the momentum encoders.
+        """Cosine ``(B,)`` of image i with text i as the contrastive loss sees it, no temperature.
 
-        Unlike the paper's helper of this name it moves no weight and no queue, and it computes
-        without dropout whatever mode the model is in.
+        The mean of online image with momentum text and momentum image with online text. Unlike
+        the paper's helper of this name it moves no weight and no queue, and it computes without
+        dropout whatever mode the model is in.
         """
-        modules = [module for _, module in self.momentum_pairs]
-        training = [module.training for module in modules]
-        for module in modules:
-            module.eval()
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
         try:
-            image, text = self.momentum_features(images_BCHW, ids_BT, mask_BT)
+            _, image = self.encode_image(images_BCHW)
+            _, text = self.encode_text(ids_BT, mask_BT)
+            image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
         finally:
-            for module, mode in zip(modules, training, strict=True):
-                module.train(mode)
-        return (image * text).sum(1)
+            for module, training in modes:
+                module.training = training
+        return ((image * text_momentum).sum(1) + (image_momentum * text).sum(1)) / 2
 
     def contrast(
         self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor

@@ -155,7 +155,8 @@ class BlipPretrain(MomentumBlip):
         alpha: float,
         copies_BC: torch.Tensor | None,
     ) -> torch.Tensor:
-        hard_BC = identity_targets(*logits[0].shape, device=logits[0].device)
+        rows, candidates = logits[0].shape
+        hard_BC = identity_targets(rows, candidates, logits[0].device)
         losses = [
             contrastive_loss(mine, soft_targets(slow, hard_BC, alpha, copies_BC), copies_BC)
             for mine, slow in zip(logits, self.momentum_both_ways(features), strict=True)
@@ -194,12 +195,13 @@ class BlipPretrain(MomentumBlip):
             seen[f"weights_{name}"] = weights_BB
             usable_BB, has_negative_B = drawable(weights_BB, forbidden_BB)
             seen[wanted] = self.choose_negatives(usable_BB, generator)
-        tokens_BLW = features.image_tokens
         wrong_image_B, wrong_text_B = seen["negative_image"], seen["negative_text"]
+        own_B = torch.arange(rows, device=ids_BT.device)
         logits_N2 = self.itm_logits(
-            torch.cat([tokens_BLW, tokens_BLW[wrong_image_B], tokens_BLW]),
+            features.image_tokens,
             torch.cat([ids_BT, ids_BT, ids_BT[wrong_text_B]]),
             torch.cat([mask_BT, mask_BT, mask_BT[wrong_text_B]]),
+            torch.cat([own_B, wrong_image_B, own_B]),
         )
         seen["itm_logits"] = logits_N2.detach()
         return matching_loss(logits_N2, has_negative_B), seen

@@ -175,12 +175,14 @@ class BlipRetrieval(MomentumBlip):
                 seen[f"weights_{name}"] = weights_BG
                 usable_BG, has_negative_B = drawable(weights_BG, forbidden_BG)
                 seen[wanted] = self.choose_negatives(usable_BG, generator)
-        tokens_BLW = features.image_tokens
-        wrong_image_B, wrong_text_B = seen["negative_image"], seen["negative_text"]
+        wrong_text_B = seen["negative_text"]
+        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+        # Own images, then the wrong ones: of a large pool only those are read.
         logits_N2 = self.itm_logits(
-            torch.cat([tokens_BLW, pool.image_tokens[wrong_image_B], tokens_BLW]),
+            torch.cat([features.image_tokens, pool.image_tokens[seen["negative_image"]]]),
             torch.cat([ids_BT, ids_BT, pool.ids[wrong_text_B]]),
             torch.cat([mask_BT, mask_BT, pool.mask[wrong_text_B]]),
+            torch.cat([rows_B, rows_B + len(rows_B), rows_B]),
         )
         seen["itm_logits"] = logits_N2.detach()
         return matching_loss(logits_N2, has_negative_B), seen

@@ -5,6 +5,7 @@ from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
 from infogrowth.blip.config import BlipConfig
+from infogrowth.blip.cross_attention import share_images
 
 
 def text_config(config: BlipConfig) -> BlipTextConfig:
@@ -38,6 +39,7 @@ def build_text_encoder(config: BlipConfig, learn_padding: bool) -> BlipTextModel
             its retrieval it does not.
     """
     encoder = BlipTextModel(text_config(config), add_pooling_layer=False)
+    share_images(encoder)
     if learn_padding:
         encoder.embeddings.word_embeddings.padding_idx = None
     return encoder

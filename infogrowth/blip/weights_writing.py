@@ -1,4 +1,4 @@
-"""Writing a BLIP's weights for each reader: official ``.pth``, our folder, Hugging Face's folder."""
+"""Writing a BLIP's weights for each reader: official ``.pth``, our folder, Hugging Face's."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from infogrowth.blip.config import to_huggingface
+from infogrowth.blip.config import BlipConfig, to_huggingface
 from infogrowth.blip.names import is_momentum, is_queue, to_huggingface_name
 from infogrowth.blip.tokenizer import save_vocabulary
 from infogrowth.errors import UserError
@@ -74,7 +74,7 @@ def save_folder(
     save_vocabulary(tokenizer, directory)
     with atomic_write(Path(directory) / "model.safetensors") as file:
         file.write(_safetensors(state))
-    model.config.to_folder(directory)  # type: ignore[operator, union-attr]
+    _config(model).to_folder(directory)
 
 
 def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -99,8 +99,8 @@ def _with_positions(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("embeddings.word_embeddings.weight"):
-            length = model.config.text_positions  # type: ignore[union-attr]
             prefix = name.removesuffix("word_embeddings.weight")
+            length = len(model.get_parameter(f"{prefix}position_embeddings.weight"))
             state[f"{prefix}position_ids"] = torch.arange(length).expand(1, -1).clone()
         state[name] = tensor.detach().cpu()
     return state
@@ -125,13 +125,13 @@ def _save_huggingface(
         file.write(_safetensors(renamed))
     if tokenizer is not None:
         _save_tokenizer(tokenizer, directory)
-    config = model.config
+    config = _config(model)
     atomic_write_json(directory / "preprocessor_config.json", _preprocessor(config), indent=2)
     architecture = {
         "retrieval": "BlipForImageTextRetrieval",
         "captioning": "BlipForConditionalGeneration",
     }[task]
-    values = {**to_huggingface(config), "architectures": [architecture]}  # type: ignore[arg-type]
+    values = {**to_huggingface(config), "architectures": [architecture]}
     atomic_write_json(directory / "config.json", values, indent=2)
 
 
@@ -145,9 +145,16 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
                     file.write(source.read_bytes())
 
 
-def _preprocessor(config: object) -> dict[str, object]:
+def _config(model: nn.Module) -> BlipConfig:
+    """The shape that every model of this package carries."""
+    config = model.config
+    assert isinstance(config, BlipConfig)
+    return config
+
+
+def _preprocessor(config: BlipConfig) -> dict[str, object]:
     """How ``transformers`` should prepare images for this model."""
-    side = config.image_size  # type: ignore[attr-defined]
+    side = config.image_size
     return {
         "image_processor_type": "BlipImageProcessor",
         "do_resize": True,
