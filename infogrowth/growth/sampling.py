@@ -146,6 +146,11 @@ class GainSampler:
             self.epoch, self._skip, self._position = epoch, 0, 0
             self._sequence = self._draw(epoch)
 
+    def epoch_length(self, epoch: int) -> int:
+        """How many rows each rank takes in a whole epoch ``epoch``, without going there."""
+        sequence = self._sequence if epoch == self.epoch else self._draw(epoch)
+        return math.ceil(len(sequence) / self.world_size)
+
     def global_sequence(self) -> np.ndarray:
         """All ranks' rows of this epoch in order, unpadded, int64."""
         return self._sequence.copy()

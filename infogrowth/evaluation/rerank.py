@@ -1,0 +1,201 @@
+"""Image–text retrieval scores: cosine first, then the matching head on the best candidates.
+
+Every rank encodes and matches its own blocks of images. Blocks are cut by the batch size alone and
+pairs are grouped by image, so a pair is computed in the same company whatever the number of
+ranks: the scores are the same at any world size, ranks without a block included.
+
+Shapes: I images, T texts, D feature width, L image tokens, W width.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from infogrowth import distributed
+from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.tokenizer import tokenize
+from infogrowth.errors import UserError
+from infogrowth.evaluation.matching import ImageMatcher
+
+# What a pair outside the candidates scores, as in BLIP: below every re-ranked pair.
+NOT_RANKED = -100.0
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Scores in both directions, float32 on the CPU, and the cosines they started from."""
+
+    i2t: torch.Tensor  # (I, T)
+    t2i: torch.Tensor  # (T, I)
+    cosine: torch.Tensor  # (I, T)
+
+
+@torch.inference_mode()
+def retrieval_scores(
+    model: BlipDual,
+    tokenizer: PreTrainedTokenizerBase,
+    images: Dataset,
+    texts: list[str],
+    *,
+    k_test: int = 256,
+    batch_size: int = 64,
+    max_length: int = 35,
+    workers: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress: bool = False,
+) -> RetrievalScores:
+    """Score every image with every text; the model is put in eval mode and left as it was.
+
+    Among the ``k_test`` candidates of a query (by cosine; of equal ones the lower index), the
+    score is matching logit + cosine; elsewhere −100. ``k_test`` may exceed the set.
+
+    Args:
+        images: items ``{"image": (C, H, W)}`` by number.
+        texts: the captions.
+        batch_size: images or texts per encoder pass.
+        autocast: the block of forward passes.
+
+    Raises:
+        UserError: an empty set, or an image that cannot be read.
+    """
+    count = len(images)  # type: ignore[arg-type]
+    if not count or not texts:
+        raise UserError("the evaluation set has no images or no captions")
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast():
+            ids_TN, mask_TN = tokenize(tokenizer, texts, max_length)
+            device = next(model.parameters()).device
+            ids_TN, mask_TN = ids_TN.to(device), mask_TN.to(device)
+            text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
+            own, tokens, image_ID = _encode_images(model, images, count, batch_size, workers)
+            cosine_IT = image_ID @ text_TD.T
+            own_i2t, own_t2i = _match(
+                model, own, tokens, ids_TN, mask_TN, cosine_IT, k_test, progress
+            )
+    finally:
+        model.train(was_training)
+    order = torch.cat(distributed.all_gather_ragged(own)).cpu()
+    gathered = [
+        torch.cat([part.cpu() for part in distributed.all_gather_ragged(rows)])[order.argsort()]
+        for rows in (own_i2t, own_t2i)
+    ]
+    return RetrievalScores(gathered[0], gathered[1].T.contiguous(), cosine_IT.cpu())
+
+
+def top_candidates(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
+    """Which ``min(k, N)`` answers of each query score highest, as booleans ``(Q, N)``.
+
+    Of equal scores at the border the lower index is taken.
+    """
+    k = min(k, scores_QN.shape[1])
+    border_Q1 = scores_QN.topk(k, dim=1).values[:, -1:]
+    above_QN = scores_QN > border_Q1
+    level_QN = scores_QN == border_Q1
+    room_Q1 = k - above_QN.sum(dim=1, keepdim=True)
+    return above_QN | (level_QN & (level_QN.cumsum(dim=1) <= room_Q1))
+
+
+def own_blocks(count: int, size: int) -> list[list[int]]:
+    """This rank's share of 0 … count − 1: every W-th block of ``size``."""
+    blocks = [list(range(s, min(s + size, count))) for s in range(0, count, size)]
+    return blocks[distributed.rank() :: distributed.world_size()]
+
+
+def _encode_texts(
+    model: BlipDual, ids_TN: torch.Tensor, mask_TN: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """Unit features ``(T, D)`` of all texts, each rank encoding its blocks."""
+    parts, rows = [], []
+    for block in own_blocks(len(ids_TN), batch_size):
+        longest = int(mask_TN[block].sum(dim=1).max())
+        parts.append(model.encode_text(ids_TN[block, :longest], mask_TN[block, :longest])[1])
+        rows += block
+    return _in_order(parts, rows, model)
+
+
+def _encode_images(
+    model: BlipDual, images: Dataset, count: int, batch_size: int, workers: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """This rank's image numbers and tokens (kept on the CPU), and all images' features ``(I, D)``."""
+    blocks = own_blocks(count, batch_size)
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        _Safe(images),
+        batch_sampler=blocks,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator().manual_seed(0),
+    )
+    parts: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    for items in loader:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        batch = torch.stack(items).to(device, non_blocking=True)
+        tokens_BLW, features_BD = model.encode_image(batch)
+        tokens += tokens_BLW.cpu().unbind()
+        parts.append(features_BD)
+    rows = [number for block in blocks for number in block]
+    own = torch.tensor(rows, dtype=torch.int64, device=device)
+    return own, tokens, _in_order(parts, rows, model)
+
+
+def _match(
+    model: BlipDual,
+    own: torch.Tensor,
+    tokens: list[torch.Tensor],
+    ids_TN: torch.Tensor,
+    mask_TN: torch.Tensor,
+    cosine_IT: torch.Tensor,
+    k_test: int,
+    progress: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of this rank's images in both directions, ``(own, T)`` each."""
+    wanted_i2t = top_candidates(cosine_IT[own], k_test)
+    wanted_t2i = top_candidates(cosine_IT.T, k_test).T[own]
+    scores_i2t = torch.full(wanted_i2t.shape, NOT_RANKED, device=own.device)
+    scores_t2i = scores_i2t.clone()
+    show = progress and distributed.is_main()
+    for row, image in enumerate(tqdm(own.tolist(), desc="match", disable=None if show else True)):
+        # A pair that both directions want is computed once.
+        pairs = (wanted_i2t[row] | wanted_t2i[row]).nonzero()[:, 0]
+        matcher = ImageMatcher(model, tokens[row].to(own.device, non_blocking=True))
+        scores = matcher.scores(ids_TN[pairs], mask_TN[pairs]) + cosine_IT[image, pairs]
+        for wanted, target in ((wanted_i2t, scores_i2t), (wanted_t2i, scores_t2i)):
+            hits = wanted[row, pairs]
+            target[row, pairs[hits]] = scores[hits]
+    return scores_i2t, scores_t2i
+
+
+def _in_order(parts: list[torch.Tensor], rows: list[int], model: BlipDual) -> torch.Tensor:
+    """All ranks' rows put where their numbers say."""
+    device = next(model.parameters()).device
+    own = torch.cat(parts) if parts else torch.empty(0, model.config.embed_dim, device=device)
+    numbers = torch.tensor(rows, dtype=torch.int64, device=device)
+    features = torch.cat(distributed.all_gather_ragged(own.float()))
+    order = torch.cat(distributed.all_gather_ragged(numbers))
+    return features[order.argsort()]
+
+
+class _Safe(Dataset):
+    """Image tensors by number; an error comes as an item, so that workers do not wrap it."""
+
+    def __init__(self, images: Dataset) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> torch.Tensor | UserError:
+        try:
+            return self._images[number]["image"]
+        except UserError as error:
+            return error
