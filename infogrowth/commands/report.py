@@ -1,0 +1,81 @@
+"""``infogrowth report``: a grown dataset, or training runs, as one HTML file to look at."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from infogrowth.config import option
+from infogrowth.errors import UserError
+from infogrowth.files import atomic_write
+
+HELP = "show a grown dataset (and training runs) on one self-contained HTML page"
+POSITIONAL = ("growth",)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of ``infogrowth report``."""
+
+    growth: str | None = option(None, "growth folder (GROWTH_DIR) to show")
+    annotations: str | None = option(None, "a result JSON to show instead of a growth folder")
+    lmdb: str | None = option(None, "LMDB of the pictures; by default the one the growth used")
+    training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
+    output: str = option("report.html", "the page to write", short="-o")
+    title: str | None = option(None, "title of the page; by default the folder's name")
+    duplicate_distance: float = option(
+        0.05, "pictures closer than this cosine distance count as near-duplicates"
+    )
+
+
+def run(config: Config) -> int:
+    """Write the page; says where it is and how large."""
+    # Drawing libraries take a second to load: only once it is clear that there is work to do.
+    from infogrowth.report.page import render
+
+    _check(config)
+    context: dict[str, Any] = {"dataset": False, "training": None, "map": None, "reasons": None}
+    context["groups"] = {"shown": []}
+    title = "Training runs"
+    if config.growth or config.annotations:
+        name, shown = _dataset(config)
+        title = name
+        context |= shown
+    if config.training:
+        from infogrowth.report.assemble import training_context
+        from infogrowth.report.training_runs import read_runs
+
+        context |= training_context(read_runs(config.training))
+    page = render("report.html.j2", title=config.title or title, **context).encode("utf-8")
+    with atomic_write(config.output, "wb") as file:
+        file.write(page)
+    log.info("wrote %s (%.1f MB)", config.output, len(page) / 1e6)
+    return 0
+
+
+def _check(config: Config) -> None:
+    if config.growth and config.annotations:
+        raise UserError("give a growth folder or --annotations FILE.json, not both")
+    if not (config.growth or config.annotations or config.training):
+        raise UserError(
+            "nothing to report on: give a growth folder, --annotations FILE.json, "
+            "or --training RUN_DIR …"
+        )
+    if not 0 <= config.duplicate_distance <= 2:
+        raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2")
+
+
+def _dataset(config: Config) -> tuple[str, dict[str, Any]]:
+    from infogrowth.report.assemble import dataset_context
+    from infogrowth.report.dataset import open_annotations, open_growth
+    from infogrowth.report.pictures import open_pictures
+
+    if config.growth:
+        dataset = open_growth(config.growth)
+    else:
+        dataset = open_annotations(str(config.annotations))
+    if not dataset.ids:
+        raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
+    pictures, note = open_pictures(config.lmdb, dataset.images)
+    notes = [note] if note else []
+    return dataset.name, dataset_context(dataset, pictures, notes, config.duplicate_distance)

@@ -1,0 +1,222 @@
+"""What a report looks at: a growth folder or a result JSON, read into columns in stream order.
+
+Everything else in this package works on :class:`GrownDataset` and knows no file layout.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from infogrowth.annotations import gains_array, load_annotations
+from infogrowth.errors import UserError
+from infogrowth.growth.ledger import read_growth
+
+Neighbors = list[tuple[str, float]]
+
+_COLUMNS = [
+    "id",
+    "verdict",
+    "reason",
+    "alignment",
+    "original_alignment",
+    "gain_image",
+    "gain_text",
+    "image_neighbors",
+    "image_distances",
+    "text_neighbors",
+    "text_distances",
+    "caption",
+    "original_caption",
+    "source",
+    "source_row",
+]
+
+
+@dataclass(frozen=True)
+class GrownDataset:
+    """One row per sample that was seen, in the order of the stream (N rows).
+
+    A result JSON has kept samples only: its alignments are NaN, and it has neither neighbors nor
+    features, so what needs them is left out of the report.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    ids: list[str]
+    captions: list[str]
+    original_captions: list[str]
+    verdicts: np.ndarray  # (N,) str: "kept", "recaptioned" or "dropped"
+    reasons: np.ndarray  # (N,) str
+    alignment: np.ndarray  # (N,) float64, NaN where unknown
+    original_alignment: np.ndarray  # (N,) float64
+    gains: np.ndarray  # (N, 2) float64: image, text
+    sources: np.ndarray  # (N,) str: where the sample came from, "" when unknown
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples
+    neighbor_table: pa.Table | None = None
+    kept_features: Callable[[str], np.ndarray] | None = None  # "image" | "text" -> (kept, D)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """(N,) bool: rows that are in the grown set, the recaptioned ones too."""
+        return self.verdicts != "dropped"
+
+    @property
+    def recaptioned(self) -> np.ndarray:
+        """(N,) bool: rows kept with a new caption."""
+        return self.verdicts == "recaptioned"
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """(N,) bool: rows of the trusted start set."""
+        return self.reasons == "seed"
+
+    @property
+    def mean_gain(self) -> np.ndarray:
+        """(N,) float64: mean of the image and the text gain, NaN where it was not computed."""
+        return self.gains.mean(axis=1)
+
+    @property
+    def has_text(self) -> bool:
+        """False for class-labeled pictures (modality "image"), which have one gain only."""
+        return self.settings.get("modality", "pair") != "image"
+
+    @property
+    def has_decisions(self) -> bool:
+        """False for a result JSON, which only tells what was kept."""
+        return self.neighbor_table is not None
+
+    @property
+    def min_align(self) -> float | None:
+        """The alignment threshold in force, if it is known."""
+        value = self.settings.get("min_align")
+        return None if value is None else float(value)
+
+    @property
+    def images(self) -> str | None:
+        """The path of the pictures, if the growth folder knows it."""
+        return self.settings.get("images")
+
+    def neighbors(self, row: int, space: str) -> Neighbors:
+        """The nearest kept samples of ``row`` when it arrived, nearest first.
+
+        Args:
+            space: ``"image"`` or ``"text"``.
+        """
+        if self.neighbor_table is None:
+            return []
+        names = self.neighbor_table[f"{space}_neighbors"][row].as_py() or []
+        distances = self.neighbor_table[f"{space}_distances"][row].as_py() or []
+        return list(zip(names, distances, strict=True))
+
+
+def open_growth(directory: str | os.PathLike[str]) -> GrownDataset:
+    """Read a growth folder.
+
+    Raises:
+        UserError: it is no growth folder, or it is damaged.
+    """
+    folder = read_growth(directory)
+    table = _last_word(folder.decisions(columns=_COLUMNS), folder.sources)
+    gains = np.stack([_numbers(table["gain_image"]), _numbers(table["gain_text"])], axis=1)
+    if folder.settings.get("modality") == "image":
+        gains[:, 1] = gains[:, 0]  # as in the result JSON: one gain in both columns
+    names = np.array([_source_name(source) for source in folder.sources] or [""], dtype=np.str_)
+    return GrownDataset(
+        name=Path(directory).resolve().name,
+        settings=dict(folder.settings),
+        ids=_texts(table["id"]),
+        captions=_texts(table["caption"]),
+        original_captions=_texts(table["original_caption"]),
+        verdicts=_strings(table["verdict"]),
+        reasons=_strings(table["reason"]),
+        alignment=_numbers(table["alignment"]),
+        original_alignment=_numbers(table["original_alignment"]),
+        gains=gains,
+        sources=names[table["source"].to_numpy()],
+        skipped=_skipped(folder.sources),
+        neighbor_table=table.select([c for c in _COLUMNS if "_neighbors" in c or "_dist" in c]),
+        kept_features=folder.kept_features,
+    )
+
+
+def open_annotations(path: str | os.PathLike[str]) -> GrownDataset:
+    """Read a result JSON: kept samples, captions and gains, nothing else.
+
+    Raises:
+        UserError: not a result JSON, or a sample without gains.
+    """
+    annotations = load_annotations(path)
+    if not annotations:
+        raise UserError(f"{path} holds no samples; there is nothing to report on")
+    count = len(annotations)
+    captions = [_one_caption(entry["caption"]) for entry in annotations]
+    unknown = np.full(count, np.nan)
+    return GrownDataset(
+        name=Path(path).name,
+        settings={},
+        ids=[entry["image"] for entry in annotations],
+        captions=captions,
+        original_captions=captions,
+        verdicts=np.full(count, "kept"),
+        reasons=np.full(count, ""),
+        alignment=unknown,
+        original_alignment=unknown,
+        gains=gains_array(annotations),
+        sources=np.full(count, ""),
+    )
+
+
+def _last_word(table: pa.Table, sources: list[dict[str, Any]]) -> pa.Table:
+    """One row per sample: one that was offered again is counted by its last decision.
+
+    Only dropped samples are offered again, so the order of the kept rows does not change.
+    """
+    origin = np.arange(len(sources) + 1)
+    for number, source in enumerate(sources):  # a source retries an earlier one only
+        if source.get("retries") is not None:
+            origin[number] = origin[source["retries"]]
+    if len(np.unique(origin)) == len(origin):
+        return table
+    of_sample = np.stack([origin[table["source"].to_numpy()], table["source_row"].to_numpy()])
+    _, last_from_end = np.unique(of_sample[:, ::-1], axis=1, return_index=True)
+    return table.take(pa.array(np.sort(table.num_rows - 1 - last_from_end)))
+
+
+def _source_name(source: dict[str, Any]) -> str:
+    kind = {"seed": "seeds from ", "retry": "offered again from "}.get(source["kind"], "")
+    return kind + (Path(source["features"]).name or source["features"])
+
+
+def _skipped(sources: list[dict[str, Any]]) -> dict[str, int]:
+    """Samples without features by reason; features that were read twice are counted once."""
+    by_features: dict[str, dict[str, int]] = {}
+    for source in sources:
+        counts = by_features.setdefault(source["features"], {})
+        for reason, count in source["skipped"].items():
+            counts[reason] = max(count, counts.get(reason, 0))
+    total: dict[str, int] = {}
+    for counts in by_features.values():
+        for reason, count in counts.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
+
+
+def _one_caption(caption: str | list[str]) -> str:
+    return caption if isinstance(caption, str) else " / ".join(caption)
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    return [text or "" for text in column.to_pylist()]
+
+
+def _strings(column: pa.ChunkedArray) -> np.ndarray:
+    return np.array(_texts(column), dtype=np.str_)
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)

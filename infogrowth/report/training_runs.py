@@ -1,0 +1,154 @@
+"""Training runs read from their log.jsonl, to lay several side by side."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError
+
+RECALL_KEYS = ("r_mean", "txt_r_mean", "img_r_mean")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measured quantity along a run: (n,) samples seen, (n,) values."""
+
+    seen: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run's log tells."""
+
+    name: str
+    loss: Curve
+    recall: Curve  # mean recall in percent; empty for a run that was not evaluated
+    recall_table: dict[str, float]  # recall of the best evaluation
+    samples_seen: int
+    samples_per_second: float  # median; NaN when the log does not tell
+    hours: float  # from the first to the last record; NaN when unknown
+
+    @property
+    def last_loss(self) -> float:
+        """Mean of the last twentieth of the losses (at least one), NaN without losses."""
+        tail = self.loss.values[-max(1, len(self.loss.values) // 20) :]
+        return float(tail.mean()) if len(tail) else float("nan")
+
+
+def read_run(directory: str | os.PathLike[str], name: str | None = None) -> TrainingRun:
+    """Read ``directory``/log.jsonl, or a log file itself.
+
+    A last line that was cut off by a kill is left out; a resumed run's repeated steps count once,
+    the later record winning.
+
+    Raises:
+        UserError: there is no log, a line is not JSON, or no line has a loss or a recall.
+    """
+    path = Path(directory)
+    path = path / "log.jsonl" if path.is_dir() else path
+    records = _records(path)
+    losses = _one_per_step([r for r in records if _is_number(r.get("loss"))])
+    recalls = _one_per_step([r for r in records if _recall(r) is not None])
+    if not losses and not recalls:
+        raise UserError(f"{path} has neither losses nor recalls; is it the log of a training run?")
+    best = max(recalls, key=lambda r: _recall(r) or 0.0, default={})
+    speeds = [r["samples_per_s"] for r in records if _is_number(r.get("samples_per_s"))]
+    return TrainingRun(
+        name=name or path.resolve().parent.name,
+        loss=Curve(_seen(losses), np.array([r["loss"] for r in losses], dtype=np.float64)),
+        recall=Curve(_seen(recalls), np.array([_recall(r) for r in recalls], dtype=np.float64)),
+        recall_table={k: float(v) for k, v in best.items() if _is_recall(k) and _is_number(v)},
+        samples_seen=int(max((_position(r) for r in [*losses, *recalls]), default=0)),
+        samples_per_second=float(np.median(speeds)) if speeds else float("nan"),
+        hours=_hours(records),
+    )
+
+
+def read_runs(directories: list[str]) -> list[TrainingRun]:
+    """Several runs; those of the same folder name are told apart by their parent folder."""
+    names = [Path(d).resolve().name for d in directories]
+    runs = []
+    for directory, name in zip(directories, names, strict=True):
+        if names.count(name) > 1:
+            name = f"{Path(directory).resolve().parent.name}/{name}"
+        runs.append(read_run(directory, name))
+    return runs
+
+
+def smoothed(values: np.ndarray, most: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Means of consecutive stretches, at most ``most`` of them, and where each one's middle is.
+
+    Returns:
+        (m,) positions as indexes into ``values``, (m,) means.
+    """
+    length = max(1, -(-len(values) // most))
+    starts = np.arange(0, len(values), length)
+    lengths = np.minimum(length, len(values) - starts)
+    means = np.add.reduceat(values, starts) / lengths if len(values) else values
+    return (starts + lengths // 2).astype(int), means
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read; give the OUTPUT_DIR of a training run") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # the writer was killed in the middle of it
+                continue
+            raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _is_recall(key: str) -> bool:
+    name = key.rsplit("/", 1)[-1].removeprefix("val_").removeprefix("test_")
+    return name in (*RECALL_KEYS, *(f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)))
+
+
+def _recall(record: dict[str, Any]) -> float | None:
+    """The mean recall of an evaluation record: the validation's where both are there."""
+    found = [k for k in record if _is_recall(k) and k.endswith("r_mean") and _is_number(record[k])]
+    overall = [k for k in found if not k.endswith(("txt_r_mean", "img_r_mean"))]
+    chosen = sorted(overall or found, key=lambda k: ("test" in k, k))
+    return float(record[chosen[0]]) if chosen else None
+
+
+def _position(record: dict[str, Any]) -> float:
+    """Where in the run a record lies: samples seen, else the step, else the epoch."""
+    for key in ("samples_seen", "step", "epoch"):
+        if _is_number(record.get(key)):
+            return float(record[key])
+    return 0.0
+
+
+def _seen(records: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([_position(record) for record in records], dtype=np.float64)
+
+
+def _one_per_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_position = {_position(record): record for record in records}
+    return [by_position[position] for position in sorted(by_position)]
+
+
+def _hours(records: list[dict[str, Any]]) -> float:
+    times = [r["time"] for r in records if _is_number(r.get("time"))]
+    return (times[-1] - times[0]) / 3600 if len(times) > 1 else float("nan")
