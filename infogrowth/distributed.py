@@ -5,16 +5,18 @@ same code runs as rank 0 of 1 and never initialises a group.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather as _differentiable_all_gather
 
 from infogrowth.errors import UserError
+
+T = TypeVar("T")
 
 # A rank that decodes a slow shard, or writes a big checkpoint, must not be taken for dead.
 _PATIENCE = timedelta(hours=2)
@@ -101,6 +103,24 @@ def main_first() -> Iterator[None]:
     finally:
         if is_main():
             barrier()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What ``action`` returns on rank 0, on all ranks. Its UserError is raised on rank 0, where it
+    is told once; the other ranks end with the same exit status."""
+    value: Any = None
+    error: UserError | None = None
+    if is_main():
+        try:
+            value = action()
+        except UserError as caught:
+            error = caught
+    value, failed = broadcast_object((value, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return value
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:

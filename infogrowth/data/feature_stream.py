@@ -4,13 +4,15 @@ Rows come as they are stored; the growth engine brings them to unit length. What
 is the business of feature_shards.py and feature_sources.py.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ class FeatureBatch:
     """Some consecutive samples: ids and captions (``""`` where missing), features as stored.
 
     ``image`` and ``text`` are ``(n, D) float32``, not cleaned and not unit length, or None for a
-    space that was not asked for; ``extra`` holds further metadata columns, n values each.
+    space that was not asked for; ``extra`` holds further metadata columns, n values each; ``rows``
+    are the samples' row numbers in the stream.
     """
 
     ids: list[str]
@@ -32,6 +35,7 @@ class FeatureBatch:
     image: np.ndarray | None
     text: np.ndarray | None
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,6 +49,7 @@ class FeatureBatch:
             None if self.image is None else self.image[rows],
             None if self.text is None else self.text[rows],
             {name: [column[row] for row in chosen] for name, column in self.extra.items()},
+            self.rows[rows],
         )
 
     def slice(self, start: int, stop: int) -> "FeatureBatch":
@@ -55,6 +60,7 @@ class FeatureBatch:
             None if self.image is None else self.image[start:stop],
             None if self.text is None else self.text[start:stop],
             {name: column[start:stop] for name, column in self.extra.items()},
+            self.rows[start:stop],
         )
 
     @staticmethod
@@ -69,6 +75,7 @@ class FeatureBatch:
             _joined([batch.image for batch in batches]),
             _joined([batch.text for batch in batches]),
             {name: [v for batch in batches for v in batch.extra[name]] for name in first.extra},
+            np.concatenate([batch.rows for batch in batches]),
         )
 
 
@@ -113,7 +120,8 @@ class FeatureStream:
         self.layout = layout
         self.shards = list(shards)
         self.description = description
-        self.rows = sum(shard.rows for shard in self.shards)
+        self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
+        self.rows = self._ends[-1]
         self.dimensions = _common_dimensions(self.shards)
         self._signatures: list[bytes] = []
 
@@ -147,20 +155,43 @@ class FeatureStream:
             return dict(told)
         return _count_skipped(Path(self.path) / "skipped.jsonl")
 
-    def batches(self, batch_size: int, start_row: int = 0) -> Iterator[FeatureBatch]:
-        """Batches of ``batch_size`` samples (the last may be smaller) from ``start_row`` on."""
+    def batches(
+        self,
+        batch_size: int,
+        start_row: int = 0,
+        stop_row: int | None = None,
+        choose: Callable[[FeatureBatch], np.ndarray] | None = None,
+    ) -> Iterator[FeatureBatch]:
+        """Batches of ``batch_size`` samples (the last may be smaller) of the given rows, in order.
+
+        Args:
+            choose: the samples to take of a batch, as ``(n,) bool``; the batches are filled up
+                with what follows, and ``rows`` tells where the samples stand. None takes all.
+        """
+        stop = self.rows if stop_row is None else stop_row
         pieces: list[FeatureBatch] = []
         missing = batch_size
-        for piece in self._pieces(batch_size, start_row):
+        for piece in self._pieces(batch_size, start_row, stop):
+            if choose is not None:
+                taken = np.flatnonzero(choose(piece))
+                piece = piece if len(taken) == len(piece) else piece.take(taken)
             while len(piece) >= missing:
-                head, piece = _split(piece, missing)
-                yield FeatureBatch.join([*pieces, head])
+                yield FeatureBatch.join([*pieces, piece.slice(0, missing)])
+                piece = piece.slice(missing, len(piece))
                 pieces, missing = [], batch_size
             if len(piece):
                 pieces.append(piece)
                 missing -= len(piece)
         if pieces:
             yield FeatureBatch.join(pieces)
+
+    def row(self, number: int) -> FeatureBatch:
+        """One sample, as a batch of one."""
+        ends = self._ends
+        shard = bisect.bisect_right(ends, number)
+        place = number - (ends[shard - 1] if shard else 0)
+        batch = self.shards[shard].batch(place, place + 1)
+        return replace(batch, rows=np.array([number]))
 
     def fingerprint(self, rows: int) -> str:
         """A digest of the shards that hold the first ``rows`` samples: the same features again
@@ -176,13 +207,15 @@ class FeatureStream:
             first += shard.rows
         return digest.hexdigest()
 
-    def _pieces(self, size: int, start_row: int) -> Iterator[FeatureBatch]:
+    def _pieces(self, size: int, start_row: int, stop_row: int) -> Iterator[FeatureBatch]:
         """Slices of single shards, at most ``size`` samples each."""
         first = 0
-        for shard in self.shards:
-            for start in range(max(start_row - first, 0), shard.rows, size):
-                yield shard.batch(start, min(start + size, shard.rows))
-            first += shard.rows
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            for start in range(max(start_row, first), min(stop_row, end), size):
+                stop = min(start + size, stop_row, end)
+                batch = shard.batch(start - first, stop - first)
+                yield replace(batch, rows=np.arange(start, stop))
+            first = end
             shard.release()
 
 
@@ -208,10 +241,6 @@ def _count_skipped(path: Path) -> dict[str, int]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
     return dict(counts)
-
-
-def _split(batch: FeatureBatch, count: int) -> tuple[FeatureBatch, FeatureBatch]:
-    return batch.slice(0, count), batch.slice(count, len(batch))
 
 
 def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import Annotation
@@ -177,20 +178,41 @@ class GrowthFolder:
         parts = list(self.kept_feature_parts(space)) if dimension else []
         return np.concatenate([np.empty((0, dimension), np.float32), *parts])
 
+    def decision_tables(self) -> Iterator[pa.Table]:
+        """Like :meth:`decision_parts` with all columns, and one empty table when there is none."""
+        if self.manifest.parts == 0:
+            yield SCHEMA.empty_table()
+        yield from self.decision_parts()
+
+    def kept_samples(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Ids, captions and gains ``(N, 2) float64`` of the dataset, in insertion order."""
+        parts = list(self._kept_parts())
+        return (
+            [sample for ids, _, _ in parts for sample in ids],
+            [caption for _, captions, _ in parts for caption in captions],
+            np.concatenate([np.empty((0, 2)), *(gains for _, _, gains in parts)]),
+        )
+
     def annotation_parts(self) -> Iterator[list[Annotation]]:
         """The dataset's samples in insertion order, a list per part (spec §3)."""
-        columns = ("id", "verdict", "caption", "gain_image", "gain_text")
-        for table in self.decision_parts(columns):
-            rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        for ids, captions, gains in self._kept_parts():
             yield [
-                {"image": sample, "caption": caption, "gains": [gain_image, gain_text]}
-                for sample, verdict, caption, gain_image, gain_text in rows
-                if verdict != "dropped"
+                {"image": sample, "caption": caption, "gains": pair}
+                for sample, caption, pair in zip(ids, captions, gains.tolist(), strict=True)
             ]
 
     def annotations(self) -> list[Annotation]:
         """``{"image", "caption", "gains"}`` of every sample in the dataset, in insertion order."""
         return [entry for part in self.annotation_parts() for entry in part]
+
+    def _kept_parts(self) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
+        for table in self.decision_parts(("id", "verdict", "caption", "gain_image", "gain_text")):
+            kept = table.filter(pc.not_equal(table["verdict"], "dropped"))
+            image = kept["gain_image"].to_numpy()
+            # Growth in the image space alone has one gain; both places hold it.
+            text = kept["gain_text"].to_numpy() if len(self.spaces) == 2 else image
+            gains = np.stack([image, text], axis=1).astype(np.float64)
+            yield kept["id"].to_pylist(), kept["caption"].to_pylist(), gains
 
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError
@@ -48,6 +49,7 @@ class GrowthLedger:
         self.manifest = Manifest()
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
+        self.dropped = 0  # decisions "dropped", committed or not: for the progress bar
         self._features: dict[str, list[np.ndarray]] = {space: [] for space in SPACES}
         _refuse_strangers(self.layout)
         self._lock = _take_lock(self.layout.lock)
@@ -107,6 +109,7 @@ class GrowthLedger:
         columns["source"] = pa.array(np.full(len(decisions), source, np.int32))
         self._waiting.append(pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA))
         self._waiting_rows += len(decisions)
+        self.dropped += pc.sum(pc.equal(decisions["verdict"], "dropped")).as_py() or 0
         for space, rows in kept.items():
             self._features[space].append(rows)
 
@@ -148,6 +151,7 @@ class GrowthLedger:
         if self.layout.settings.is_file():
             self.settings = self.folder().settings
         self.manifest = read_manifest(self.layout)
+        self.dropped = self.manifest.totals["dropped"]
         for path in self.layout.decisions_folder.glob("*.parquet"):
             _remove_uncommitted(path, path.stem, self.manifest.parts)
         for path in self.layout.kept_folder.glob("*.npy"):

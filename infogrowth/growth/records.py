@@ -36,7 +36,7 @@ def decision_table(batch: DecisionBatch, source_rows: np.ndarray) -> pa.Table:
 
 
 def refusal_table(
-    source_rows: Sequence[int], ids: Sequence[str], captions: Sequence[str], reasons: Sequence[str]
+    source_rows: np.ndarray, ids: Sequence[str], captions: Sequence[str], reasons: Sequence[str]
 ) -> pa.Table:
     """Records of samples that could not be offered to the engine at all (no id, no caption)."""
     count = len(ids)

@@ -1,0 +1,180 @@
+"""`infogrowth grow`: offer samples to a growing dataset, and write what it has become."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infogrowth.config import option
+from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
+from infogrowth.data.features import FeatureStream, open_features
+from infogrowth.errors import UserError
+from infogrowth.files import read_json
+from infogrowth.growth.ledger import GrowthFolder
+
+HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
+log = logging.getLogger(__name__)
+
+_REASONS_TO_KEEP = {"aligned", "recaptioned", "label agrees with its neighbors"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `grow`; the command and a YAML file take the same names."""
+
+    features: str = option(help="samples to offer: a features folder, or a .npz/.pth of arrays")
+    growth: str = option(help="the growth folder: made, or continued")
+    output: list[str] = option(
+        help="files to write: .json (result), .parquet (all decisions), .npy (DataComp uids), "
+        ".jsonl (Hugging Face metadata)"
+    )
+    seed_features: str | None = option(None, help="a clean starting set: kept without a check")
+    seed_ids: str | None = option(
+        None, help="JSON list of ids: these rows of --features are the clean starting set"
+    )
+    recaptions: str | None = option(None, help="a table of other captions (infogrowth recaption)")
+    min_align: float | Literal["auto"] = option(
+        0.4, help="least cosine of image and caption to keep; auto: found from the seeds"
+    )
+    k: int = option(4, help="a gain is the mean distance to this many nearest kept samples")
+    index: Literal["auto", "exact", "approximate"] = option("auto", help="neighbor search")
+    modality: Literal["pair", "image"] = option(
+        "pair", help="pair: image and caption; image: images with class labels as captions"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to search")
+    batch_size: int = option(4096, help="samples looked up together; does not change the result")
+    memory_mb: int = option(256, help="scratch memory of a search, MB")
+    feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
+    commit_rows: int = option(65536, help="samples per commit, at most; also every 60 s")
+    legacy_strings: bool = option(False, help="write JSON gains as strings, as the paper's files")
+    uid_repeats: int = option(1, help="repeat a .npy uid up to this often, by its gain")
+    file_ending: str = option(".jpg", help="for ids without one, in file_name of a .jsonl")
+
+
+def run(config: Config) -> int:
+    """Grow, then write the outputs and print a summary; everything decided is in the folder."""
+    _check(config)
+    started = time.monotonic()
+    spaces = ("image", "text") if config.modality == "pair" else ("image",)
+    features = _open(config.features, spaces, config)
+    seeds = _open(config.seed_features, spaces, config) if config.seed_features else None
+    recaptions = _open(config.recaptions, ("text",), config) if config.recaptions else None
+    seed_ids = _read_seed_ids(config.seed_ids) if config.seed_ids else None
+    for other in (seeds, recaptions):
+        _check_companion(features, other)
+
+    # torch is slow to import: bad input is told first.
+    from infogrowth.commands.grow_session import GrowSession
+    from infogrowth.distributed import barrier, is_main, process_group
+
+    with process_group(config.device) as device:
+        with GrowSession(config, device, features, recaptions) as session:
+            if seeds is not None:
+                session.seed(seeds)
+            else:
+                session.seed(features if seed_ids is not None else None, seed_ids)
+            session.grow()
+            if is_main():
+                folder = session.folder()
+                _write_outputs(config, folder)
+                if log.isEnabledFor(logging.INFO):
+                    print(_summary(config, folder, session.offered, time.monotonic() - started))
+        barrier()
+    return 0
+
+
+def _check(config: Config) -> None:
+    check_outputs(config.output)
+    if config.seed_features and config.seed_ids:
+        raise UserError("give --seed-features or --seed-ids, not both")
+    if config.modality == "image" and config.recaptions:
+        raise UserError("--recaptions has no use with --modality image: labels are not captions")
+    for name in ("k", "batch_size", "memory_mb", "commit_rows", "uid_repeats"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def _open(path: str, spaces: tuple[str, ...], config: Config) -> FeatureStream:
+    extra = ("label",) if config.modality == "image" else ()
+    stream = open_features(path, spaces, config.feature_key, extra)
+    if stream.rows == 0:
+        raise UserError(f"the features {path} hold no samples")
+    stream.dimension  # noqa: B018 - refuses image and text features of different width
+    return stream
+
+
+def _check_companion(features: FeatureStream, other: FeatureStream | None) -> None:
+    """Seeds and recaptions must be of the same encoder as the features."""
+    if other is None:
+        return
+    if other.dimension != features.dimension:
+        raise UserError(
+            f"{other.path} has features of dimension {other.dimension}, and {features.path} of "
+            f"{features.dimension}; they must come from the same encoder"
+        )
+    ours, theirs = features.encoder, other.encoder
+    if bool(ours) != bool(theirs):
+        log.info("note: it is not known whether %s has the encoder of the features", other.path)
+    elif ours and theirs and _identity(ours) != _identity(theirs):
+        raise UserError(
+            f"{other.path} was embedded with encoder {theirs.get('name')}, and {features.path} "
+            f"with {ours.get('name')}; embed both with the same one"
+        )
+
+
+def _identity(encoder: dict[str, Any]) -> Any:
+    """The fingerprint of the weights; where there is none, the name."""
+    return encoder.get("fingerprint") or encoder.get("name")
+
+
+def _read_seed_ids(path: str) -> list[str]:
+    ids = read_json(path, "the seed list")
+    if isinstance(ids, list) and all(isinstance(entry, dict) for entry in ids):
+        ids = [entry.get("image") for entry in ids]  # an annotation file is a list of ids, too
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids):
+        raise UserError(f"the seed list {path} must be a JSON list of sample ids")
+    return ids
+
+
+def _write_outputs(config: Config, folder: GrowthFolder) -> None:
+    for path in config.output:
+        repeats = None
+        if config.uid_repeats > 1 and Path(path).suffix == ".npy":
+            from infogrowth.annotations import gains_array
+            from infogrowth.growth.sampling import normalized_gains
+
+            gains = gains_array(folder.annotations())
+            repeats = uid_repeats(normalized_gains(gains), config.uid_repeats)
+        samples = (entry for part in folder.annotation_parts() for entry in part)
+        choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
+        write_export(path, samples, choices, folder.decision_tables)
+
+
+def _summary(config: Config, folder: GrowthFolder, offered: int, seconds: float) -> str:
+    """The table at the end: what became of all samples so far, and what this run did."""
+    totals, reasons = folder.totals, dict(folder.totals["reasons"])
+    lines: list[tuple[str, str]] = [
+        ("pairs offered", f"{totals['pairs']:,}"),
+        ("kept", f"{totals['kept']:,}"),
+        ("  of these seeds", f"{reasons.pop('seed', 0):,}"),
+        ("recaptioned", f"{totals['recaptioned']:,}"),
+        ("dropped", f"{totals['dropped']:,}"),
+    ]
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        if reason not in _REASONS_TO_KEEP:
+            lines.append((f"  {reason}", f"{count:,}"))
+    skipped = sum(sum(source.skipped.values()) for source in folder.manifest.sources)
+    if skipped:
+        lines.append(("skipped before (no features)", f"{skipped:,}"))
+    settings = folder.settings
+    rule = str(settings["min_align_rule"]).partition(":")[0]
+    speed = f"{offered:,} pairs in {seconds:.1f} s ({offered / seconds:,.0f} pairs/s)"
+    lines += [
+        ("in the dataset", f"{totals['dataset']:,}"),
+        ("min_align", f"{settings['min_align']:.4f} ({rule})"),
+        ("this run", speed if offered else "nothing new: every sample was already decided"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    return f"{table}\ngrowth folder: {config.growth}\nwritten: {', '.join(config.output)}"

@@ -1,0 +1,158 @@
+"""Writing a dataset in other people's formats; the ending of the file says which.
+
+    .json     the result JSON (spec §3)          .npy    DataComp's subset of uids, dtype u8,u8
+    .jsonl    Hugging Face's metadata.jsonl      .parquet  a table (of decisions, or of samples)
+
+Everything is written as it streams by, so the size of the dataset is no matter.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infogrowth.annotations import Annotation
+from infogrowth.errors import UserError
+from infogrowth.files import atomic_write
+
+ENDINGS = (".json", ".jsonl", ".npy", ".parquet")
+_UID = re.compile(r"[0-9a-fA-F]{32}")
+_HAS_ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
+
+
+@dataclass(frozen=True)
+class ExportChoices:
+    """How to write.
+
+    Attributes:
+        legacy_strings: JSON gains as strings, as in the paper's published files.
+        repeats: per sample, how often its uid is repeated in a ``.npy``; None for once each.
+        file_ending: added to ids without a file ending, for ``file_name`` in a ``.jsonl``.
+    """
+
+    legacy_strings: bool = False
+    repeats: np.ndarray | None = None
+    file_ending: str = ".jpg"
+
+
+def check_outputs(paths: Sequence[str]) -> None:
+    """Refuse outputs of unknown kind, or named twice, before any work is done."""
+    for path in paths:
+        if Path(path).suffix not in ENDINGS:
+            raise UserError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
+        if Path(path).is_dir():
+            raise UserError(f"--output {path} is a folder; give a file")
+        if paths.count(path) > 1:
+            raise UserError(f"--output {path} is given twice")
+
+
+def write_export(
+    path: str | os.PathLike[str],
+    samples: Iterable[Annotation],
+    choices: ExportChoices = ExportChoices(),
+    tables: Callable[[], Iterator[pa.Table]] | None = None,
+) -> None:
+    """Write ``samples`` to ``path``, whole or not at all.
+
+    Args:
+        samples: ``{"image", "caption", "gains"}`` in order.
+        tables: makes the rows of a ``.parquet``, all of one schema and at least one table; without
+            it the samples themselves are written.
+
+    Raises:
+        UserError: an unknown ending, an id that is no DataComp uid (``.npy``), or a full disk.
+    """
+    check_outputs([str(path)])
+    ending = Path(path).suffix
+    if ending == ".json":
+        _write_json(path, samples, choices.legacy_strings)
+    elif ending == ".jsonl":
+        _write_lines(path, samples, choices.file_ending)
+    elif ending == ".npy":
+        _write_uids(path, samples, choices.repeats)
+    else:
+        _write_table(path, tables() if tables else iter([_sample_table(samples)]))
+
+
+def uid_repeats(normalized_gains: np.ndarray, most: int) -> np.ndarray:
+    """Repeats ``(N,) int64`` in 1 … ``most`` for gains in [0, 1]: 1 + round(gain · (most − 1))."""
+    return 1 + np.rint(normalized_gains * (most - 1)).astype(np.int64)
+
+
+def _write_json(
+    path: str | os.PathLike[str], samples: Iterable[Annotation], legacy_strings: bool
+) -> None:
+    """The same bytes as annotations.save_annotations, without holding them."""
+    with atomic_write(path, "w") as file:
+        file.write("[")
+        separator = ""
+        for sample in samples:
+            entry = _with_text_gains(sample) if legacy_strings else sample
+            file.write(separator + json.dumps(entry, ensure_ascii=False, allow_nan=False))
+            separator = ", "
+        file.write("]\n")
+
+
+def _with_text_gains(sample: Annotation) -> Annotation:
+    return {**sample, "gains": [str(g) for g in sample["gains"]]} if "gains" in sample else sample
+
+
+def _write_lines(
+    path: str | os.PathLike[str], samples: Iterable[Annotation], file_ending: str
+) -> None:
+    with atomic_write(path, "w") as file:
+        for sample in samples:
+            name = sample["image"]
+            if not _HAS_ENDING.search(name):
+                name += file_ending
+            entry: dict[str, Any] = {"file_name": name, "text": sample["caption"]}
+            if "gains" in sample:
+                entry["gain"] = sum(sample["gains"]) / 2
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _write_uids(
+    path: str | os.PathLike[str], samples: Iterable[Annotation], repeats: np.ndarray | None
+) -> None:
+    pairs = []
+    for sample in samples:
+        uid = sample["image"]
+        if not _UID.fullmatch(uid):
+            raise UserError(
+                f"sample {uid!r} has no DataComp uid (32 hex digits) as its id, so {path} "
+                "cannot be written; choose another --output"
+            )
+        pairs.append((int(uid[:16], 16), int(uid[16:], 16)))
+    uids = np.array(pairs, dtype="u8,u8")
+    if repeats is not None:
+        uids = np.repeat(uids, repeats)
+    uids.sort()
+    with atomic_write(path) as file:
+        np.lib.format.write_array(file, uids, allow_pickle=False)
+
+
+def _write_table(path: str | os.PathLike[str], tables: Iterator[pa.Table]) -> None:
+    first = next(tables)
+    with atomic_write(path) as file, pq.ParquetWriter(file, first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _sample_table(samples: Iterable[Annotation]) -> pa.Table:
+    rows = list(samples)
+    columns: dict[str, Any] = {
+        "image": [row["image"] for row in rows],
+        "caption": [row["caption"] for row in rows],
+    }
+    if rows and all("gains" in row for row in rows):
+        columns["gain_image"] = [row["gains"][0] for row in rows]
+        columns["gain_text"] = [row["gains"][1] for row in rows]
+    return pa.table(columns)
