@@ -1,13 +1,18 @@
 """BLIP as an encoder and as a captioner, whichever of its file layouts it comes from."""
 
+import logging
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import normalize
+from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.captioning import BlipCaptioner
 from infogrowth.blip.checkpoint import load_blip
+from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import tokenize
 from infogrowth.data.captions import pre_caption
@@ -15,9 +20,13 @@ from infogrowth.data.transforms import MEAN, STD
 from infogrowth.encoders.fingerprint import fingerprint
 from infogrowth.encoders.inference import half_on_cuda, pixels, unit_rows
 
+logger = logging.getLogger(__name__)
+
 # What BLIP's own retrieval evaluation reads of a caption.
 _MAX_WORDS = 30
 _MAX_TOKENS = 35
+# Fields of the config that leave a feature as it is; the last is told by the weights' shapes.
+_LEAVES_FEATURES_ALONE = ("drop_path", "text_dropout", "vision_feedforward")
 
 
 class ResizeToSquare:
@@ -35,7 +44,7 @@ class BlipEncoder:
     """The two towers and projections of a BLIP.
 
     Args:
-        path: a BLIP folder of ours, a checkpoint, an official .pth, or a Hugging Face folder.
+        path: a BLIP folder of ours, a checkpoint file, an official .pth, a Hugging Face folder.
         name: what the user called it.
         device: where to run it.
         vocabulary: vocab.txt for a checkpoint that has none beside it; else bert-base-uncased.
@@ -49,12 +58,12 @@ class BlipEncoder:
     ) -> None:
         self.name = name
         self._device = device
-        self._model, self._tokenizer, _ = load_blip(
-            path, kind=BlipDual, device=device, vocab=vocabulary
-        )
+        self._model, self._tokenizer = _open(path, BlipDual, device, vocabulary)
+        self._tokenizing = Lock()
         self.preprocess = ResizeToSquare(self._model.config.image_size)
         self.dimension = self._model.config.embed_dim
-        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer)
+        reading = {"words": _MAX_WORDS, "tokens": _MAX_TOKENS}
+        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer, reading)
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         pixels_BCHW = normalized(images_BCHW, self._device)
@@ -62,7 +71,8 @@ class BlipEncoder:
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
         words = [pre_caption(caption, _MAX_WORDS) for caption in captions]
-        ids, mask = tokenize(self._tokenizer, words, max_length=_MAX_TOKENS, longest=True)
+        with self._tokenizing:  # the tokenizers library refuses to be shared between threads
+            ids, mask = tokenize(self._tokenizer, words, max_length=_MAX_TOKENS, longest=True)
         ids, mask = ids.to(self._device), mask.to(self._device)
         return unit_rows(lambda: self._model.encode_text(ids, mask)[1], self._device)
 
@@ -74,7 +84,7 @@ class BlipDescriber:
         prompt: the words that the caption continues; they are removed from it. Official
             captioning weights were tuned with "a picture of ", pretrained ones without.
         beams: hypotheses kept by beam search.
-        max_tokens: longest caption.
+        max_tokens: longest caption, the prompt included.
     """
 
     def __init__(
@@ -89,24 +99,20 @@ class BlipDescriber:
     ) -> None:
         self.name = name
         self._device = device
-        self._prompt, self._beams, self._max_tokens = prompt, beams, max_tokens
-        self._model, self._tokenizer, _ = load_blip(
-            path, kind=BlipCaptioner, device=device, vocab=vocabulary
-        )
+        self._model, self._tokenizer = _open(path, BlipCaptioner, device, vocabulary)
         self.preprocess = ResizeToSquare(self._model.config.image_size)
-        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer)
+        self._options = {
+            "prompt": prompt,
+            "beams": beams,
+            "max_length": min(max_tokens, self._model.config.text_positions),
+            "min_length": 0,
+        }
+        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer, self._options)
 
     def caption(self, pictures: list[torch.Tensor]) -> list[str]:
         images_BCHW = normalized(torch.stack(pictures), self._device)
         with torch.inference_mode(), half_on_cuda(self._device):
-            return self._model.caption(
-                images_BCHW,
-                self._tokenizer,
-                prompt=self._prompt,
-                beams=self._beams,
-                max_length=self._max_tokens,
-                min_length=0,
-            )
+            return self._model.caption(images_BCHW, self._tokenizer, **self._options)
 
 
 def normalized(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -114,13 +120,24 @@ def normalized(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
     return normalize(images_BCHW.to(device, non_blocking=True).float() / 255, MEAN, STD)
 
 
-def _blip_fingerprint(model: torch.nn.Module, tokenizer) -> str:
-    return fingerprint(
-        model.state_dict(),
-        {
-            "config": {k: v for k, v in vars(model.config).items() if "drop" not in k},
-            "vocabulary": sorted(tokenizer.get_vocab().items()),
-            "words": _MAX_WORDS,
-            "tokens": _MAX_TOKENS,
-        },
-    )
+def _open(
+    path: Path, kind: type, device: torch.device, vocabulary: str | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    config = None
+    if path.is_file():
+        # Weights do not tell the number of attention heads: a config.json beside them does.
+        if (path.parent / "config.json").is_file():
+            config = BlipConfig.from_folder(path.parent)
+        else:
+            logger.warning("%s has no config.json beside it: assuming 64 channels a head", path)
+    model, tokenizer, report = load_blip(path, kind, device, vocabulary, config)
+    logger.debug("%s", report)
+    return model.requires_grad_(False), tokenizer
+
+
+def _blip_fingerprint(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, reading: dict[str, Any]
+) -> str:
+    sizes = {k: v for k, v in vars(model.config).items() if k not in _LEAVES_FEATURES_ALONE}
+    words = sorted(tokenizer.get_vocab().items())
+    return fingerprint(model.state_dict(), {"sizes": sizes, "vocabulary": words, **reading})

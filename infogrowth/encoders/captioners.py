@@ -1,6 +1,7 @@
 """Any Hugging Face image-to-text model as a captioner: GIT, ViT-GPT2, BLIP-2, LLaVA, …"""
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class HuggingFaceCaptioner:
         refuse_missing_weights(loading["missing_keys"], name)
         self._model = model.eval().to(device, self._dtype)
         self._load_processor(folder)
+        self._processing = Lock()
         self._prompt = prompt
         self._options = {"do_sample": False, "num_beams": beams, "max_new_tokens": max_tokens}
         self.fingerprint = fingerprint(
@@ -71,7 +73,8 @@ class HuggingFaceCaptioner:
         )
 
     def caption(self, pictures: list[torch.Tensor]) -> list[str]:
-        inputs = self._inputs(pictures).to(self._device, self._dtype)
+        with self._processing:  # the tokenizers library refuses to be shared between threads
+            inputs = self._inputs(pictures).to(self._device, self._dtype)
         ids = generate(lambda: self._model.generate(**inputs, **self._options))
         asked = inputs.get("input_ids")
         if asked is not None and ids.shape[1] >= asked.shape[1]:
@@ -87,7 +90,7 @@ class HuggingFaceCaptioner:
             processor = load_part("AutoProcessor", folder, self.name, "processor")
         except UserError:
             processor = None
-        self._processor = processor if hasattr(processor, "image_processor") else None
+        self._processor: Any = processor if hasattr(processor, "image_processor") else None
         if self._processor is not None:
             self._image_processor = self._processor.image_processor
             self._tokenizer = self._processor.tokenizer
@@ -100,7 +103,7 @@ class HuggingFaceCaptioner:
         self._tokenizer.padding_side = "left"
 
     def _inputs(self, pictures: list[torch.Tensor]) -> Any:
-        if getattr(self._processor, "chat_template", None):
+        if self._processor is not None and self._processor.chat_template:
             question = {"type": "text", "text": self._prompt or _QUESTION}
             turn = {"role": "user", "content": [{"type": "image"}, question]}
             text = self._processor.apply_chat_template([turn], add_generation_prompt=True)

@@ -1,6 +1,7 @@
 """Any Hugging Face dual encoder (CLIP, SigLIP, …): a model with get_image/text_features."""
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class HuggingFaceDualEncoder:
             load_part("AutoImageProcessor", folder, name, "image processor"), name
         )
         self._tokenizer = load_tokenizer(folder, name)
+        self._tokenizing = Lock()
         self._text_length = self._longest_text()
         self._padding: bool | str = (
             "max_length" if model.config.model_type in _PADDED_TO_FULL_LENGTH else True
@@ -64,13 +66,14 @@ class HuggingFaceDualEncoder:
         )
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        tokens = self._tokenizer(
-            captions,
-            padding=self._padding,
-            truncation=True,
-            max_length=self._text_length,
-            return_tensors="pt",
-        ).to(self._device)
+        with self._tokenizing:  # the tokenizers library refuses to be shared between threads
+            tokens = self._tokenizer(
+                captions,
+                padding=self._padding,
+                truncation=True,
+                max_length=self._text_length,
+                return_tensors="pt",
+            ).to(self._device)
         return unit_rows(lambda: _pooled(self._model.get_text_features(**tokens)), self._device)
 
     def _longest_text(self) -> int:

@@ -115,8 +115,12 @@ def git_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory):
     from transformers import (
-        CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-        LlavaForConditionalGeneration, LlavaProcessor,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
     )  # fmt: skip
 
     folder = tmp_path_factory.mktemp("llava")
@@ -143,3 +147,76 @@ def llava_folder(tmp_path_factory):
 
 def _small_crops(processor_class):
     return processor_class(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+@pytest.fixture(scope="session")
+def blip_models(tmp_path_factory):
+    """A random BLIP by transformers' own classes (retrieval, captioning) and its vocab.txt.
+
+    64 channels a head and LayerNorm eps 1e-6 in the vision tower, as in the official checkpoints.
+    """
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    words = [*SPECIAL, *WORDS, *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
+    words = list(dict.fromkeys(words))
+    vocabulary.write_text("".join(f"{word}\n" for word in words))
+    config = BlipConfig(
+        vision_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+                       "layer_norm_eps": 1e-6},
+        text_config={"vocab_size": len(words) + 2, "hidden_size": 64, "intermediate_size": 128,
+                     "num_hidden_layers": 2, "num_attention_heads": 1, "pad_token_id": 0,
+                     "max_position_embeddings": 64, "bos_token_id": len(words), "sep_token_id": 3,
+                     "eos_token_id": 3, "hidden_dropout_prob": 0.1},
+        image_text_hidden_size=16,
+    )  # fmt: skip
+    retrieval = _seeded(lambda: BlipForImageTextRetrieval(config))
+    captioning = _seeded(lambda: BlipForConditionalGeneration(config))
+    return retrieval, captioning, vocabulary
+
+
+@pytest.fixture(scope="session")
+def blip_folder(blip_models, tmp_path_factory):
+    """The retrieval model as Hugging Face keeps it, like Salesforce/blip-itm-base-coco."""
+    folder = tmp_path_factory.mktemp("blip")
+    blip_models[0].save_pretrained(folder)
+    (folder / "vocab.txt").write_bytes(blip_models[2].read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blip_captioning_folder(blip_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip_captioning")
+    blip_models[1].save_pretrained(folder)
+    (folder / "vocab.txt").write_bytes(blip_models[2].read_bytes())
+    return folder
+
+
+OFFICIAL_NAMES = [
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+    ("vision_model.encoder.layers", "visual_encoder.blocks"),
+    ("vision_model.post_layernorm", "visual_encoder.norm"),
+    ("self_attn.qkv", "attn.qkv"),
+    ("self_attn.projection", "attn.proj"),
+    ("layer_norm", "norm"),
+]
+
+
+@pytest.fixture(scope="session")
+def blip_pth(blip_models, tmp_path_factory):
+    """The retrieval model as an official checkpoint: old names, under the key `model`, with the
+    queues and the temperature of training, and nothing beside it but a vocabulary."""
+    state = {}
+    for name, tensor in blip_models[0].state_dict().items():
+        for ours, official in OFFICIAL_NAMES:
+            name = name.replace(ours, official)
+        state[name] = tensor.clone()
+    state |= {"temp": torch.tensor(0.07), "image_queue": torch.randn(16, 8),
+              "queue_ptr": torch.zeros(1, dtype=torch.int64)}  # fmt: skip
+    folder = tmp_path_factory.mktemp("official")
+    torch.save({"model": state, "epoch": 5}, folder / "model_base_retrieval.pth")
+    (folder / "vocab.txt").write_bytes(blip_models[2].read_bytes())
+    return folder / "model_base_retrieval.pth"

@@ -151,7 +151,7 @@ def test_an_unreachable_hub_is_one_clear_sentence(monkeypatch, tmp_path):
     # A cache that is empty and a hub that is switched off: what an offline machine sees.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="Salesforce/blip-itm-base-coco.*network") as error:
+    with pytest.raises(UserError, match=r"Salesforce/blip-itm-base-coco.*network") as error:
         load_encoder("Salesforce/blip-itm-base-coco")
     assert "\n" not in str(error.value)
 
@@ -189,7 +189,7 @@ def test_a_folder_without_a_tokenizer_names_what_is_missing(tmp_path, clip_folde
     shutil.copytree(clip_folder, tmp_path / "clip")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "clip" / name).unlink()
-    with pytest.raises(UserError, match="vocabulary.*missing"):
+    with pytest.raises(UserError, match=r"vocabulary.*missing"):
         load_encoder(str(tmp_path / "clip"))
 
 

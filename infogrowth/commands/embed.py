@@ -1,0 +1,138 @@
+"""`infogrowth embed`: image and text features of a pile of pairs, as clip-retrieval shards."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from infogrowth.config import option
+from infogrowth.errors import UserError
+
+if TYPE_CHECKING:
+    from infogrowth.encoders.embedding import Run
+    from infogrowth.encoders.protocols import DualEncoder
+
+HELP = "compute image and text features of all pairs"
+
+logger = logging.getLogger(__name__)
+
+COMPARED = {
+    "kind": "command",
+    "encoder": "encoder",
+    "samples": "annotation file or source",
+    "rows": "number of samples",
+    "shard_size": "shard size",
+}
+"""What an interrupted run and its continuation must agree on, and how the error calls it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `embed`."""
+
+    output: str = option(help="the features folder to write; an interrupted one is continued")
+    lmdb: str | None = option(None, help="LMDB with the pictures, from cc3m_lmdb_writer.py")
+    annotations: str | None = option(None, help="annotation JSON of the LMDB: image and caption")
+    source: str | None = option(
+        None,
+        help="instead of an LMDB: img2dataset output (files, webdataset, parquet), a flat folder, "
+        "or a Hugging Face imagefolder",
+    )
+    encoder: str = option(
+        "tiny",
+        help="tiny (bundled), a BLIP folder or checkpoint, an official .pth, a Hugging Face "
+        "folder or name such as Salesforce/blip-itm-base-coco",
+    )
+    vocabulary: str | None = option(
+        None, help="vocab.txt for a BLIP checkpoint that has none beside it"
+    )
+    batch_size: int = option(64, help="pairs per batch")
+    workers: int | Literal["auto"] = option("auto", help="processes that decode pictures")
+    shard_size: int | Literal["auto"] = option("auto", help="pairs per shard")
+    device: str = option("auto", help="auto, cpu or cuda")
+
+
+def run(config: Config) -> int:
+    """Embed the pile; under the launcher the shards are divided among the ranks."""
+    _refuse_nonsense(config)
+    from infogrowth import distributed
+    from infogrowth.encoders.embedding import embed_pairs
+    from infogrowth.encoders.loading import load_encoder
+    from infogrowth.encoders.piles import pile_of_lmdb, pile_of_source
+    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
+
+    with distributed.process_group(config.device) as device:
+        if config.source is not None:
+            pile = pile_of_source(config.source)
+        else:
+            assert config.lmdb is not None and config.annotations is not None
+            pile = pile_of_lmdb(config.lmdb, config.annotations)
+        if not len(pile):
+            raise UserError(f"{config.annotations or config.source} holds no samples to embed")
+        with distributed.main_first():  # rank 0 downloads, the others find the files
+            encoder = load_encoder(config.encoder, device, config.vocabulary)
+        size = config.shard_size
+        size = automatic_shard_size(len(pile)) if size == "auto" else size
+        identity = {
+            "kind": "features",
+            "encoder": encoder_identity(encoder),
+            **pile.origin,
+            "rows": len(pile),
+            "shard_size": size,
+        }
+        output = ShardedOutput(config.output, identity, COMPARED, len(cut(len(pile), size)))
+        if output.finished:
+            logger.info("%s is finished already: nothing to do", config.output)
+        workers = None if config.workers == "auto" else config.workers
+        result = embed_pairs(pile, encoder, output, size, device, config.batch_size, workers)
+        if distributed.is_main():
+            print_summary(config.output, result)
+    return 0
+
+
+def encoder_identity(encoder: "DualEncoder") -> dict[str, Any]:
+    """How features.json names the encoder, and `grow` tells whether two folders go together."""
+    return {
+        "name": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "dimension": encoder.dimension,
+    }
+
+
+def print_summary(output: str, result: "Run") -> None:
+    """The table at the end: what is in the folder, and how this run went."""
+    description = result.description
+    skipped: dict[str, int] = description["skipped"]
+    rows = [("samples", description["rows"]), ("embedded", description["pairs"])]
+    rows += [("skipped", sum(skipped.values()))]
+    rows += [(f"  {reason}", count) for reason, count in sorted(skipped.items())]
+    rows += [("dimension", description["encoder"]["dimension"]), ("shards", description["shards"])]
+    width = max(len(name) for name, _ in rows)
+    for name, count in rows:
+        print(f"{name:<{width}}  {count:>12,}")
+    if result.pairs:
+        timing = result.timing
+        print(
+            f"{result.pairs:,} pairs in {result.seconds:.1f} s: "
+            f"{result.pairs / result.seconds:,.0f} pairs/s, bound by {timing.bound()} "
+            f"(waited {timing.decoding:.1f} s for decoding, {timing.computing:.1f} s for the "
+            f"model, {timing.writing:.1f} s for writing)"
+        )
+    print(f"written: {output}")
+
+
+def _refuse_nonsense(config: Config) -> None:
+    """What can be told before anything is loaded."""
+    if config.source is not None:
+        if config.lmdb is not None or config.annotations is not None:
+            raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
+    elif config.lmdb is None or config.annotations is None:
+        raise UserError("give --lmdb DIR with --annotations FILE.json, or --source PATH")
+    refuse_bad_numbers(config)
+
+
+def refuse_bad_numbers(config: Any) -> None:
+    """Batch size, shard size and workers that mean nothing."""
+    for name, least in (("batch_size", 1), ("shard_size", 1), ("workers", 0)):
+        value = getattr(config, name)
+        if value != "auto" and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")

@@ -1,0 +1,238 @@
+"""`infogrowth recaption`: new captions, and their features, for samples whose own do not fit."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from infogrowth.commands.embed import (
+    COMPARED,
+    encoder_identity,
+    print_summary,
+    refuse_bad_numbers,
+)
+from infogrowth.config import option
+from infogrowth.errors import UserError
+from infogrowth.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from infogrowth.encoders.awaiting import Awaiting
+    from infogrowth.encoders.embedding import Run
+    from infogrowth.encoders.pile import Pile
+    from infogrowth.encoders.protocols import Captioner, DualEncoder
+
+HELP = "write new captions and their features for badly aligned samples"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `recaption`."""
+
+    output: str = option(help="the recaptions folder to write; an interrupted one is continued")
+    features: str | None = option(
+        None, help="before growing: recaption what lies under --min-align in this features folder"
+    )
+    growth: str | None = option(
+        None, help="after growing: recaption what this growth folder dropped for its alignment"
+    )
+    min_align: float | Literal["auto"] = option(
+        0.4, help="with --features: a number, or auto (from the seeds, as `grow` does)"
+    )
+    seed_ids: str | None = option(None, help="JSON list of seed ids; seeds are left as they are")
+    seed_features: str | None = option(None, help="features folder of the seeds")
+    all: bool = option(False, help="with --features: recaption every sample")
+    captions: str | None = option(
+        None, help='import captions made elsewhere, [{"image", "caption"}], instead of a captioner'
+    )
+    captioner: str = option(
+        "tiny", help="tiny, a BLIP with a text decoder, or a Hugging Face image-to-text model"
+    )
+    prompt: str = option("", help="words that the caption continues, or a chat model's question")
+    beams: int = option(3, help="hypotheses of the beam search")
+    max_tokens: int = option(30, help="longest caption, in tokens")
+    lmdb: str | None = option(None, help="LMDB or source of the pictures [that of the features]")
+    encoder: str | None = option(None, help="encoder of the text [that of the features]")
+    vocabulary: str | None = option(
+        None, help="vocab.txt for BLIP checkpoints that have none beside them"
+    )
+    batch_size: int = option(16, help="pictures per batch")
+    workers: int | Literal["auto"] = option("auto", help="processes that decode pictures")
+    shard_size: int | Literal["auto"] = option("auto", help="samples per shard")
+    device: str = option("auto", help="auto, cpu or cuda")
+
+
+def run(config: Config) -> int:
+    """Recaption; under the launcher the shards are divided among the ranks."""
+    _refuse_nonsense(config)
+    from infogrowth import distributed
+    from infogrowth.encoders.loading import load_captioner, load_encoder
+
+    with distributed.process_group(config.device) as device:
+        told = _description(config)
+        awaiting = _awaiting(config)
+        pile = _imported(config, awaiting) if config.captions else _pictures(config, awaiting, told)
+        with distributed.main_first():  # rank 0 downloads, the others find the files
+            encoder = load_encoder(_encoder_name(config, told), device, config.vocabulary)
+            captioner = None
+            if config.captions is None:
+                captioner = load_captioner(
+                    config.captioner, device, config.vocabulary,
+                    config.prompt, config.beams, config.max_tokens,
+                )  # fmt: skip
+        _refuse_other_encoder(config, encoder, told)
+        result = _write(config, pile, awaiting, captioner, encoder, device)
+        if distributed.is_main():
+            if awaiting is not None:
+                under = "" if awaiting.min_align is None else f" under {awaiting.min_align:.4f}"
+                print(f"{len(awaiting.ids):,} of {awaiting.examined:,} samples{under}")
+            print_summary(config.output, result)
+    return 0
+
+
+def _write(
+    config: Config,
+    pile: "Pile",
+    awaiting: "Awaiting | None",
+    captioner: "Captioner | None",
+    encoder: "DualEncoder",
+    device: "torch.device",
+) -> "Run":
+    from infogrowth.encoders.embedding import embed_texts, recaption_pictures
+    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
+
+    size = config.shard_size
+    size = automatic_shard_size(len(pile)) if size == "auto" else size
+    identity = {
+        "kind": "recaptions",
+        "encoder": encoder_identity(encoder),
+        "captioner": captioner
+        and {"name": captioner.name, "fingerprint": captioner.fingerprint},
+        **pile.origin,
+        "min_align": awaiting and awaiting.min_align,
+        "rows": len(pile),
+        "shard_size": size,
+    }
+    compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
+    output = ShardedOutput(config.output, identity, compared, len(cut(len(pile), size)))
+    if output.finished:
+        logger.info("%s is finished already: nothing to do", config.output)
+    if captioner is None:
+        return embed_texts(pile, encoder, output, size, device, config.batch_size)
+    assert awaiting is not None
+    workers = None if config.workers == "auto" else config.workers
+    extra: dict[str, list[Any]] = {
+        "original_caption": awaiting.captions,
+        "original_alignment": awaiting.alignments,
+    }
+    return recaption_pictures(
+        pile, captioner, encoder, output, size, device, config.batch_size, workers, extra
+    )
+
+
+def _awaiting(config: Config) -> "Awaiting | None":
+    """The samples that want a caption; None when only a file of captions was given."""
+    from infogrowth.encoders.awaiting import (
+        awaiting_in_features,
+        awaiting_in_growth,
+        min_align_of_seeds,
+        open_pairs,
+        read_seed_ids,
+        seeds_in_features,
+    )
+
+    if config.growth is not None:
+        return awaiting_in_growth(config.growth)
+    if config.features is None:
+        return None
+    features = open_pairs(config.features)
+    seeds = read_seed_ids(config.seed_ids) if config.seed_ids else frozenset()
+    if config.all:
+        return awaiting_in_features(features, None)
+    min_align = config.min_align
+    if min_align == "auto" and config.seed_ids:
+        min_align = min_align_of_seeds(seeds_in_features(features, seeds), config.seed_ids)
+    elif min_align == "auto":
+        assert config.seed_features is not None
+        seeding = open_pairs(config.seed_features)
+        min_align = min_align_of_seeds(seeding.batches(16_384), config.seed_features)
+    return awaiting_in_features(features, min_align, seeds)
+
+
+def _pictures(config: Config, awaiting: "Awaiting | None", told: dict[str, Any]) -> "Pile":
+    """The pictures of the samples that want a caption."""
+    from infogrowth.encoders.pile import Pile
+    from infogrowth.encoders.piles import pictures_by_id
+    from infogrowth.encoders.shards import list_digest
+
+    assert awaiting is not None
+    where = config.lmdb or told.get("images")
+    if where is None:
+        raise UserError(
+            f"{config.features or config.growth} does not tell where its pictures are: give --lmdb"
+        )
+    origin = {"images": where, "samples": list_digest(awaiting.ids)}
+    return Pile(awaiting.ids, awaiting.captions, {}, pictures_by_id(where, awaiting.ids), origin)
+
+
+def _imported(config: Config, awaiting: "Awaiting | None") -> "Pile":
+    """Captions from a file, for the samples that want one or, if none are known, for all in it."""
+    from infogrowth.encoders.piles import pile_of_captions
+    from infogrowth.encoders.shards import list_digest
+
+    assert config.captions is not None
+    pile = pile_of_captions(config.captions, None if awaiting is None else awaiting.ids)
+    lines = [f"{i}\t{c}" for i, c in zip(pile.ids, pile.captions, strict=True)]
+    return pile.with_origin({"captions": config.captions, "samples": list_digest(lines)})
+
+
+def _description(config: Config) -> dict[str, Any]:
+    """What the features or growth folder tells of its encoder and pictures."""
+    if config.growth is not None:
+        from infogrowth.growth.ledger import read_growth
+
+        return read_growth(config.growth).settings
+    if config.features is not None:
+        from infogrowth.data.features import open_features
+
+        return open_features(config.features).description
+    return {}
+
+
+def _encoder_name(config: Config, told: dict[str, Any]) -> str:
+    name = config.encoder or (told.get("encoder") or {}).get("name")
+    if name is None:
+        raise UserError(
+            "give --encoder: a caption's feature must come from the encoder of the images"
+        )
+    return name
+
+
+def _refuse_other_encoder(config: Config, encoder: "DualEncoder", told: dict[str, Any]) -> None:
+    known = (told.get("encoder") or {}).get("fingerprint")
+    if known is not None and known != encoder.fingerprint:
+        raise UserError(
+            f"{config.features or config.growth} was made with the encoder "
+            f"{told['encoder']['name']} ({known[:8]}), not {encoder.name} "
+            f"({encoder.fingerprint[:8]}): captions and images must share one feature space"
+        )
+
+
+def _refuse_nonsense(config: Config) -> None:
+    """What can be told before anything is loaded."""
+    if config.features is not None and config.growth is not None:
+        raise UserError("give --features (before growing) or --growth (after), not both")
+    if config.features is None and config.growth is None and config.captions is None:
+        raise UserError("give --features DIR, --growth DIR, or --captions FILE.json")
+    if config.all and config.features is None:
+        raise UserError("--all goes with --features DIR")
+    automatic = config.features is not None and config.min_align == "auto" and not config.all
+    if automatic and config.seed_ids is None and config.seed_features is None:
+        raise UserError("--min-align auto needs seeds: give --seed-ids or --seed-features")
+    if config.beams < 1 or config.max_tokens < 1:
+        raise UserError("--beams and --max-tokens must be at least 1")
+    if config.captions is not None:
+        read_json(config.captions, "the file of captions")  # a slip is told before minutes of work
+    refuse_bad_numbers(config)
