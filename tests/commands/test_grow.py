@@ -1,0 +1,320 @@
+"""`grow` from the shell's point of view: the golden selection, continuing, retries, refusals."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from infogrowth.annotations import load_annotations, save_annotations
+from infogrowth.growth.ledger import read_growth
+
+
+def flags(selection, output="out.json", growth="growth", **more):
+    """The golden run's arguments; ``more`` are further flags."""
+    arguments = ["--growth", selection.home / growth, "--output", selection.home / output]
+    for name, value in more.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    return arguments
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 4096])
+def test_the_golden_selection_at_any_batch_size(selection, infogrowth, batch_size):
+    stop = 1600 if batch_size > 1 else 500  # one by one is slow; the prefix tells as much
+    inputs = flags(
+        selection,
+        features=selection.folder("stream", range(100, stop)),
+        seed_features=selection.folder("seeds", range(100)),
+        recaptions=selection.recaptions(),
+        batch_size=batch_size,
+    )
+    status, _ = infogrowth("grow", *inputs)
+    assert status == 0
+    output = selection.home / "out.json"
+    if stop == 1600:
+        selection.check_golden(output)
+        return
+    kept = [row for row in selection.arrays["kept_rows"] if row < stop]
+    annotations = load_annotations(output)
+    assert [a["image"] for a in annotations] == [selection.told["ids"][row] for row in kept]
+    expected = selection.arrays["gains_exact"][: len(kept)]
+    np.testing.assert_allclose([a["gains"] for a in annotations], expected, rtol=0, atol=1e-6)
+
+
+def test_new_data_later_continues_the_same_dataset(selection, infogrowth):
+    table = selection.recaptions()
+    first = selection.folder("first", range(100, 700))
+    second = selection.folder("second", range(700, 1600))
+    seeds = selection.folder("seeds", range(100))
+    common = flags(selection, recaptions=table)
+    assert infogrowth("grow", *common, "--features", first, "--seed-features", seeds)[0] == 0
+    assert infogrowth("grow", *common, "--features", second)[0] == 0
+    selection.check_golden(selection.home / "out.json")
+    folder = read_growth(selection.home / "growth")
+    assert [source["kind"] for source in folder.sources] == ["seed", "stream", "stream"]
+    assert folder.totals["pairs"] == 1600
+    assert folder.totals["dataset"] == len(selection.told["kept_ids"])
+
+
+def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
+    # The seeds lie behind the stream: taken out by id, they come first all the same.
+    everything = selection.home / "all"
+    seeds, stream = range(100), range(100, 1600)
+    order = [*stream, *seeds]
+    from_golden = {
+        name: selection.arrays[name][order] for name in ("image_feat", "text_feat")
+    }
+    write_all(selection, everything, order, from_golden)
+    seed_file = selection.home / "seeds.json"
+    seed_file.write_text(json.dumps([selection.told["ids"][row] for row in seeds]))
+    inputs = flags(
+        selection, features=everything, seed_ids=seed_file, recaptions=selection.recaptions()
+    )
+    assert infogrowth("grow", *inputs)[0] == 0
+    selection.check_golden(selection.home / "out.json")
+    folder = read_growth(selection.home / "growth")
+    assert folder.totals["pairs"] == 1600  # the seeds are not offered a second time
+    status, told = infogrowth("grow", *inputs)
+    assert status == 0
+    assert "nothing new" in told
+
+
+def write_all(selection, folder, order, arrays):
+    from_told = {name: [selection.told[name][row] for row in order] for name in ("ids", "captions")}
+    for name, key in (("img_emb", "image_feat"), ("text_emb", "text_feat")):
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / f"{name}_0.npy", arrays[key])
+    (folder / "metadata").mkdir()
+    frame = pd.DataFrame({"image_path": from_told["ids"], "caption": from_told["captions"]})
+    frame.to_parquet(folder / "metadata" / "metadata_0.parquet")
+
+
+def test_the_same_command_again_has_nothing_to_do(selection, infogrowth):
+    inputs = flags(selection, features=selection.folder("stream", range(300)))
+    assert infogrowth("grow", *inputs)[0] == 0
+    before = (selection.home / "out.json").read_bytes()
+    manifest = (selection.home / "growth/manifest.json").read_bytes()
+    status, told = infogrowth("grow", *inputs)
+    assert status == 0
+    assert "nothing new in" in told
+    assert (selection.home / "out.json").read_bytes() == before
+    assert (selection.home / "growth/manifest.json").read_bytes() == manifest
+
+
+def test_a_moved_features_folder_is_known_by_its_content(selection, infogrowth):
+    stream = selection.folder("stream", range(300))
+    assert infogrowth("grow", *flags(selection, features=stream))[0] == 0
+    moved = stream.rename(selection.home / "elsewhere")
+    status, told = infogrowth("grow", *flags(selection, features=moved))
+    assert status == 0
+    assert "nothing new in" in told
+
+
+def test_added_shards_go_on_where_the_stream_was_left(selection, infogrowth):
+    stream = selection.folder("stream", range(400), shard_rows=200)
+    whole = selection.folder("whole", range(800), shard_rows=200)
+    assert infogrowth("grow", *flags(selection, features=stream))[0] == 0
+    for kind in ("img_emb", "text_emb", "metadata"):
+        for number in (2, 3):
+            (file,) = (whole / kind).glob(f"*{number:02d}.*")
+            os.link(file, stream / kind / file.name)
+    assert infogrowth("grow", *flags(selection, features=stream))[0] == 0
+    fresh = flags(selection, "fresh.json", "fresh", features=whole)
+    assert infogrowth("grow", *fresh)[0] == 0
+    grown = (selection.home / "out.json").read_bytes()
+    assert grown == (selection.home / "fresh.json").read_bytes()
+    assert len(read_growth(selection.home / "growth").sources) == 1
+
+
+def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth):
+    stream = selection.folder("stream", range(600))
+    assert infogrowth("grow", *flags(selection, features=stream))[0] == 0
+    folder = read_growth(selection.home / "growth")
+    dropped = folder.totals["dropped"]
+    plain = [a["image"] for a in folder.annotations()]
+
+    retry = flags(selection, features=stream, recaptions=selection.recaptions())
+    assert infogrowth("grow", *retry)[0] == 0
+    folder = read_growth(selection.home / "growth")
+    decisions = folder.decisions().to_pandas()
+    offered_again = decisions[decisions["source"] == 1]
+    # Independently: which golden rows below 600 are recaptioned in a run with the table?
+    rows = [row for row in selection.arrays["kept_rows"] if row < 600]
+    told = selection.arrays["recaptioned"][: len(rows)]
+    joined = [selection.told["ids"][row] for row, new in zip(rows, told, strict=True) if new]
+    assert [a["image"] for a in folder.annotations()] == plain + joined
+    assert list(offered_again[offered_again["verdict"] == "recaptioned"]["id"]) == joined
+    assert set(offered_again["id"]) <= set(selection.told["recap_ids"])
+    assert 0 < len(joined) < len(offered_again) <= dropped
+    assert (offered_again["source_row"].diff().dropna() > 0).all()  # in their old order
+
+    status, message = infogrowth("grow", *retry)
+    assert status == 0
+    assert "nothing new in" in message
+    assert read_growth(selection.home / "growth").totals == folder.totals
+
+
+def test_a_grown_recaption_table_offers_what_still_waits_once_more(selection, infogrowth):
+    stream = selection.folder("stream", range(600))
+    small, full = selection.recaptions("small", 20), selection.recaptions("full")
+    for table in (small, full, small, full):
+        assert infogrowth("grow", *flags(selection, features=stream, recaptions=table))[0] == 0
+    folder = read_growth(selection.home / "growth")
+    kinds = [source["kind"] for source in folder.sources]
+    assert kinds == ["stream", "retry"]
+    ids = [a["image"] for a in folder.annotations()]
+    assert len(ids) == len(set(ids))
+    verdicts = folder.decisions(["id", "verdict"]).to_pandas()
+    assert (verdicts["verdict"] == "recaptioned").sum() == folder.totals["recaptioned"]
+
+
+def test_every_sample_has_a_decision_with_its_neighbors(selection, infogrowth):
+    inputs = flags(selection, features=selection.folder("stream", range(300)), batch_size=50)
+    assert infogrowth("grow", *inputs, "--output", selection.home / "all.parquet")[0] == 0
+    frame = pd.read_parquet(selection.home / "all.parquet")
+    assert list(frame["id"]) == selection.told["ids"][:300]
+    assert list(frame["row"]) == list(range(300))
+    unit = selection.arrays["image_feat"].astype(np.float64)[:300]
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    kept = np.flatnonzero(frame["verdict"] != "dropped")
+    for row in (3, 150, 299):
+        before = kept[kept < row]
+        distances = 1 - unit[before] @ unit[row]
+        nearest = before[np.argsort(distances, kind="stable")[:4]]
+        assert list(frame["image_neighbors"][row]) == list(frame["id"][nearest])
+        np.testing.assert_allclose(
+            frame["image_distances"][row], np.sort(distances)[:4], rtol=0, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            frame["gain_image"][row], np.sort(distances)[:4].mean(), rtol=0, atol=1e-6
+        )
+    features = np.load(selection.home / "growth/kept/image_000000.npy")
+    np.testing.assert_allclose(features, unit[kept], rtol=0, atol=1e-6)
+
+
+def test_auto_min_align_comes_from_the_seeds_and_stays(selection, infogrowth):
+    inputs = flags(
+        selection,
+        features=selection.folder("stream", range(100, 400)),
+        seed_features=selection.folder("seeds", range(100)),
+        min_align="auto",
+    )
+    assert infogrowth("grow", *inputs)[0] == 0
+    settings = read_growth(selection.home / "growth").settings
+    assert settings["min_align_rule"].startswith("auto")
+    # The golden seeds align at 0.4 and more, swapped captions near 0.
+    assert 0.1 < settings["min_align"] < 0.6
+    more = flags(selection, features=selection.folder("more", range(400, 500)), min_align="auto")
+    assert infogrowth("grow", *more)[0] == 0
+    assert read_growth(selection.home / "growth").settings == settings
+
+
+def test_outputs_of_all_kinds(feature_folder, infogrowth, tmp_path):
+    uids = [f"{number:032x}" for number in (7, 3, 2**64 + 1, 9, 5, 1)]
+    features = feature_folder("features", ids=uids)
+    outputs = [tmp_path / f"out{ending}" for ending in (".json", ".npy", ".jsonl", ".parquet")]
+    status, _ = infogrowth(
+        "grow", "--features", features, "--growth", tmp_path / "g", "--output", *outputs,
+        "--legacy-strings", "--uid-repeats", "3",
+    )  # fmt: skip
+    assert status == 0
+    entries = json.loads(outputs[0].read_text())
+    assert all(isinstance(gain, str) for entry in entries for gain in entry["gains"])
+    annotations = load_annotations(outputs[0])
+    save_annotations(tmp_path / "again.json", annotations, legacy_strings=True)
+    assert (tmp_path / "again.json").read_bytes() == outputs[0].read_bytes()
+    subset = np.load(outputs[1])
+    assert subset.dtype == np.dtype("u8,u8")
+    assert subset.tolist() == sorted(subset.tolist())
+    as_text = {f"{high:016x}{low:016x}" for high, low in subset.tolist()}
+    assert as_text == {a["image"] for a in annotations}
+    assert len(subset) > len(as_text)  # gains as repeats
+    lines = [json.loads(line) for line in outputs[2].read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == [f"{a['image']}.jpg" for a in annotations]
+    assert [line["gain"] for line in lines] == [sum(a["gains"]) / 2 for a in annotations]
+    assert len(pd.read_parquet(outputs[3])) == 6
+
+
+def test_options_come_from_yaml_and_a_flag_wins(feature_folder, infogrowth, tmp_path):
+    config = tmp_path / "grow.yaml"
+    config.write_text(
+        f"features: {feature_folder('features')}\ngrowth: {tmp_path / 'growth'}\n"
+        f"output: {tmp_path / 'out.json'}\nmin_align: -1\nk: 2\n"
+    )
+    assert infogrowth("grow", "--config", config, "--k", "3", "--quiet") == (0, "")
+    settings = read_growth(tmp_path / "growth").settings
+    assert (settings["k"], settings["min_align"]) == (3, -1)
+    assert len(load_annotations(tmp_path / "out.json")) == 6
+
+
+def test_a_second_run_on_one_folder_is_refused_with_the_process_named(
+    feature_folder, infogrowth, tmp_path
+):
+    arguments = ("--features", feature_folder("f"), "--output", tmp_path / "o.json")
+    growth = tmp_path / "growth"
+    assert infogrowth("grow", *arguments, "--growth", growth)[0] == 0
+    with open(growth / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("4242\n")
+        lock.flush()
+        status, told = infogrowth("grow", *arguments, "--growth", growth)
+    assert status == 2
+    assert "is in use by another run (process 4242)" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--k", "5"], "k 4, and this run has 5"),
+        (["--min-align", "0.3"], "min_align 0.4, and this run has 0.3"),
+        (["--modality", "image"], "modality pair, and this run has image"),
+    ],
+)
+def test_a_changed_setting_is_refused_and_named(
+    feature_folder, infogrowth, tmp_path, change, told
+):
+    arguments = ["--features", feature_folder("f"), "--output", tmp_path / "o.json"]
+    arguments += ["--growth", tmp_path / "growth"]
+    assert infogrowth("grow", *arguments)[0] == 0
+    before = (tmp_path / "growth/manifest.json").read_bytes()
+    status, message = infogrowth("grow", *arguments, *change)
+    assert status == 2
+    assert told in message
+    assert (tmp_path / "growth/manifest.json").read_bytes() == before
+
+
+def test_a_changed_encoder_or_dimension_is_refused_and_named(feature_folder, infogrowth, tmp_path):
+    def grow(folder: Path) -> tuple[int, str]:
+        return infogrowth(
+            "grow", "--features", folder, "--growth", tmp_path / "g", "--output", tmp_path / "o.json"
+        )
+
+    first = describe(feature_folder("first"), "tiny", "aa11")
+    assert grow(first)[0] == 0
+    other = describe(feature_folder("other", seed=1), "big", "bb22")
+    status, told = grow(other)
+    assert status == 2
+    assert "encoder tiny (aa11), and this run has big (bb22)" in told
+    wide = np.random.default_rng(0).normal(size=(6, 16))
+    status, told = grow(describe(feature_folder("wide", image=wide, text=wide), "tiny", "aa11"))
+    assert status == 2
+    assert "dimension image 8, text 8, and this run has image 16, text 16" in told
+
+
+def describe(folder: Path, name: str, fingerprint: str) -> Path:
+    encoder = {"name": name, "fingerprint": fingerprint, "dimension": 8}
+    (folder / "features.json").write_text(json.dumps({"encoder": encoder, "finished": True}))
+    return folder
+
+
+def test_other_seeds_for_a_begun_dataset_are_refused(feature_folder, infogrowth, tmp_path):
+    common = ("--growth", tmp_path / "g", "--output", tmp_path / "o.json")
+    features, seeds = feature_folder("f"), feature_folder("s", seed=5)
+    assert infogrowth("grow", *common, "--features", features)[0] == 0
+    status, told = infogrowth("grow", *common, "--features", features, "--seed-features", seeds)
+    assert status == 2
+    assert "seeds must come first" in told
