@@ -8,9 +8,10 @@ after the last self-attention only the first token goes on.
 Shapes: N texts, T text length, L image tokens, W width, H heads.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from infogrowth.blip.dual import BlipDual
 
@@ -30,7 +31,8 @@ class ImageMatcher:
         if model.training:
             raise ValueError("matching scores need eval mode: dropout would change them")
         self.model = model
-        self.layers = model.text_encoder.encoder.layer
+        self.encoder: Any = model.text_encoder  # transformers' modules, untyped
+        self.layers: list[Any] = list(self.encoder.encoder.layer)
         self.heads = model.config.text_heads
         image_1LW = tokens_LW[None]
         self.memory = [
@@ -53,10 +55,9 @@ class ImageMatcher:
         return scores_N
 
     def _pass(self, ids_NT: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
-        encoder = self.model.text_encoder
         ids_NT = ids_NT.clone()
         ids_NT[:, 0] = self.model.config.enc_token_id
-        states_NTW = encoder.embeddings(input_ids=ids_NT)
+        states_NTW = self.encoder.embeddings(input_ids=ids_NT)
         mask = None if bool(mask_NT.all()) else mask_NT.bool()[:, None, None, :]
         for layer, memory in zip(self.layers, self.memory, strict=True):
             states_NTW = self._read_text(layer.attention, states_NTW, mask)
@@ -67,7 +68,7 @@ class ImageMatcher:
         return self.model.itm_head(states_NTW[:, 0])[:, 1].float()
 
     def _read_text(
-        self, block: nn.Module, states_NTW: torch.Tensor, mask: torch.Tensor | None
+        self, block: Any, states_NTW: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         attention = block.self
         query, key, value = (
@@ -79,7 +80,7 @@ class ImageMatcher:
 
     def _read_image(
         self,
-        block: nn.Module,
+        block: Any,
         states_NTW: torch.Tensor,
         memory: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:

@@ -123,7 +123,7 @@ def _encode_texts(
 def _encode_images(
     model: BlipDual, images: Dataset, count: int, batch_size: int, workers: int
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """This rank's image numbers and tokens (kept on the CPU), and all images' features ``(I, D)``."""
+    """This rank's image numbers, their tokens (kept on the CPU), and all features ``(I, D)``."""
     blocks = own_blocks(count, batch_size)
     device = next(model.parameters()).device
     loader = DataLoader(

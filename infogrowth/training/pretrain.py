@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from infogrowth import distributed
 from infogrowth.annotations import gains_array, load_annotations
@@ -13,14 +12,15 @@ from infogrowth.blip.checkpoint import load_weights, save_folder
 from infogrowth.blip.config import BlipConfig, preset
 from infogrowth.blip.initialize import initialize
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer, tokenize
+from infogrowth.blip.tokenizer import load_tokenizer
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import training_transform
 from infogrowth.errors import UserError
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.training.checkpointing import Checkpoints
-from infogrowth.training.loading import Batch, EpochBatches
-from infogrowth.training.loop import LoopSettings, Losses, Trainer, adamw
+from infogrowth.training.forward import PretrainForward
+from infogrowth.training.loading import EpochBatches
+from infogrowth.training.loop import LoopSettings, Trainer, adamw
 from infogrowth.training.precision import Precision
 from infogrowth.training.running import carry_out
 from infogrowth.training.schedule import Schedule
@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig) -> int:
             model.compile_encoders()
         trainer = Trainer(
             model=model,
-            forward=_Forward(tokenizer, config.max_length, device),
+            forward=PretrainForward(tokenizer, config.max_length, device),
             optimizer=adamw(model, config.init_lr, config.weight_decay),
             schedule=schedule(config),
             batches=batches,
@@ -146,23 +146,6 @@ def loop_settings(config: PretrainConfig) -> LoopSettings:
         checkpoint_every=config.checkpoint_every,
         max_steps=config.max_steps,
     )
-
-
-class _Forward:
-    """The losses of a batch: tokenise, move to the device, call the model."""
-
-    def __init__(self, tokenizer: Any, max_length: int, device: torch.device) -> None:
-        self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
-
-    def __call__(
-        self, model: nn.Module, batch: Batch, alpha: float, generator: torch.Generator
-    ) -> Losses:
-        ids_BT, mask_BT = tokenize(self.tokenizer, batch["caption"], self.max_length)
-        images, ids_BT, mask_BT, rows = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (batch["image"], ids_BT, mask_BT, batch["index"])
-        )
-        return model(images, ids_BT, mask_BT, alpha, sample_ids=rows, generator=generator)
 
 
 def _save_model(trainer: Trainer, output_dir: str, tokenizer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One training run from the outside: find the checkpoint, keep a journal, train, say where it is."""
+"""One training run from outside: find the checkpoint, keep a journal, train, say where it is."""
 
 import logging
 from pathlib import Path

@@ -12,7 +12,7 @@ Decay = Literal["step", "cosine"]
 
 
 def warmup_rate(step: int, warmup_steps: int, warmup_lr: float, init_lr: float) -> float:
-    """A straight line from ``warmup_lr`` at step 0 to ``init_lr`` at ``warmup_steps``, then flat."""
+    """A line from ``warmup_lr`` at step 0 to ``init_lr`` at ``warmup_steps``, then flat."""
     return min(init_lr, warmup_lr + (init_lr - warmup_lr) * step / max(warmup_steps, 1))
 
 

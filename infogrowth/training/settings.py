@@ -1,4 +1,4 @@
-"""The keys of train/configs/*.yaml: one frozen dataclass per program, every key read and checked."""
+"""The keys of train/configs/*.yaml: a frozen dataclass per program, every key read and checked."""
 
 from dataclasses import dataclass
 from typing import Literal

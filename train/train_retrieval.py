@@ -1,0 +1,17 @@
+"""Fine-tune BLIP for image–text retrieval, or evaluate a checkpoint, and print the recall table.
+
+    python train/train_retrieval.py --config train/configs/retrieval_coco.yaml --pretrained CHECKPOINT
+    python train/train_retrieval.py --config … --pretrained CHECKPOINT --evaluate
+
+CHECKPOINT is a BLIP folder or checkpoint of ours, an official .pth, or a Hugging Face folder or
+name. Under torch.distributed.run the same file uses all GPUs of all nodes.
+"""
+
+import sys
+
+from infogrowth.cli import run_script
+from infogrowth.training.retrieval import fine_tune_or_evaluate
+from infogrowth.training.settings import RetrievalConfig
+
+if __name__ == "__main__":
+    sys.exit(run_script(RetrievalConfig, fine_tune_or_evaluate))
