@@ -83,7 +83,7 @@ class MetadataColumns:
         if self._table is None:
             columns = list(dict.fromkeys([self._id, self._caption, *self._extra]))
             try:
-                self._table = pq.read_table(self._path, columns=columns)
+                self._table = pq.ParquetFile(self._path).read(columns)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{self._path} cannot be read: {_short(error)}") from error
         rows = self._table.slice(start, stop - start)

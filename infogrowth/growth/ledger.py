@@ -153,7 +153,7 @@ class GrowthFolder:
         for part in range(self.manifest.parts):
             path = Layout(self.directory).decisions(part)
             try:
-                yield pq.read_table(path, columns=list(columns) if columns else None)
+                yield pq.ParquetFile(path).read(list(columns) if columns else None)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path} of the growth folder is damaged: {error}") from error
 

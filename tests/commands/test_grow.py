@@ -64,9 +64,7 @@ def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
     everything = selection.home / "all"
     seeds, stream = range(100), range(100, 1600)
     order = [*stream, *seeds]
-    from_golden = {
-        name: selection.arrays[name][order] for name in ("image_feat", "text_feat")
-    }
+    from_golden = {name: selection.arrays[name][order] for name in ("image_feat", "text_feat")}
     write_all(selection, everything, order, from_golden)
     seed_file = selection.home / "seeds.json"
     seed_file.write_text(json.dumps([selection.told["ids"][row] for row in seeds]))
@@ -274,9 +272,7 @@ def test_a_second_run_on_one_folder_is_refused_with_the_process_named(
         (["--modality", "image"], "modality pair, and this run has image"),
     ],
 )
-def test_a_changed_setting_is_refused_and_named(
-    feature_folder, infogrowth, tmp_path, change, told
-):
+def test_a_changed_setting_is_refused_and_named(feature_folder, infogrowth, tmp_path, change, told):
     arguments = ["--features", feature_folder("f"), "--output", tmp_path / "o.json"]
     arguments += ["--growth", tmp_path / "growth"]
     assert infogrowth("grow", *arguments)[0] == 0
@@ -290,7 +286,13 @@ def test_a_changed_setting_is_refused_and_named(
 def test_a_changed_encoder_or_dimension_is_refused_and_named(feature_folder, infogrowth, tmp_path):
     def grow(folder: Path) -> tuple[int, str]:
         return infogrowth(
-            "grow", "--features", folder, "--growth", tmp_path / "g", "--output", tmp_path / "o.json"
+            "grow",
+            "--features",
+            folder,
+            "--growth",
+            tmp_path / "g",
+            "--output",
+            tmp_path / "o.json",
         )
 
     first = describe(feature_folder("first"), "tiny", "aa11")
