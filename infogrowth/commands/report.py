@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     _check(config)
     context: dict[str, Any] = {"dataset": False, "training": None, "map": None, "reasons": None}
     context["groups"] = {"shown": []}
-    title = "Training runs"
+    title = "Training"
     if config.growth or config.annotations:
         name, shown = _dataset(config)
         title = name

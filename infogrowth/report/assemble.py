@@ -13,7 +13,7 @@ from infogrowth.report.galleries import Card, CardMaker, galleries, groups
 from infogrowth.report.page import decimal
 from infogrowth.report.pictures import Pictures
 from infogrowth.report.training_figures import runs_figure
-from infogrowth.report.training_runs import TrainingRun
+from infogrowth.report.training_runs import RECALLS, TrainingRun
 
 MAP_POINTS = 8000
 MAP_LEVELS = 7
@@ -28,6 +28,7 @@ class Landmark:
     left: float
     top: float
     card: Card
+    level: int  # of its gain, as the dots' colors
     on_small_screens: bool
 
 
@@ -101,7 +102,9 @@ def kept_map(dataset: GrownDataset, maker: CardMaker) -> Map | None:
     rows = rows[flat.rows]
     gain = np.nan_to_num(dataset.mean_gain[rows])
     low, high = (float(value) for value in np.quantile(gain, [0.02, 0.98]))
-    level = np.clip((gain - low) / max(high - low, 1e-9) * MAP_LEVELS, 0, MAP_LEVELS - 1).astype(int)
+    level = np.clip((gain - low) / max(high - low, 1e-9) * MAP_LEVELS, 0, MAP_LEVELS - 1).astype(
+        int
+    )
     places = np.round(15 + 970 * flat.points).astype(int)
     places[:, 1] = 1000 - places[:, 1]
     return Map(
@@ -110,15 +113,23 @@ def kept_map(dataset: GrownDataset, maker: CardMaker) -> Map | None:
         paths=[_dots(places[level == value]) for value in range(MAP_LEVELS)],
         low=low,
         high=high,
-        landmarks=_landmarks(places / 1000, rows, maker),
+        landmarks=_landmarks(places / 1000, rows, level, maker),
     )
 
 
-def _landmarks(places: np.ndarray, rows: np.ndarray, maker: CardMaker) -> list[Landmark]:
+def _landmarks(
+    places: np.ndarray, rows: np.ndarray, level: np.ndarray, maker: CardMaker
+) -> list[Landmark]:
     chosen = projection.spread_out(places, PICTURE_ON_MAP)
     small = {chosen[i] for i in projection.spread_out(places[chosen], PICTURE_ON_SMALL_MAP)}
     marks = [
-        Landmark(100 * places[at, 0], 100 * places[at, 1], maker.card(rows[at]), at in small)
+        Landmark(
+            left=100 * float(places[at, 0]),
+            top=100 * float(places[at, 1]),
+            card=maker.card(rows[at]),
+            level=int(level[at]),
+            on_small_screens=at in small,
+        )
         for at in chosen
     ]
     # Tab walks from the top left to the bottom right.
@@ -141,8 +152,8 @@ def _charts(
             f"Of {head.seen} samples seen, {head.kept} were kept, {head.recaptioned} of them with "
             f"a new caption, and {head.dropped} dropped. {_flattening(curve)}"
         )
-        wide = figures.growth_figure(curve, PAGE, 760)
-        narrow = figures.growth_figure(curve, PAGE, 360)
+        wide = figures.growth_figure(curve, PAGE, 680)
+        narrow = figures.growth_figure(curve, PAGE, 350)
         charts["growth"] = to_page(wide, "growth", description)
         charts["growth_narrow"] = to_page(narrow, "growth-narrow", description)
     if np.isfinite(dataset.alignment).any():
@@ -190,8 +201,12 @@ def training_context(runs: list[TrainingRun]) -> dict[str, Any]:
     for what in ("loss", "recall"):
         if any(len(getattr(run, what).values) for run in runs):
             description = f"{what.capitalize()} over samples seen of the runs {names}."
-            for key, width in ((what, 570), (f"{what}_narrow", 360)):
+            for key, width in ((what, 480), (f"{what}_narrow", 350)):
                 figure = runs_figure(runs, what, PAGE, width)
                 charts[key] = to_page(figure, f"run-{key}", description)
     found = {key for run in runs for key in run.recall_table}
-    return {"training": {"runs": runs, "recall_keys": sorted(found), "loss": None, "loss_narrow": None} | charts}
+    labels = {key: label for key, label in RECALLS.items() if key in found}
+    return {
+        "training": {"loss": None, "loss_narrow": None, "runs": runs, "recall_keys": labels}
+        | charts
+    }

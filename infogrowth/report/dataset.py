@@ -113,6 +113,12 @@ class GrownDataset:
         distances = self.neighbor_table[f"{space}_distances"][row].as_py() or []
         return list(zip(names, distances, strict=True))
 
+    def caption_by_id(self) -> dict[str, str]:
+        """The caption under which each id is known; a kept row speaks for an id that came twice."""
+        known = dict(zip(self.ids, self.captions, strict=True))
+        known.update((self.ids[row], self.captions[row]) for row in np.flatnonzero(self.kept))
+        return known
+
 
 def open_growth(directory: str | os.PathLike[str]) -> GrownDataset:
     """Read a growth folder.

@@ -79,7 +79,7 @@ def alignment_figure(
     verdicts: np.ndarray,
     min_align: float | None,
     palette: Palette,
-    width: float = 380,
+    width: float = 350,
 ) -> Figure:
     """Histogram of the alignment that decided, stacked by verdict, with the threshold drawn in.
 
@@ -88,7 +88,7 @@ def alignment_figure(
         verdicts: (N,) str.
     """
     with house_style(palette):
-        figure = new_figure(width, 270)
+        figure = new_figure(width, 260)
         axes = figure.subplots()
         finite = np.isfinite(alignment)
         edges = _edges(alignment[finite], min_align)
@@ -126,9 +126,7 @@ def alignment_figure(
         return figure
 
 
-def gain_figure(
-    gains: np.ndarray, has_text: bool, palette: Palette, width: float = 380
-) -> Figure:
+def gain_figure(gains: np.ndarray, has_text: bool, palette: Palette, width: float = 350) -> Figure:
     """Histograms of the image and the text gain of the kept samples.
 
     Args:
@@ -136,7 +134,7 @@ def gain_figure(
         has_text: False draws the image gain alone (class-labeled pictures).
     """
     with house_style(palette):
-        figure = new_figure(width, 270)
+        figure = new_figure(width, 260)
         axes = figure.subplots()
         finite = gains[np.isfinite(gains)]
         top = max(float(np.quantile(finite, 0.999)), 1e-6) if len(finite) else 1.0
@@ -156,10 +154,10 @@ def gain_figure(
         return figure
 
 
-def visits_figure(visits: Visits, palette: Palette, width: float = 380) -> Figure:
+def visits_figure(visits: Visits, palette: Palette, width: float = 350) -> Figure:
     """Expected visits per epoch under each sampler, over the kept samples ordered by gain."""
     with house_style(palette):
-        figure = new_figure(width, 270)
+        figure = new_figure(width, 260)
         axes = figure.subplots()
         order = np.argsort(visits.gains, kind="stable")
         # 200 points of the sorted curve draw it as well as a million.

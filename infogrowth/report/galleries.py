@@ -62,6 +62,7 @@ class Gallery:
     total: int
     cards: list[Card]
     sort_keys: dict[str, str]
+    largest_first: bool = False
     with_neighbors: bool = False
 
 
@@ -80,9 +81,7 @@ class CardMaker:
     def __init__(self, dataset: GrownDataset, pictures: Pictures):
         self._dataset = dataset
         self._pictures = pictures
-        self._row_of = {name: row for row, name in reversed(list(enumerate(dataset.ids)))}
-        for row in np.flatnonzero(dataset.kept).tolist():  # a kept row speaks for its id
-            self._row_of[dataset.ids[row]] = row
+        self._captions = dataset.caption_by_id()
 
     def card(self, row: int, neighbors: int = 0) -> Card:
         """The card of ``row`` with up to ``neighbors`` image neighbors."""
@@ -105,14 +104,9 @@ class CardMaker:
     def neighbor_cards(self, row: int, space: str, most: int) -> list[NeighborCard]:
         """The nearest ``most`` neighbors of ``row`` in ``space``."""
         return [
-            NeighborCard(name, self.caption_of(name), distance, self._pictures.address(name))
+            NeighborCard(name, self._captions.get(name, ""), distance, self._pictures.address(name))
             for name, distance in self._dataset.neighbors(row, space)[:most]
         ]
-
-    def caption_of(self, sample_id: str) -> str:
-        """The caption of a sample by its id, "" for one that is not in the decisions."""
-        row = self._row_of.get(sample_id)
-        return "" if row is None else self._dataset.captions[row]
 
 
 def galleries(dataset: GrownDataset, maker: CardMaker) -> list[Gallery]:
@@ -126,12 +120,16 @@ def galleries(dataset: GrownDataset, maker: CardMaker) -> list[Gallery]:
     return [gallery for gallery in made if gallery.cards]
 
 
-def groups(dataset: GrownDataset, maker: CardMaker, distance: float) -> tuple[list[Group], int, int]:
+def groups(
+    dataset: GrownDataset, maker: CardMaker, distance: float
+) -> tuple[list[Group], int, int]:
     """The biggest groups of near-duplicates, how many groups there are, and samples in them."""
     found = duplicate_groups(dataset, distance)
     gain = dataset.mean_gain
     shown = [
-        Group(len(rows), float(np.nanmean(gain[rows])), [maker.card(r) for r in rows[:GROUP_PICTURES]])
+        Group(
+            len(rows), float(np.nanmean(gain[rows])), [maker.card(r) for r in rows[:GROUP_PICTURES]]
+        )
         for rows in found[:GROUPS_SHOWN]
     ]
     return shown, len(found), sum(map(len, found))
@@ -169,6 +167,7 @@ def _recaptioned(dataset: GrownDataset, maker: CardMaker) -> Gallery:
             "gain": "gain",
             "row": "arrival",
         },
+        largest_first=True,
     )
 
 
@@ -201,7 +200,9 @@ def _novel(dataset: GrownDataset, maker: CardMaker) -> Gallery:
         key="novel",
         title="Most novel",
         explanation="Kept with the largest gain: nothing like them was there."
-        + (f" The first {early:,} kept samples are left out: then everything is new." * bool(early)),
+        + (
+            f" The first {early:,} kept samples are left out: then everything is new." * bool(early)
+        ),
         total=len(rows),
         cards=[maker.card(row) for row in rows[:GALLERY_SIZE]],
         sort_keys={
@@ -211,6 +212,7 @@ def _novel(dataset: GrownDataset, maker: CardMaker) -> Gallery:
             "alignment": "alignment",
             "row": "arrival",
         },
+        largest_first=True,
     )
 
 

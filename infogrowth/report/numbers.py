@@ -145,7 +145,9 @@ def expected_visits(gains: np.ndarray) -> Visits:
     )
 
 
-def duplicate_groups(dataset: GrownDataset, distance: float, space: str = "image") -> list[list[int]]:
+def duplicate_groups(
+    dataset: GrownDataset, distance: float, space: str = "image"
+) -> list[list[int]]:
     """Groups of kept samples that are linked through pairs closer than ``distance``.
 
     A sample is linked to those of its recorded nearest neighbors that are within ``distance``;

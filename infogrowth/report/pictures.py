@@ -37,8 +37,8 @@ class Pictures:
         if self._store is None:
             return None
         try:
-            picture = decode_image(self._store.read(sample_id))
-        except (KeyError, UserError, BadImage):
+            picture = decode_image(self._store.read(sample_id), at_least=2 * side)
+        except (UserError, BadImage):
             return None
         picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
         return picture

@@ -10,7 +10,13 @@ import numpy as np
 
 from infogrowth.errors import UserError
 
-RECALL_KEYS = ("r_mean", "txt_r_mean", "img_r_mean")
+RECALLS = {  # the keys of an evaluation's record, as they are shown
+    "r_mean": "mean recall",
+    "txt_r_mean": "text mean",
+    "img_r_mean": "image mean",
+    **{f"txt_r{k}": f"text R@{k}" for k in (1, 5, 10)},
+    **{f"img_r{k}": f"image R@{k}" for k in (1, 5, 10)},
+}
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,19 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
     path = Path(directory)
     path = path / "log.jsonl" if path.is_dir() else path
     records = _records(path)
-    losses = _one_per_step([r for r in records if _is_number(r.get("loss"))])
-    recalls = _one_per_step([r for r in records if _recall(r) is not None])
+    with_loss = [r for r in records if _is_number(r.get("loss"))]
+    # An epoch's record has the mean of its steps: it speaks only where no step was logged.
+    losses = _one_per_step([r for r in with_loss if r.get("kind") != "epoch"] or with_loss)
+    recalls = _one_per_step([r for r in records if "r_mean" in _recalls(r)])
     if not losses and not recalls:
         raise UserError(f"{path} has neither losses nor recalls; is it the log of a training run?")
-    best = max(recalls, key=lambda r: _recall(r) or 0.0, default={})
+    best = max((_recalls(r) for r in recalls), key=lambda table: table["r_mean"], default={})
     speeds = [r["samples_per_s"] for r in records if _is_number(r.get("samples_per_s"))]
     return TrainingRun(
         name=name or path.resolve().parent.name,
         loss=Curve(_seen(losses), np.array([r["loss"] for r in losses], dtype=np.float64)),
-        recall=Curve(_seen(recalls), np.array([_recall(r) for r in recalls], dtype=np.float64)),
-        recall_table={k: float(v) for k, v in best.items() if _is_recall(k) and _is_number(v)},
+        recall=Curve(_seen(recalls), np.array([_recalls(r)["r_mean"] for r in recalls])),
+        recall_table=best,
         samples_seen=int(max((_position(r) for r in [*losses, *recalls]), default=0)),
         samples_per_second=float(np.median(speeds)) if speeds else float("nan"),
         hours=_hours(records),
@@ -119,17 +127,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
 
 
-def _is_recall(key: str) -> bool:
-    name = key.rsplit("/", 1)[-1].removeprefix("val_").removeprefix("test_")
-    return name in (*RECALL_KEYS, *(f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)))
-
-
-def _recall(record: dict[str, Any]) -> float | None:
-    """The mean recall of an evaluation record: the validation's where both are there."""
-    found = [k for k in record if _is_recall(k) and k.endswith("r_mean") and _is_number(record[k])]
-    overall = [k for k in found if not k.endswith(("txt_r_mean", "img_r_mean"))]
-    chosen = sorted(overall or found, key=lambda k: ("test" in k, k))
-    return float(record[chosen[0]]) if chosen else None
+def _recalls(record: dict[str, Any]) -> dict[str, float]:
+    """The recalls of an evaluation, in percent: the validation set's where there are several."""
+    tables = record.get("recall")
+    if not isinstance(tables, dict):
+        return {}
+    table = tables.get("val") or tables.get("test") or tables
+    return {key: float(table[key]) for key in RECALLS if _is_number(table.get(key))}
 
 
 def _position(record: dict[str, Any]) -> float:

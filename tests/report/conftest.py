@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from infogrowth.data.lmdb_store import LmdbWriter
-from infogrowth.growth.ledger import SCHEMA, Manifest, Source
 from PIL import Image, ImageDraw
+
+from infogrowth.growth.ledger import SCHEMA, Manifest, Source
 
 COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
 HOSTILE = '<script>window.__injected=1</script>"><img src=x onerror="window.__injected=2">'
@@ -88,23 +89,28 @@ def _samples(count: int) -> list[dict]:
             image = base + 0.01 * random.normal(size=24)
         else:
             image = centers[look] + 0.7 * random.normal(size=24)
+        image = _unit(image)
         noise = number % 7 == 3 and number >= 10
-        fits = centers[(look + 3) % len(COLORS)] if noise else image
-        text = fits + 0.8 * random.normal(size=24)
+        fits = _unit(centers[(look + 3) % len(COLORS)]) if noise else image
+        text = fits + 0.15 * random.normal(size=24)
         caption = f"a {COLORS[(look + 3 * noise) % len(COLORS)]} shape, number {number}"
         samples.append(
             {
                 "id": f"{number:06d}",
                 "look": look,
-                "image": image / np.linalg.norm(image),
-                "text": text / np.linalg.norm(text),
-                "fit": image + 0.8 * random.normal(size=24),
+                "image": image,
+                "text": _unit(text),
+                "fit": _unit(image + 0.15 * random.normal(size=24)),
                 "caption": caption + (HOSTILE if number in (17, 40, 41, 101) else ""),
                 "picture": _picture(random, look),
             }
         )
     samples[40]["id"] = HOSTILE
     return samples
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
 
 
 def _picture(random: np.random.Generator, look: int) -> bytes:
@@ -129,11 +135,15 @@ def _grow(samples: list[dict]) -> tuple[list[dict], np.ndarray, np.ndarray]:
         if number >= 10 and original < 0.4:
             verdict, reason = "dropped", "alignment below min_align"
             if number % 2:  # every other one has a recaption
-                text = sample["fit"] / np.linalg.norm(sample["fit"])
+                text = sample["fit"]
                 alignment = float(sample["image"] @ text)
                 caption = f"new words: a {COLORS[sample['look']]} shape"
                 verdict, reason = "recaptioned", "recaptioned"
-        row = {"row": number, "source": int(number >= 10), "source_row": number - 10 * (number >= 10)}
+        row = {
+            "row": number,
+            "source": int(number >= 10),
+            "source_row": number - 10 * (number >= 10),
+        }
         row.update(id=sample["id"], verdict=verdict, reason=reason, alignment=alignment)
         row.update(original_alignment=original, caption=caption, original_caption=sample["caption"])
         for space, vector, column in (("image", sample["image"], 1), ("text", text, 2)):

@@ -54,33 +54,48 @@
     return down ? b.localeCompare(a) : a.localeCompare(b);
   };
 
-  // Galleries: sort and find.
+  // Galleries: sort, find, and the first rows before all of them.
+  const few = window.matchMedia("(max-width: 680px)").matches ? 12 : 24;
   for (const gallery of all("[data-gallery]")) {
     const cards = gallery.querySelector("[data-cards]");
     const key = gallery.querySelector("[data-sort]");
     const order = gallery.querySelector("[data-direction]");
     const find = gallery.querySelector("[data-find]");
     const status = gallery.querySelector("[data-status]");
+    const more = gallery.querySelector("[data-all]");
+    let open = false;
+    const show = () => {
+      const words = find ? find.value.trim().toLowerCase() : "";
+      let found = 0;
+      for (const card of cards.children) {
+        const fits = !words || card.querySelector(".words").textContent.toLowerCase().includes(words);
+        found += fits ? 1 : 0;
+        card.hidden = !fits || (!open && found > few);
+      }
+      if (status) status.textContent = words ? `${found} found` : "";
+      more.hidden = open || found <= few;
+      more.textContent = `Show all ${found}`;
+    };
     const sort = () => {
       const down = order.dataset.order === "down";
       order.textContent = down ? "largest first ↓" : "smallest first ↑";
       cards.append(...[...cards.children].sort((a, b) =>
         compare(a.dataset[key.value], b.dataset[key.value], down)));
+      show();
     };
     key.addEventListener("change", sort);
     order.addEventListener("click", () => {
       order.dataset.order = order.dataset.order === "down" ? "up" : "down";
       sort();
     });
-    find?.addEventListener("input", () => {
-      const words = find.value.trim().toLowerCase();
-      let shown = 0;
-      for (const card of cards.children) {
-        card.hidden = !card.querySelector(".words").textContent.toLowerCase().includes(words);
-        shown += card.hidden ? 0 : 1;
-      }
-      status.textContent = words ? `${shown} found` : "";
+    find?.addEventListener("input", show);
+    more.addEventListener("click", () => {
+      const first = [...cards.children].find((card) => card.hidden);
+      open = true;
+      show();
+      first?.querySelector("button")?.focus();
     });
+    show();
   }
 
   // Tables: a click on a heading sorts, another one turns the order.

@@ -1,0 +1,46 @@
+"""``infogrowth explain``: why one sample was kept, recaptioned or dropped."""
+
+import json
+import logging
+from dataclasses import dataclass
+
+from infogrowth.config import option
+from infogrowth.errors import UserError
+from infogrowth.files import atomic_write
+
+HELP = "tell why a sample was kept, recaptioned or dropped, with its nearest neighbors"
+POSITIONAL = ("growth", "id")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of ``infogrowth explain``."""
+
+    growth: str = option(help="growth folder (GROWTH_DIR)")
+    id: str = option(help="id of the sample, with or without its file ending")
+    json: bool = option(False, "print JSON: a list, as an id may have come several times")
+    picture: str | None = option(None, "also write the sample and its neighbors as a PNG strip")
+    lmdb: str | None = option(None, "LMDB of the pictures; by default the one the growth used")
+
+
+def run(config: Config) -> int:
+    """Print the explanation; exit status 2 when there is no such sample."""
+    from infogrowth.report.dataset import open_growth
+    from infogrowth.report.explaining import as_text, explain, picture_strip
+    from infogrowth.report.pictures import open_pictures
+
+    dataset = open_growth(config.growth)
+    found = explain(dataset, config.id)
+    if config.picture is not None:
+        pictures, note = open_pictures(config.lmdb, dataset.images)
+        if note:
+            raise UserError(note[:1].lower() + note[1:].rstrip("."))
+        with atomic_write(config.picture, "wb") as file:
+            picture_strip(found[-1], pictures).save(file, "PNG")
+        log.info("wrote %s", config.picture)
+    if config.json:
+        print(json.dumps([one.as_json() for one in found], indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(as_text(one) for one in found))
+    return 0

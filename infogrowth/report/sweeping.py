@@ -1,0 +1,196 @@
+"""What other thresholds would have kept, from the recorded decisions alone.
+
+The counts of a threshold are exact as far as the record goes: a sample is kept when its own
+caption reaches the threshold, recaptioned when only its new one does. What the record cannot tell
+is how well a recaption fits that was never looked at, or was refused; where that matters the count
+is a range. The gains are those recorded: with another kept set they would differ a little, as the
+nearest kept samples would be others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError
+from infogrowth.growth.sampling import normalized_gains, select_top
+from infogrowth.report.dataset import GrownDataset
+
+UNKNOWN_RECAPTION = "alignment and recaption below min_align"
+DUPLICATE = "id is already in the dataset"
+DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class ThresholdRow:
+    """What ``min_align`` = ``threshold`` would have kept.
+
+    ``kept`` is exact when ``kept_at_most`` equals it; otherwise recaptions whose fit is not on
+    record could add up to ``kept_at_most``.
+    """
+
+    threshold: float
+    kept: int
+    kept_at_most: int
+    recaptioned: int
+    dropped: int
+    mean_gain: float | None  # of the kept samples, as recorded
+    in_force: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether the record tells the count to the sample."""
+        return self.kept == self.kept_at_most
+
+
+@dataclass(frozen=True)
+class TopRow:
+    """What a static selection of the ``count`` samples of largest gain keeps."""
+
+    count: int
+    share: float  # of the kept samples
+    least_gain: float  # mean of image and text gain of the last one in
+    mean_gain: float
+    information: float  # share of the sum of the normalized gains
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The whole answer, with the sentences a reader needs to judge it."""
+
+    thresholds: list[ThresholdRow]
+    tops: list[TopRow]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        rows = [asdict(row) | {"exact": row.exact} for row in self.thresholds]
+        return {"thresholds": rows, "tops": [asdict(row) for row in self.tops], "notes": self.notes}
+
+
+def sweep(
+    dataset: GrownDataset, thresholds: Sequence[float] = (), tops: Sequence[int] = ()
+) -> Sweep:
+    """Evaluate ``thresholds`` and ``tops``; both have sensible defaults when empty.
+
+    Raises:
+        UserError: no alignments on record, or a top that is not between 1 and the kept count.
+    """
+    if not np.isfinite(dataset.original_alignment).any():
+        raise UserError(f"{dataset.name!r} has no alignments on record, so nothing to sweep")
+    values = _thresholds(dataset, thresholds)
+    rows = [_threshold_row(dataset, value) for value in values]
+    gains = dataset.gains[dataset.kept]
+    return Sweep(rows, _top_rows(gains, tops), _notes(dataset, rows))
+
+
+def _thresholds(dataset: GrownDataset, given: Sequence[float]) -> list[float]:
+    if given:
+        values = {float(value) for value in given}
+    else:
+        finite = dataset.original_alignment[np.isfinite(dataset.original_alignment)]
+        low, high = np.quantile(finite, [0.005, 0.995])
+        step = 0.05 if high - low > 0.4 else 0.02
+        values = set(np.round(np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step, 6))
+    if dataset.min_align is not None:
+        values.add(dataset.min_align)
+    return sorted(float(value) for value in values)
+
+
+def _threshold_row(dataset: GrownDataset, threshold: float) -> ThresholdRow:
+    """Which rows pass, decided in float32 like the engine; an id counts once."""
+    limit = np.float32(threshold)
+    original, final = (
+        values.astype(np.float32) for values in (dataset.original_alignment, dataset.alignment)
+    )
+    own = (original >= limit) | dataset.seeds & dataset.kept
+    new = ~own & dataset.recaptioned & (final >= limit)
+    unknown = ~own & ~new & _fit_not_on_record(dataset, threshold)
+    kept = _once_per_id(dataset, own | new)
+    at_most = _once_per_id(dataset, own | new | unknown)
+    gain = dataset.mean_gain[kept]
+    gain = gain[np.isfinite(gain)]
+    return ThresholdRow(
+        threshold=threshold,
+        kept=int(kept.sum()),
+        kept_at_most=int(at_most.sum()),
+        recaptioned=int((kept & new).sum()),
+        dropped=int(len(kept) - kept.sum()),
+        mean_gain=float(gain.mean()) if len(gain) else None,
+        in_force=dataset.min_align is not None and threshold == dataset.min_align,
+    )
+
+
+def _fit_not_on_record(dataset: GrownDataset, threshold: float) -> np.ndarray:
+    """Rows whose recaption might reach ``threshold``, but was refused or never looked at."""
+    in_force = dataset.min_align
+    if in_force is None or threshold == in_force:
+        return np.zeros(len(dataset.ids), dtype=bool)
+    if threshold < in_force:  # a refused recaption is under min_align, perhaps not under this
+        return dataset.reasons == UNKNOWN_RECAPTION
+    never_looked_at = np.isfinite(dataset.original_alignment) & (
+        dataset.original_alignment.astype(np.float32) >= np.float32(in_force)
+    )
+    return never_looked_at if _had_recaptions(dataset) else np.zeros(len(dataset.ids), dtype=bool)
+
+
+def _had_recaptions(dataset: GrownDataset) -> bool:
+    return bool(dataset.recaptioned.any() or (dataset.reasons == UNKNOWN_RECAPTION).any())
+
+
+def _once_per_id(dataset: GrownDataset, passes: np.ndarray) -> np.ndarray:
+    """The rows that would be kept: the first passing one of each id."""
+    if not (dataset.reasons == DUPLICATE).any():
+        return passes
+    seen: set[str] = set()
+    kept = np.zeros_like(passes)
+    for row in np.flatnonzero(passes).tolist():
+        if dataset.ids[row] not in seen:
+            seen.add(dataset.ids[row])
+            kept[row] = True
+    return kept
+
+
+def _top_rows(gains: np.ndarray, tops: Sequence[int]) -> list[TopRow]:
+    count = len(gains)
+    if count == 0 or not (gains.mean(axis=1) > 0).any():
+        return []
+    for top in tops:
+        if not 1 <= top <= count:
+            raise UserError(f"--tops {top} is not between 1 and the {count} kept samples")
+    chosen = sorted(set(tops)) or sorted({max(1, round(count * s)) for s in DEFAULT_SHARES})
+    mean, normalized = gains.mean(axis=1), normalized_gains(gains)
+    rows = []
+    for top in chosen:
+        selected = select_top(gains, top)
+        rows.append(
+            TopRow(
+                count=top,
+                share=top / count,
+                least_gain=float(mean[selected].min()),
+                mean_gain=float(mean[selected].mean()),
+                information=float(normalized[selected].sum() / normalized.sum()),
+            )
+        )
+    return rows
+
+
+def _notes(dataset: GrownDataset, rows: list[ThresholdRow]) -> list[str]:
+    notes = [
+        "Kept counts by threshold come from the recorded alignments; nothing is embedded again."
+    ]
+    if all(row.exact for row in rows):
+        given = ", provided that no recaptions are offered, as in this growth"
+        notes.append(f"All of them are exact{'' if _had_recaptions(dataset) else given}.")
+    else:
+        notes.append(
+            "Where a range is given, samples have or may have a recaption whose fit is not on "
+            "record: the lower count holds if none of them fits, the upper if all do."
+        )
+    notes.append(
+        "Gains are those recorded in this growth. With another threshold other samples would be "
+        "kept, the nearest neighbors would change and so would the gains: take them as estimates."
+    )
+    notes.append("Static selection of the top N from the dataset as it is: exact.")
+    return notes
