@@ -61,8 +61,7 @@ def check_same(selection, name):
     assert files == expected_files
     assert decisions == expected_decisions
     assert features == expected_features
-    leftovers = [path for path in selection.home.rglob("*.tmp-*")]
-    assert leftovers == []
+    assert not any(selection.home.rglob("*.tmp-*"))
 
 
 def test_killed_at_every_kind_of_step_ends_with_the_same_bytes(selection, job, forked):

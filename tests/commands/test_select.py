@@ -1,0 +1,89 @@
+"""`select`: the top N or a random choice by gain, in the old order, with all extra keys."""
+
+import json
+
+import numpy as np
+import pytest
+
+from infogrowth.annotations import gains_array, load_annotations
+
+
+@pytest.fixture
+def grown(golden, tmp_path):
+    """The golden annotations (gains as strings, as in the paper's files), with an extra key."""
+    annotations = json.loads((golden / "sampling_annotations.json").read_text())
+    for number, entry in enumerate(annotations):
+        entry["source"] = f"page {number}"
+    path = tmp_path / "grown.json"
+    path.write_text(json.dumps(annotations))
+    return path
+
+
+def test_top_takes_the_highest_gains_in_their_old_order(grown, infogrowth, tmp_path):
+    output = tmp_path / "top.json"
+    status, told = infogrowth("select", "--annotations", grown, "--output", output, "--top", "25")
+    assert status == 0
+    assert "selected 25 of 200 samples" in told
+    everything, chosen = load_annotations(grown), load_annotations(output)
+    mean = gains_array(everything).mean(axis=1)
+    best = sorted(np.argsort(-mean, kind="stable")[:25])
+    assert chosen == [everything[row] for row in best]
+    assert chosen[0]["source"].startswith("page ")
+
+
+def test_bernoulli_is_seeded_and_follows_the_gain(grown, golden, infogrowth, tmp_path):
+    arrays = np.load(golden / "sampling_n200.npz")
+    position = {entry["image"]: row for row, entry in enumerate(load_annotations(grown))}
+    counts = np.zeros(200)
+    runs = 200
+    for seed in range(runs):
+        output = tmp_path / f"{seed}.json"
+        arguments = ("--annotations", grown, "--output", output, "--bernoulli", "--seed", seed)
+        assert infogrowth("select", *arguments, "--quiet")[0] == 0
+        chosen = [position[entry["image"]] for entry in json.loads(output.read_text())]
+        assert chosen == sorted(chosen)
+        counts[chosen] += 1
+    # p_prune is the chance the original code gives; 200 draws are within 5 standard errors.
+    chance = arrays["p_prune"]
+    error = np.sqrt(np.maximum(chance * (1 - chance), 1e-12) / runs)
+    assert (np.abs(counts / runs - chance) <= 5 * error + 1e-9).all()
+    again = tmp_path / "again.json"
+    arguments = ("--annotations", grown, "--output", again, "--bernoulli", "--seed", "3")
+    assert infogrowth("select", *arguments)[0] == 0
+    assert again.read_bytes() == (tmp_path / "3.json").read_bytes()
+
+
+def test_uid_repeats_follow_the_gain(infogrowth, tmp_path):
+    gains = [0.0, 0.1, 0.5, 1.0]
+    annotations = [
+        {"image": f"{row:032x}", "caption": "c", "gains": [gain, gain]}
+        for row, gain in enumerate(gains)
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(annotations))
+    status, _ = infogrowth(
+        "select", "--annotations", tmp_path / "in.json", "--output", tmp_path / "uids.npy",
+        "--top", "4", "--uid-repeats", "5",
+    )  # fmt: skip
+    assert status == 0
+    uids = np.load(tmp_path / "uids.npy")
+    # gain / 0.99-quantile (0.985), clipped: 0, 0.1015, 0.5076, 1 -> 1 + round(4 g)
+    assert np.bincount([low for _, low in uids.tolist()]).tolist() == [1, 1, 3, 5]
+    assert uids.dtype == np.dtype("u8,u8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give either --top N or --bernoulli"),
+        (["--top", "5", "--bernoulli"], "give either --top N or --bernoulli"),
+        (["--top", "201"], "cannot select the top 201 of 200 samples"),
+        (["--top", "0"], "cannot select the top 0 of 200 samples"),
+        (["--top", "many"], "--top must be a whole number"),
+    ],
+)
+def test_what_cannot_be_selected_is_told(grown, infogrowth, tmp_path, arguments, told):
+    output = tmp_path / "out.json"
+    status, message = infogrowth("select", "--annotations", grown, "--output", output, *arguments)
+    assert status == 2
+    assert told in message
+    assert not output.exists()

@@ -1,0 +1,252 @@
+"""Feature folders: written shard by shard, read as one stream, other people's layouts included."""
+
+import itertools
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from infogrowth.data.features import FeatureWriter, open_features
+from infogrowth.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+IMAGE = RANDOM.normal(size=(23, 6)).astype(np.float32)
+TEXT = RANDOM.normal(size=(23, 6)).astype(np.float32)
+IDS = [f"id{row:02d}" for row in range(23)]
+CAPTIONS = [f"caption {row}" for row in range(23)]
+SIZES = (5, 9, 0, 6, 3)  # rows per shard
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+
+
+def shard_slices():
+    ends = np.cumsum(SIZES)
+    return [slice(end - size, end) for end, size in zip(ends, SIZES, strict=True)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    writer = FeatureWriter(tmp_path / "features", shards=len(SIZES))
+    for number, rows in enumerate(shard_slices()):
+        writer.write_shard(
+            number, IDS[rows], CAPTIONS[rows], IMAGE[rows], TEXT[rows], {"url": CAPTIONS[rows]}
+        )
+    return tmp_path / "features"
+
+
+def collected(stream, **options):
+    batches = list(stream.batches(**options))
+    ids = [sample for batch in batches for sample in batch.ids]
+    return batches, ids
+
+
+def test_the_stream_is_the_shards_one_after_the_other(folder):
+    stream = open_features(folder)
+    assert (stream.rows, stream.dimension, stream.layout) == (23, 6, "clip-retrieval")
+    for batch_size, start in itertools.product((1, 4, 7, 23, 100), (0, 5, 13, 22)):
+        check_batches(stream, batch_size, start)
+
+
+def check_batches(stream, batch_size, start):
+    batches, ids = collected(stream, batch_size=batch_size, start_row=start)
+    assert ids == IDS[start:]
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(start, 23))
+    for space, rows in (("image", IMAGE), ("text", TEXT)):
+        read = np.concatenate([getattr(batch, space) for batch in batches])
+        assert read.dtype == np.float32
+        np.testing.assert_allclose(read, unit(rows)[start:], rtol=0, atol=6e-4)
+
+
+def test_files_lie_where_clip_retrieval_puts_them_in_half_precision(folder):
+    assert (folder / "img_emb/img_emb_0.npy").is_file()
+    assert (folder / "text_emb/text_emb_4.npy").is_file()
+    stored = np.load(folder / "img_emb/img_emb_1.npy")
+    assert stored.dtype == np.float16
+    assert list(pq.read_table(folder / "metadata/metadata_1.parquet").column_names) == [
+        "image_path",
+        "caption",
+        "url",
+    ]
+
+
+def test_numbers_are_padded_to_one_width(tmp_path):
+    writer = FeatureWriter(tmp_path, shards=101)
+    writer.write_shard(7, ["a"], ["b"], IMAGE[:1], TEXT[:1])
+    assert (tmp_path / "img_emb/img_emb_007.npy").is_file()
+    with pytest.raises(UserError, match="numbered like '007', which does not fit 5 shards"):
+        FeatureWriter(tmp_path, shards=5)
+
+
+def test_chosen_rows_fill_whole_batches(folder):
+    stream = open_features(folder)
+    odd = {sample for sample in IDS if int(sample[2:]) % 2}
+    choose = lambda batch: np.array([sample in odd for sample in batch.ids])  # noqa: E731
+    batches, ids = collected(stream, batch_size=4, start_row=2, stop_row=20, choose=choose)
+    assert ids == IDS[3:20:2]
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    assert batches[0].rows.tolist() == [3, 5, 7, 9]
+    np.testing.assert_array_equal(batches[1].image, open_rows(stream, batches[1].rows))
+
+
+def open_rows(stream, rows):
+    return np.concatenate([stream.row(int(row)).image for row in rows])
+
+
+def test_one_row_at_a_time(folder):
+    stream = open_features(folder)
+    assert [stream.row(row).ids[0] for row in (0, 4, 5, 13, 14, 22)] == [
+        IDS[row] for row in (0, 4, 5, 13, 14, 22)
+    ]
+
+
+def test_a_shard_is_finished_when_all_its_files_are_in_place(folder):
+    writer = FeatureWriter(folder, shards=len(SIZES))
+    assert writer.finished_shards() == {0, 1, 2, 3, 4}
+    (folder / "text_emb/text_emb_3.npy").unlink()
+    (folder / "finished/1.json").unlink()
+    assert writer.finished_shards() == {0, 2, 4}
+
+
+def test_a_killed_write_leaves_no_finished_shard(tmp_path, monkeypatch):
+    writer = FeatureWriter(tmp_path, shards=2)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full_disk)
+    with pytest.raises(UserError, match=r"metadata_0\.parquet: No space left on device"):
+        writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1])
+    assert writer.finished_shards() == set()
+    monkeypatch.undo()
+    writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1])
+    assert writer.finished_shards() == {0}
+    (tmp_path / "img_emb" / "img_emb_1.npy.tmp-9-aa").write_bytes(b"half")
+    writer.remove_leftovers()
+    assert not any(tmp_path.rglob("*.tmp-*"))
+
+
+def test_skipped_samples_are_joined_in_shard_order_and_counted(tmp_path):
+    writer = FeatureWriter(tmp_path, shards=2)
+    writer.write_shard(1, [], [], IMAGE[:0], TEXT[:0], skipped=[{"id": "z", "reason": "no image"}])
+    writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1], skipped=[{"id": "y", "reason": "x"}])
+    assert writer.merge_skipped() == {"x": 1, "no image": 1}
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["y", "z"]
+    assert open_features(tmp_path).skipped == {"x": 1, "no image": 1}
+    assert writer.rows() == 1
+
+
+def test_the_fingerprint_knows_the_same_features_again(folder, tmp_path):
+    stream = open_features(folder)
+    prints = [stream.fingerprint(rows) for rows in (0, 1, 5, 6, 14, 15, 23)]
+    # Within a shard it stays; a zero-row shard between makes no difference.
+    assert prints[1] == prints[2] != prints[3] == prints[4] != prints[5] != prints[6]
+    copied = folder.rename(tmp_path / "moved")
+    assert open_features(copied).fingerprint(15) == prints[5]
+    other = np.array(IMAGE[14:20])
+    other[0] += 1
+    FeatureWriter(copied, 5).write_shard(3, IDS[14:20], CAPTIONS[14:20], other, TEXT[14:20])
+    assert open_features(copied).fingerprint(14) == prints[4]
+    assert open_features(copied).fingerprint(15) != prints[5]
+
+
+@pytest.mark.parametrize("names", [("images", "texts"), ("image_emb", "txt_emb"), None])
+def test_other_peoples_names_for_the_same_layout(tmp_path, names):
+    for number, rows in enumerate((slice(0, 10), slice(10, 23))):
+        for name, features in zip(names or ("img_emb", "text_emb"), (IMAGE, TEXT), strict=True):
+            place = tmp_path / name if names else tmp_path  # None: all in one folder
+            place.mkdir(exist_ok=True)
+            np.save(place / f"{name}_{number}.npy", features[rows])
+        place = tmp_path / "metadata" if names else tmp_path
+        place.mkdir(exist_ok=True)
+        table = pa.table({"key": IDS[rows], "TEXT": CAPTIONS[rows], "url": IDS[rows]})
+        pq.write_table(table, place / f"metadata_{number}.parquet")
+    batches, ids = collected(open_features(tmp_path), batch_size=50)
+    assert ids == IDS
+    assert batches[0].captions == CAPTIONS
+    np.testing.assert_array_equal(batches[0].text, TEXT)
+
+
+def test_shards_are_read_by_number_not_by_name(tmp_path):
+    for kind in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / kind).mkdir()
+    for number in range(12):  # 10 sorts before 2 as text
+        rows = slice(number, number + 1)
+        np.save(tmp_path / f"img_emb/img_emb_{number}.npy", IMAGE[rows])
+        np.save(tmp_path / f"text_emb/text_emb_{number}.npy", TEXT[rows])
+        table = pa.table({"image_path": IDS[rows], "caption": CAPTIONS[rows]})
+        pq.write_table(table, tmp_path / f"metadata/metadata_{number}.parquet")
+    assert collected(open_features(tmp_path), batch_size=5)[1] == IDS[:12]
+
+
+def test_missing_ids_and_captions_become_empty_text(tmp_path):
+    writer = FeatureWriter(tmp_path, 1)
+    writer.write_shard(0, ["a", None, "c"], [None, "x", "y"], IMAGE[:3], TEXT[:3])
+    (batch,) = open_features(tmp_path).batches(10)
+    assert batch.ids == ["a", "", "c"]
+    assert batch.captions == ["", "x", "y"]
+
+
+def test_text_only_folder_is_a_recaption_table(tmp_path):
+    FeatureWriter(tmp_path, 1).write_shard(0, IDS, CAPTIONS, None, TEXT)
+    (batch,) = open_features(tmp_path, spaces=("text",)).batches(50)
+    assert batch.image is None
+    assert batch.text.shape == (23, 6)
+    with pytest.raises(UserError, match=r"has text features but no image features \(img_emb/\)"):
+        open_features(tmp_path)
+
+
+def test_extra_columns_come_when_asked_for(folder):
+    (batch,) = open_features(folder, extra=("url", "nothing")).batches(50)
+    assert batch.extra == {"url": CAPTIONS}
+
+
+def datacomp(folder, keys=("b32", "l14")):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate((slice(0, 10), slice(10, 23))):
+        stem = f"{number:032x}"
+        uids = [f"{row:032x}" for row in range(23)][rows]
+        pq.write_table(pa.table({"uid": uids, "text": CAPTIONS[rows]}), folder / f"{stem}.parquet")
+        arrays = {f"{key}_img": IMAGE[rows].astype(np.float16) for key in keys}
+        arrays.update({f"{key}_txt": TEXT[rows].astype(np.float16) for key in keys})
+        np.savez(folder / f"{stem}.npz", **arrays)
+
+
+@pytest.mark.parametrize("place", [".", "metadata"])
+def test_datacomp_pairs_of_parquet_and_npz(tmp_path, place):
+    datacomp(tmp_path / place)
+    stream = open_features(tmp_path, key="l14")
+    assert stream.layout == "DataComp"
+    assert stream.encoder == {"name": "DataComp l14"}
+    batches, ids = collected(stream, batch_size=7)
+    assert ids == [f"{row:032x}" for row in range(23)]
+    read = np.concatenate([batch.image for batch in batches])
+    np.testing.assert_array_equal(read, IMAGE.astype(np.float16).astype(np.float32))
+    assert stream.row(12).captions == ["caption 12"]
+
+
+def test_datacomp_with_one_kind_of_features_needs_no_key(tmp_path):
+    datacomp(tmp_path, keys=("b32",))
+    assert open_features(tmp_path).encoder == {"name": "DataComp b32"}
+
+
+@pytest.mark.parametrize("ending", [".npz", ".pth"])
+def test_a_single_file_of_arrays_with_ids(tmp_path, ending):
+    path = tmp_path / f"features{ending}"
+    if ending == ".npz":
+        np.savez(path, ids=IDS, captions=CAPTIONS, image=IMAGE, text_features=TEXT)
+    else:
+        content = {"ids": IDS, "captions": CAPTIONS, "text": torch.tensor(TEXT).bfloat16()}
+        torch.save({**content, "image": torch.tensor(IMAGE)}, path)
+    stream = open_features(path)
+    batches, ids = collected(stream, batch_size=10)
+    assert ids == IDS
+    np.testing.assert_array_equal(np.concatenate([b.image for b in batches]), IMAGE)
+    np.testing.assert_allclose(np.concatenate([b.text for b in batches]), TEXT, rtol=0.01)
+    assert len(stream.fingerprint(23)) == 32
