@@ -57,15 +57,15 @@ def run(config: Config) -> int:
     from infogrowth import distributed
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
-    from infogrowth.encoders.piles import pile_of_lmdb, pile_of_source
+    from infogrowth.encoders import piles
     from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
 
     with distributed.process_group(config.device) as device:
         if config.source is not None:
-            pile = pile_of_source(config.source)
+            pile = piles.pile_of_source(config.source)
         else:
             assert config.lmdb is not None and config.annotations is not None
-            pile = pile_of_lmdb(config.lmdb, config.annotations)
+            pile = piles.pile_of_lmdb(config.lmdb, config.annotations)
         if not len(pile):
             raise UserError(f"{config.annotations or config.source} holds no samples to embed")
         with distributed.main_first():  # rank 0 downloads, the others find the files

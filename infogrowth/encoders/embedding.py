@@ -221,8 +221,14 @@ def _write(
         _joined(shard.image, dimension) if images else None,
         _joined(shard.text, dimension),
         {name: [values[row] for row in shard.captions] for name, values in (extra or {}).items()},
-        [{"id": pile.ids[row], "reason": shard.skipped[row]} for row in sorted(shard.skipped)],
+        [_skipped(pile.ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
     )
+
+
+def _skipped(sample: str, told: str) -> dict[str, str]:
+    """A record of a bad sample: reasons are few and can be counted, details are all different."""
+    reason, _, detail = told.partition(": ")
+    return {"id": sample, "reason": reason} | ({"detail": detail} if detail else {})
 
 
 def _joined(parts: list[torch.Tensor], dimension: int) -> np.ndarray:

@@ -31,7 +31,8 @@ class Pile:
     Attributes:
         ids: the samples' names.
         captions: one text each; where there is none, ``problems`` says so.
-        problems: reason by row number for samples that are skipped without looking at them.
+        problems: reason by row number for samples that are skipped without looking at them; what
+            follows a colon in a reason is a detail that is recorded, not counted apart.
         pictures: gives the encoded picture of a row; None where only captions are embedded.
         origin: where it all comes from, for features.json.
     """
