@@ -52,7 +52,7 @@ def initialize(
     if vision != "random":
         reports.append(_load(model, _vision_weights(vision), "visual_encoder."))
     if text != "random":
-        reports.append(_load(model, _text_weights(model, text), "text_"))
+        reports.append(_load(model, _text_weights(model, text), "text_encoder.", "text_decoder."))
     for report in reports:
         logger.info("starting weights: %s", report)
     return reports
@@ -116,13 +116,13 @@ def _extend_words(model: BlipDual, tensors: dict[str, torch.Tensor]) -> None:
             tensors[name] = torch.cat([tensors[name], own[name][len(tensors[name]) :]])
 
 
-def _load(model: BlipDual, weights: WeightFile, prefix: str) -> LoadReport:
+def _load(model: BlipDual, weights: WeightFile, *parts: str) -> LoadReport:
     """Load one part; what such a file never holds may be missing, nothing else."""
     report = load_tensors(model, weights, strict=False)
     missing = [
         name
         for name in report.missing
-        if name.startswith(prefix) and ".crossattention." not in name and ".cls." not in name
+        if name.startswith(parts) and ".crossattention." not in name and ".cls." not in name
     ]
     if missing or report.mismatched:
         raise UserError(

@@ -1,0 +1,238 @@
+"""Loading and writing weights in every layout: bit-exact round trips, and nothing silent."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from infogrowth.blip.captioning import BlipCaptioner
+from infogrowth.blip.checkpoint import (
+    load_blip,
+    load_weights,
+    open_state,
+    resize_positions,
+    save_folder,
+    save_weights,
+)
+from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.retrieval import BlipRetrieval
+from infogrowth.errors import UserError
+
+
+@pytest.fixture
+def pretrained(golden, golden_config):
+    model = BlipPretrain(golden_config, queue_size=32)
+    load_weights(model, golden / "pretrain_init.safetensors")
+    return model
+
+
+def same(one, two):
+    one, two = one.state_dict(), two.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_official_file_loads_whole(pretrained, golden):
+    report = load_weights(pretrained, golden / "pretrain_init.safetensors")
+    assert report.loaded == len(pretrained.state_dict()) == 351
+    assert not (report.missing or report.unexpected or report.mismatched or report.filled)
+    assert len(report.dropped) == 3 and all(n.endswith("position_ids") for n in report.dropped)
+
+
+def test_official_files_have_the_official_names_under_the_key_model(
+    pretrained, golden, pretrain_golden, golden_config, tmp_path
+):
+    path = tmp_path / "model.pth"
+    save_weights(pretrained, path, layout="official")
+    written = torch.load(path, weights_only=True)["model"]
+    original = load_file(golden / "pretrain_init.safetensors")
+    assert sorted(written) == sorted(pretrain_golden.meta["state_dict_keys"])
+    for name, tensor in original.items():
+        assert torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype, name
+    again = BlipPretrain(golden_config, queue_size=32, seed=1)
+    load_weights(again, path)
+    assert same(again, pretrained)
+
+
+def test_safetensors_round_trip_keeps_each_tensor_once(pretrained, golden_config, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_weights(pretrained, path, layout="safetensors")
+    written = load_file(path)
+    assert "text_encoder.embeddings.word_embeddings.weight" in written
+    assert "text_decoder.bert.embeddings.word_embeddings.weight" not in written
+    again = BlipPretrain(golden_config, queue_size=32, seed=1)
+    report = load_weights(again, path)
+    assert same(again, pretrained)
+    assert "text_decoder.cls.predictions.decoder.weight" in report.filled
+
+
+def test_a_folder_serves_every_kind_of_model(pretrained, golden_tokenizer, tmp_path):
+    save_folder(pretrained, tmp_path, golden_tokenizer)
+    assert not any(
+        "_m." in name or "queue" in name for name in load_file(tmp_path / "model.safetensors")
+    )
+    state = pretrained.state_dict()
+    for kind in (BlipDual, BlipCaptioner, BlipPretrain, BlipRetrieval):
+        model, tokenizer, report = load_blip(tmp_path, kind)
+        assert not model.training and len(tokenizer) == 195
+        assert not (report.missing or report.unexpected or report.mismatched)
+        for name, tensor in model.state_dict().items():
+            part, _, rest = name.partition(".")
+            if part.endswith("_m"):  # not in the folder: copies of the online weights
+                assert torch.equal(tensor, state[f"{part.removesuffix('_m')}.{rest}"])
+            elif "queue" not in name:
+                assert torch.equal(tensor, state[name]), name
+
+
+def test_a_folder_can_keep_what_training_needs(pretrained, golden_tokenizer, tmp_path):
+    save_folder(pretrained, tmp_path, golden_tokenizer, momentum=True)
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(state["image_queue"], pretrained.image_queue)
+    assert torch.equal(state["vision_proj_m.bias"], pretrained.vision_proj_m.bias)
+
+
+def test_pretraining_weights_start_retrieval(pretrained, golden_config, tmp_path):
+    path = tmp_path / "pretrained.pth"
+    save_weights(pretrained, path)
+    model = BlipRetrieval(golden_config, queue_size=32)
+    report = load_weights(model, path)
+    assert report.untouched == ["idx_queue", "ptr_queue"]
+    assert torch.equal(model.image_queue, pretrained.image_queue)
+    assert torch.equal(model.vision_proj_m.weight, pretrained.vision_proj_m.weight)
+    assert all(name.startswith(("text_decoder", "text_en", "queue_ptr")) for name in report.dropped)
+
+
+def test_queues_of_another_size_are_left_and_told(pretrained, golden_config, tmp_path):
+    path = tmp_path / "pretrained.pth"
+    pretrained.queue_ptr.fill_(5)
+    save_weights(pretrained, path)
+    model = BlipPretrain(golden_config, queue_size=3)
+    before = model.image_queue.clone()
+    report = load_weights(model, path)
+    assert torch.equal(model.image_queue, before) and model.queue_ptr.item() == 0
+    assert "image_queue (the file's has another size, 16×32)" in report.untouched
+
+
+@pytest.mark.parametrize("side", [16, 24, 48, 64])
+def test_position_embeddings_are_resized_bicubically_with_the_class_token_kept(
+    pretrained, golden_config, tmp_path, side
+):
+    path = tmp_path / "pretrained.pth"
+    save_weights(pretrained, path)
+    model = BlipPretrain(golden_config.replace(image_size=side), queue_size=32)
+    report = load_weights(model, path)
+    old, new = pretrained.visual_encoder.pos_embed, model.visual_encoder.pos_embed
+    assert torch.equal(old[:, 0], new[:, 0])
+    cells = side // 8
+    grid = old[0, 1:].detach().reshape(4, 4, 48).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(
+        grid, size=(cells, cells), mode="bicubic", align_corners=False
+    )
+    patches = new[0, 1:].detach().reshape(cells, cells, 48).permute(2, 0, 1)[None]
+    torch.testing.assert_close(patches, expected)
+    assert len(report.resized) == 2  # the online encoder's and its momentum twin's
+    assert report.resized[0].startswith("visual_encoder.pos_embed: 1×17×48 to 1×")
+
+
+def test_positions_that_are_no_square_are_not_resized():
+    assert resize_positions(torch.zeros(1, 16, 8), 10) is None
+    assert resize_positions(torch.zeros(1, 17, 8), 12) is None
+
+
+def test_mismatched_shapes_are_an_error_that_names_them(pretrained, golden_config, tmp_path):
+    path = tmp_path / "pretrained.pth"
+    save_weights(pretrained, path)
+    model = BlipPretrain(golden_config.replace(embed_dim=8), queue_size=32)
+    before = model.vision_proj.weight.clone()
+    with pytest.raises(UserError, match=r"vision_proj\.weight: 16×48 in the file, 8×48") as error:
+        load_weights(model, path)
+    assert str(path) in str(error.value)
+    assert torch.equal(model.vision_proj.weight, before)  # nothing was loaded before the error
+    report = load_weights(model, path, strict=False)
+    assert any(line.startswith("vision_proj.weight") for line in report.mismatched)
+    assert "shapes that do not fit: vision_proj.weight: 16×48" in str(report)
+
+
+def test_missing_and_unexpected_names_are_told(pretrained, golden_config, tmp_path):
+    state = dict(pretrained.state_dict())
+    del state["itm_head.bias"]
+    state["surprise.weight"] = torch.zeros(3)
+    torch.save({"model": state}, tmp_path / "odd.pth")
+    model = BlipPretrain(golden_config, queue_size=32)
+    with pytest.raises(UserError, match=r"missing: itm_head\.bias"):
+        load_weights(model, tmp_path / "odd.pth")
+    report = load_weights(model, tmp_path / "odd.pth", strict=False)
+    assert report.missing == ["itm_head.bias"] and report.unexpected == ["surprise.weight"]
+    assert "missing: itm_head.bias" in str(report) and "surprise.weight" in str(report)
+
+
+def test_a_captioners_file_does_not_pass_for_a_scoring_encoder(golden_config, tmp_path):
+    save_weights(BlipCaptioner(golden_config), tmp_path / "caption.pth")
+    with pytest.raises(UserError, match=r"missing: text_encoder.* and \d+ more"):
+        load_weights(BlipDual(golden_config), tmp_path / "caption.pth")
+
+
+def test_tied_names_with_different_values_are_an_error(pretrained, golden_config, tmp_path):
+    state = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
+    state["text_decoder.bert.embeddings.LayerNorm.bias"] += 1
+    torch.save({"model": state}, tmp_path / "untied.pth")
+    with pytest.raises(UserError, match=r"differ: text_decoder\.bert\.embeddings\.LayerNorm\.bias"):
+        load_weights(BlipPretrain(golden_config, queue_size=32), tmp_path / "untied.pth")
+
+
+def test_names_of_a_distributed_model_lose_their_prefix(pretrained, golden_config, tmp_path):
+    state = {f"module.{name}": tensor for name, tensor in pretrained.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "ddp.pth")
+    again = BlipPretrain(golden_config, queue_size=32, seed=1)
+    load_weights(again, tmp_path / "ddp.pth")
+    assert same(again, pretrained)
+
+
+def test_a_lone_official_file_brings_its_shape(golden, golden_config, tmp_path):
+    wide = golden_config.replace(vision_width=64, text_width=64, vision_heads=1, text_heads=1)
+    model = BlipRetrieval(wide, queue_size=4)
+    save_weights(model, tmp_path / "retrieval.pth")
+    loaded, _, report = load_blip(
+        tmp_path / "retrieval.pth", BlipDual, vocabulary=golden / "vocab.txt"
+    )
+    assert loaded.config.replace(text_dropout=0.0, vision_feedforward=None) == wide
+    assert not report.missing
+    with pytest.raises(UserError, match="makes 195 tokens"):
+        (tmp_path / "vocab.txt").write_text((golden / "vocab.txt").read_text())
+        save_weights(BlipDual(wide.replace(vocab_size=300)), tmp_path / "other.pth")
+        load_blip(tmp_path / "other.pth", BlipDual)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    torch.save({"model": Evil()}, path)
+    with pytest.raises(UserError, match=r"evil\.pth holds more than plain weights"):
+        open_state(path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_files_that_are_no_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 not a zip")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pth")
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.dat")
+    (tmp_path / "folder").mkdir()
+    for name, complaint in (
+        ("cut.safetensors", "not a readable safetensors"),
+        ("cut.pth", "cut.pth"),
+        ("empty.pth", "empty.pth"),
+        ("nothing.pth", "no named weights"),
+        ("weights.dat", "not a weight file by its ending"),
+        ("absent.pth", "does not exist"),
+        ("folder", "holds none of model.safetensors"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            open_state(tmp_path / name)
+    with pytest.raises(UserError, match=r"Salesforce/nowhere.*cannot be reached"):
+        open_state("Salesforce/nowhere")

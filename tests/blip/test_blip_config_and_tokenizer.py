@@ -1,0 +1,123 @@
+"""The shape of a BLIP on disk, and its tokenizer against the original's ids."""
+
+import json
+
+import pytest
+import torch
+
+from infogrowth.blip.config import BlipConfig, infer_config, preset
+from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
+from infogrowth.errors import UserError
+
+
+def test_ids_are_those_of_the_original_tokenizer(golden, golden_tokenizer):
+    cases = json.loads((golden / "schedules_tokenizer.json").read_text())
+    captions = [case["pre"] for case in cases]
+    for length in (30, 35):
+        ids, mask = tokenize(golden_tokenizer, captions, max_length=length)
+        assert ids.tolist() == [case[f"ids{length}"] for case in cases]
+        assert torch.equal(mask, (ids != 0).long())
+
+
+def test_padding_to_the_longest_cuts_padding_only(golden_tokenizer):
+    captions = ["a dog", "the man on the beach near a tree"]
+    ids, mask = tokenize(golden_tokenizer, captions, 30)
+    short_ids, short_mask = tokenize(golden_tokenizer, captions, 30, longest=True)
+    width = mask.sum(1).max()
+    assert torch.equal(short_ids, ids[:, :width]) and torch.equal(short_mask, mask[:, :width])
+
+
+def test_dec_and_enc_follow_the_vocabulary(golden_tokenizer):
+    assert (golden_tokenizer.bos_token_id, golden_tokenizer.enc_token_id) == (193, 194)
+    assert len(golden_tokenizer) == 195
+    config = BlipConfig().with_tokenizer(golden_tokenizer)
+    ids = (config.pad_token_id, config.cls_token_id, config.sep_token_id)
+    assert ids == (0, 2, 3) and config.bos_token_id == 193 and config.enc_token_id == 194
+    assert config.vocab_size == 195
+
+
+def test_a_saved_vocabulary_makes_the_same_tokenizer(golden, golden_tokenizer, tmp_path):
+    save_vocabulary(golden_tokenizer, tmp_path)
+    assert (tmp_path / "vocab.txt").read_bytes() == (golden / "vocab.txt").read_bytes()
+    assert load_tokenizer(tmp_path).get_vocab() == golden_tokenizer.get_vocab()
+
+
+def test_a_vocabulary_that_already_lists_dec_and_enc_gets_no_second_ones(golden, tmp_path):
+    text = (golden / "vocab.txt").read_text() + "[DEC]\n[ENC]\n"
+    (tmp_path / "vocab.txt").write_text(text)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.enc_token_id) == (195, 193, 194)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("a\nb\n", r"lacks \[PAD\]"),
+        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "repeated"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content, complaint):
+    path = tmp_path / "vocab.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=complaint) as error:
+        load_tokenizer(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_vocabularies_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.txt does not exist"):
+        load_tokenizer(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match=r"holds no vocab\.txt"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_network_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"bert-base-nowhere.*cannot be reached"):
+        load_tokenizer("bert-base-nowhere")
+
+
+def test_config_survives_its_folder(tmp_path, golden_config):
+    golden_config.to_folder(tmp_path)
+    assert BlipConfig.from_folder(tmp_path) == golden_config
+
+
+@pytest.mark.parametrize(
+    "values, complaint",
+    [
+        ({"format": "infogrowth-blip", "widht": 3}, "widht"),
+        ({"model_type": "clip"}, "clip, not a BLIP"),
+        ([], "not a model configuration"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(tmp_path, values, complaint):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=complaint):
+        BlipConfig.from_folder(tmp_path)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="image_size 100 is not a multiple of patch_size 16"):
+        BlipConfig(image_size=100)
+    with pytest.raises(UserError, match="text_width 100 is not a multiple of text_heads 12"):
+        BlipConfig(text_width=100)
+
+
+def test_presets():
+    assert preset("base") == BlipConfig()
+    large = preset("large", image_size=384)
+    assert (large.vision_width, large.vision_depth, large.vision_heads) == (1024, 24, 16)
+    assert (large.drop_path, large.image_size) == (0.1, 384)
+    with pytest.raises(UserError, match="tiny, base, large"):
+        preset("huge")
+
+
+def test_the_shape_is_read_off_official_weights():
+    config = preset("tiny", vocab_size=50, text_heads=2, vision_heads=2, text_dropout=0.1)
+    special = {"bos_token_id": 48, "enc_token_id": 49}
+    state = BlipPretrain(config, queue_size=4).state_dict()
+    inferred = infer_config(state, **special)
+    assert inferred == config.replace(vision_feedforward=512, **special)
+    with pytest.raises(UserError, match="not a BLIP's"):
+        infer_config({"weight": torch.zeros(3)})
