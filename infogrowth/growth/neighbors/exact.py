@@ -23,11 +23,11 @@ from infogrowth.growth.rows import fold_sum
 log = logging.getLogger(__name__)
 
 GROUP = 64  # columns whose maximum is taken before the best are sought
-EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 28}
+EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 12}
 QUERY_ROWS = 4096  # queries looked up at once
 TAIL_ROWS = 1024  # block size where queries of one batch see different numbers of rows
-REFINE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 PATIENCE = 0.5  # share of rows without certificate above which half precision does not pay
+HALF_QUERIES = 256  # fewer are looked up in float32: preparing the product costs more than it
 NOTHING = -torch.inf
 
 
@@ -105,7 +105,7 @@ class ExactIndex:
         """Half precision where it pays, float32 for the rows in doubt, every tie for the rest."""
         positions_NK, products_NK, doubtful = None, None, torch.arange(len(queries_ND))
         doubtful = doubtful.to(self.device)
-        for precision in self._precisions():
+        for precision in self._precisions(len(queries_ND)):
             found = self._nominate(queries_ND[doubtful], visible_N[doubtful], precision)
             if positions_NK is None or products_NK is None:
                 positions_NK, products_NK = found[0], found[1]
@@ -124,8 +124,8 @@ class ExactIndex:
         positions_NK[doubtful], products_NK[doubtful] = found_all
         return positions_NK, products_NK
 
-    def _precisions(self) -> list[torch.dtype]:
-        use_half = self._halves is not None and self._half_pays
+    def _precisions(self, queries: int) -> list[torch.dtype]:
+        use_half = self._halves is not None and self._half_pays and queries >= HALF_QUERIES
         return [self.precision, torch.float32] if use_half else [torch.float32]
 
     def _nominate(
@@ -137,23 +137,68 @@ class ExactIndex:
         """
         wanted = self.k + EXTRA_CANDIDATES[precision]
         scores_NC, positions_NC = self._scan(queries_ND.to(precision), visible_N, wanted)
-        products_NC = self._exact_products(queries_ND, positions_NC)
-        order_NC = _order(products_NC, positions_NC)[:, : self.k]
-        products_NK = products_NC.gather(1, order_NC)
-        positions_NK = positions_NC.gather(1, order_NC)
         worst_N = scores_NC[:, -1].double()  # whatever was not nominated scored no better
         could_be_N = worst_N + self._error_bound(queries_ND, worst_N, precision)
+        if precision != torch.float32:
+            scores_NC, positions_NC = self._rescore(queries_ND, positions_NC)
+        positions_NK, products_NK = self._settle(queries_ND, scores_NC, positions_NC)
         certain_N = (products_NK[:, -1] > could_be_N) | (visible_N <= wanted)
         return positions_NK, products_NK, certain_N
+
+    def _rescore(
+        self, queries_ND: torch.Tensor, positions_NC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The candidates' scores in float32, and the candidates, both by descending score."""
+        scores_NC = torch.empty(positions_NC.shape, device=self.device)
+        step = self._rows_at_once(4 * positions_NC.shape[1])
+        for start in range(0, len(positions_NC), step):
+            at_NC = positions_NC[start : start + step]
+            rows_ND = self._rows.filled.index_select(0, at_NC.clamp(min=0).flatten())
+            rows_NCD = rows_ND.view(*at_NC.shape, self.dimension)
+            torch.bmm(
+                rows_NCD, queries_ND[start : start + step, :, None],
+                out=scores_NC[start : start + step, :, None],
+            )  # fmt: skip
+        scores_NC, order_NC = scores_NC.masked_fill_(positions_NC < 0, NOTHING).sort(
+            descending=True
+        )
+        return scores_NC, positions_NC.gather(1, order_NC)
+
+    def _settle(
+        self, queries_ND: torch.Tensor, scores_NC: torch.Tensor, positions_NC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best K candidates by float64 cosine, given float32 scores in descending order.
+
+        Where the K-th score stands clear of the next one, only K cosines need recomputing.
+        """
+        k = self.k
+        positions_NK, products_NK = self._best_exact(queries_ND, positions_NC[:, :k])
+        clear = 2 * self._summation_error()
+        unsettled = (~(scores_NC[:, k - 1] - scores_NC[:, k] > clear)).nonzero()[:, 0]
+        if len(unsettled):
+            found = self._best_exact(queries_ND[unsettled], positions_NC[unsettled])
+            positions_NK[unsettled], products_NK[unsettled] = found
+        return positions_NK, products_NK
+
+    def _best_exact(
+        self, queries_ND: torch.Tensor, positions_NC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (N, K) and float64 cosines of the best K of all candidates given."""
+        products_NC = self._exact_products(queries_ND, positions_NC)
+        order_NC = _order(products_NC, positions_NC)[:, : self.k]
+        return positions_NC.gather(1, order_NC), products_NC.gather(1, order_NC)
+
+    def _summation_error(self) -> float:
+        """How far a float32 dot product of unit rows can be off, summed in any order (Higham)."""
+        unit = 2.0**-24
+        return self.dimension * unit / (1 - self.dimension * unit) * (1 + 1e-5)
 
     def _error_bound(
         self, queries_ND: torch.Tensor, scores_N: torch.Tensor, precision: torch.dtype
     ) -> torch.Tensor:
-        """How far a true cosine can lie above its score: float32 summation in any order (Higham,
-        γ = D·u / (1 − D·u)), plus the rounding of rows, queries and scores to half precision."""
-        unit = 2.0**-24
-        summation = self.dimension * unit / (1 - self.dimension * unit) * (1 + 1e-5)
-        bound_N = torch.full_like(scores_N, summation)
+        """How far a true cosine can lie above its score: float32 summation, plus the rounding of
+        rows, queries and scores to half precision."""
+        bound_N = torch.full_like(scores_N, self._summation_error())
         if precision != torch.float32:
             queries_rounding_N = _rounding(queries_ND, queries_ND.to(precision)).double()
             bound_N += (self._rounding + queries_rounding_N * (1 + self._rounding)) * (1 + 1e-5)
@@ -203,6 +248,11 @@ class ExactIndex:
                 scores_MW.masked_fill_(at_W >= visible_N[first:, None], NOTHING)
             yield first, start, scores_MW
 
+    def _rows_at_once(self, bytes_per_element: int) -> int:
+        """Queries whose candidates are recomputed at once: they should stay in a CPU's cache."""
+        budget = min(self._memory // 4, 4 << 20 if self.device.type == "cpu" else 1 << 28)
+        return max(1, budget // (bytes_per_element * self.dimension))
+
     def _block_width(self, queries: int, precision: torch.dtype) -> int:
         # Half for the scores; the group maxima and candidates need less than the other half.
         fitting = self._memory // 2 // (max(1, queries) * precision.itemsize)
@@ -210,15 +260,13 @@ class ExactIndex:
 
     def _exact_products(self, queries_ND: torch.Tensor, positions_NC: torch.Tensor) -> torch.Tensor:
         """Cosines in float64 of each query with its candidates, -inf where there is none."""
-        count, wanted = positions_NC.shape
-        products_NC = torch.empty((count, wanted), dtype=torch.float64, device=self.device)
-        elements = REFINE_ELEMENTS.get(self.device.type, 1 << 20)
-        step = max(1, elements // (wanted * self.dimension))
-        for start in range(0, count, step):
+        products_NC = torch.empty(positions_NC.shape, dtype=torch.float64, device=self.device)
+        step = self._rows_at_once(8 * positions_NC.shape[1])
+        for start in range(0, len(positions_NC), step):
             at_NC = positions_NC[start : start + step]
-            rows = self._rows.filled[at_NC.clamp(min=0).flatten()].double()
-            rows.view(*at_NC.shape, -1).mul_(queries_ND[start : start + step, None])
-            products_NC[start : start + step] = fold_sum(rows).view(at_NC.shape)
+            rows_ND = self._rows.filled.index_select(0, at_NC.clamp(min=0).flatten()).double()
+            rows_ND.view(*at_NC.shape, -1).mul_(queries_ND[start : start + step, None])
+            products_NC[start : start + step] = fold_sum(rows_ND).view(at_NC.shape)
         return products_NC.masked_fill_(positions_NC < 0, NOTHING)
 
     def _search_ties(
@@ -236,7 +284,7 @@ class ExactIndex:
                 continue
             query, position = hits[:, 0] + first, hits[:, 1] + start
             product = torch.empty(len(hits), dtype=torch.float64, device=self.device)
-            step = REFINE_ELEMENTS.get(self.device.type, 1 << 20) // self.dimension + 1
+            step = self._rows_at_once(8)
             for at in range(0, len(hits), step):
                 part = slice(at, at + step)
                 rows = self._rows.filled[position[part]].double()
