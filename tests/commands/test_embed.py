@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -169,32 +170,43 @@ def test_two_ranks_write_the_same_bytes_as_one(pile, encoder, embedded, tmp_path
     assert _files(tmp_path / "features") == _files(embedded)
 
 
-def test_killed_between_a_shards_files_and_its_mark_it_goes_on_to_the_same_bytes(
-    pile, encoder, embedded, tmp_path
+@pytest.fixture(scope="module")
+def forked():
+    """Runs a command in a forked child that is killed at a chosen step (see forked_runs.py)."""
+    server = Path(__file__).with_name("forked_runs.py")
+    start = (
+        "import runpy, infogrowth.encoders.blip, infogrowth.encoders.embedding\n"
+        f"runpy.run_path({str(server)!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(arguments, **request):
+        process.stdin.write(json.dumps({"args": arguments, **request}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    pile, encoder, embedded, tmp_path, forked
 ):
     output = tmp_path / "features"
-    killer = (
-        "import os, signal, sys\n"
-        "import infogrowth.data.feature_writer as writer\n"
-        "from infogrowth.cli import main\n"
-        "mark, marks = writer.atomic_write_json, []\n"
-        "def mark_or_die(*args):\n"
-        "    marks.append(args)\n"
-        "    if len(marks) == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    mark(*args)\n"
-        "writer.atomic_write_json = mark_or_die\n"
-        "main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", killer, *_arguments(pile, encoder, output)]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    # Steps are fsyncs and renames: 3 for the description, then 15 for a shard's five files, the
+    # last of which marks it as finished. A run may die early, late, or within the last file.
+    for step in (1, 3, 11, 17, 18, 20, 35):
+        answer = forked(_arguments(pile, encoder, output), kill_at_step=step)
+        assert answer["status"] == -signal.SIGKILL, answer["told"]
     assert json.loads((output / "features.json").read_text())["finished"] is False
-    assert len(list((output / "finished").iterdir())) == 2
-    # What a kill in the middle of a write leaves behind.
-    (output / "img_emb" / "img_emb_3.npy.tmp-77-abcd").write_bytes(b"half")
+    done = len(list((output / "finished").iterdir()))
+    assert 0 < done < 5
     first = (output / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns
-    assert main(_arguments(pile, encoder, output)) == 0
+    answer = forked(_arguments(pile, encoder, output))
+    assert answer["status"] == 0, answer["told"]
     assert _files(output) == _files(embedded)
     assert (output / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns == first
 
