@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infogrowth.data.lmdb_store import LmdbWriter
 from PIL import Image, ImageDraw
 
+from infogrowth.data.lmdb_store import LmdbWriter
 from infogrowth.growth.ledger import SCHEMA, Manifest, Source
 
 COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
@@ -35,14 +35,31 @@ class Made:
 
 
 @pytest.fixture(scope="session")
+def other_threshold():
+    """min_align -> how many of `made`'s samples are kept and recaptioned when grown with it."""
+
+    def counts(min_align: float) -> tuple[int, int]:
+        verdicts = [row["verdict"] for row in grow(make_samples(160), min_align)[0]]
+        return len(verdicts) - verdicts.count("dropped"), verdicts.count("recaptioned")
+
+    return counts
+
+
+@pytest.fixture
+def write_folder():
+    """`write_growth`, for tests that need a growth folder of their own."""
+    return write_growth
+
+
+@pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Made:
     """160 samples of 8 looks: 10 seeds, noise, recaptions, near-duplicates, hostile captions."""
     folder = tmp_path_factory.mktemp("made")
-    samples = _samples(160)
+    samples = make_samples(160)
     lmdb = folder / "pictures"
     with LmdbWriter(lmdb) as writer:
         writer.put_many((s["id"], s["picture"]) for s in samples)
-    rows, image, text = _grow(samples)
+    rows, image, text = grow(samples)
     growth = folder / "growth <b>&amp;"
     write_growth(growth, rows, image, text, images=str(lmdb))
     return Made(growth, lmdb, rows)
@@ -77,7 +94,7 @@ def write_growth(growth, rows, image, text, images=None, min_align=0.4, skipped=
     (growth / "manifest.json").write_text(json.dumps(manifest.as_json()))
 
 
-def _samples(count: int) -> list[dict]:
+def make_samples(count: int) -> list[dict]:
     random = np.random.default_rng(7)
     centers = random.normal(size=(len(COLORS), 24))
     samples = []
@@ -124,7 +141,7 @@ def _picture(random: np.random.Generator, look: int) -> bytes:
     return buffer.getvalue()
 
 
-def _grow(samples: list[dict]) -> tuple[list[dict], np.ndarray, np.ndarray]:
+def grow(samples: list[dict], min_align: float = 0.4) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """Spec §2 said plainly: one sample after the other, every distance in float64."""
     kept: list[tuple[str, np.ndarray, np.ndarray]] = []
     rows = []
@@ -132,13 +149,15 @@ def _grow(samples: list[dict]) -> tuple[list[dict], np.ndarray, np.ndarray]:
         text, caption = sample["text"], sample["caption"]
         alignment = original = float(sample["image"] @ text)
         verdict, reason = "kept", "seed" if number < 10 else "aligned"
-        if number >= 10 and original < 0.4:
+        if number >= 10 and original < min_align:
             verdict, reason = "dropped", "alignment below min_align"
             if number % 2:  # every other one has a recaption
-                text = sample["fit"]
-                alignment = float(sample["image"] @ text)
-                caption = f"new words: a {COLORS[sample['look']]} shape"
-                verdict, reason = "recaptioned", "recaptioned"
+                verdict, reason = "dropped", "alignment and recaption below min_align"
+                if float(sample["image"] @ sample["fit"]) >= min_align:
+                    text = sample["fit"]
+                    alignment = float(sample["image"] @ text)
+                    caption = f"new words: a {COLORS[sample['look']]} shape"
+                    verdict, reason = "recaptioned", "recaptioned"
         row = {
             "row": number,
             "source": int(number >= 10),

@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from infogrowth.report import numbers
+from infogrowth.report.dataset import GrownDataset, open_growth
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def dataset(verdicts, gains=None, sources=None, neighbors=None, reasons=None, skipped=None):
+    """A dataset of which only what matters is given; ids are "0", "1", …"""
+    count = len(verdicts)
+    table = None
+    if neighbors is not None:
+        table = pa.table(
+            {
+                "image_neighbors": pa.array([[n for n, _ in row] for row in neighbors]),
+                "image_distances": pa.array(
+                    [[d for _, d in row] for row in neighbors], pa.list_(pa.float64())
+                ),
+            }
+        )
+    return GrownDataset(
+        name="made",
+        settings={},
+        ids=[str(row) for row in range(count)],
+        captions=[""] * count,
+        original_captions=[""] * count,
+        verdicts=np.array(verdicts, dtype=np.str_),
+        reasons=np.array(reasons or [""] * count, dtype=np.str_),
+        alignment=np.full(count, np.nan),
+        original_alignment=np.full(count, np.nan),
+        gains=np.full((count, 2), 0.5) if gains is None else np.asarray(gains, dtype=float),
+        sources=np.array(sources or ["s"] * count, dtype=np.str_),
+        skipped=skipped or {},
+        neighbor_table=table,
+    )
+
+
+def test_headline_counts_what_was_decided(made):
+    head = numbers.headline(open_growth(made.growth))
+    verdicts = [row["verdict"] for row in made.rows]
+    assert (head.seen, head.seeds, head.skipped) == (160, 10, 4)
+    assert head.dropped == verdicts.count("dropped") > 0
+    assert head.recaptioned == verdicts.count("recaptioned") > 0
+    assert head.kept == 160 - head.dropped
+    kept = [row["gain_text"] for row in made.rows if row["verdict"] != "dropped"]
+    assert head.gain_text == pytest.approx(sum(kept) / len(kept))
+
+
+def test_growth_curve_adds_up_and_averages_each_block_over_its_kept_samples():
+    verdicts = ["kept", "dropped", "kept", "recaptioned", "kept", "kept", "dropped"]
+    gains = [[1, 0.8], [9, 9], [0.5, 0.6], [0.3, 0.4], [0.2, 0.2], [0.1, 0.3], [9, 9]]
+    curve = numbers.growth_curve(dataset(verdicts, gains, sources=["a"] * 3 + ["b"] * 4), blocks=3)
+    assert curve.seen.tolist() == [5, 7]  # a block has at least five samples
+    assert curve.kept.tolist() == [3, 4]
+    assert curve.recaptioned.tolist() == [1, 1]
+    assert curve.dropped.tolist() == [1, 2]
+    assert curve.gain_image == pytest.approx([(1 + 0.5 + 0.3 + 0.2) / 4, 0.1])
+    assert curve.gain_text == pytest.approx([(0.8 + 0.6 + 0.4 + 0.2) / 4, 0.3])
+    assert curve.source_starts == [(0, "a"), (3, "b")]
+
+
+def test_a_block_without_kept_samples_has_no_mean_gain():
+    curve = numbers.growth_curve(dataset(["kept"] * 5 + ["dropped"] * 5), blocks=2)
+    assert curve.gain_image[0] == 0.5
+    assert np.isnan(curve.gain_image[1])
+
+
+def test_expected_visits_agree_with_the_counted_draws_of_the_reference_samplers():
+    golden = np.load(GOLDEN / "sampling_n200.npz")
+    visits = numbers.expected_visits(golden["gains_raw"])
+    # 4000 epochs were counted: three standard errors of a count near 2 are under 0.05
+    counted = golden["v1_mean_visits_per_epoch_4000"]
+    assert np.abs(visits.per_epoch["proportional"] - counted).max() < 0.06
+    both = (golden["v2_even_epoch_freq_2000"] + golden["v2_odd_epoch_freq_2000"]) / 2
+    assert np.abs(visits.per_epoch["two_phase"] - both).max() < 0.04
+    assert visits.per_epoch["uniform"].tolist() == [1.0] * 200
+    lengths = visits.epoch_length
+    assert lengths["proportional"] == 200
+    assert lengths["two_phase, even epochs"] == pytest.approx(golden["p_prune"].sum())
+    assert lengths["two_phase, odd epochs"] == pytest.approx(golden["p_reverse"].sum())
+
+
+def test_visits_of_samples_without_any_gain_are_told_rather_than_divided_by_zero():
+    visits = numbers.expected_visits(np.zeros((4, 2)))
+    assert visits.per_epoch["proportional"].tolist() == [0] * 4
+    assert visits.per_epoch["two_phase"].tolist() == [0.5] * 4
+
+
+def test_near_duplicates_hang_together_through_chains_of_close_pairs():
+    neighbors = [
+        [],
+        [("0", 0.01)],
+        [("1", 0.02), ("0", 0.4)],
+        [("2", 0.3)],
+        [("3", 0.05)],
+        [("0", 0.0)],  # dropped: belongs to no group
+        [("9", 0.0)],  # a neighbor that is not in the set
+    ]
+    verdicts = ["kept", "kept", "recaptioned", "kept", "kept", "dropped", "kept"]
+    found = numbers.duplicate_groups(dataset(verdicts, neighbors=neighbors), distance=0.05)
+    assert found == [[0, 1, 2], [3, 4]]
+    assert numbers.duplicate_groups(dataset(verdicts, neighbors=neighbors), 0.005) == []
+
+
+def test_duplicate_groups_agree_with_all_pairs_of_the_features(made):
+    grown = open_growth(made.growth)
+    features = grown.kept_features("image").astype(np.float64)
+    close = 1 - features @ features.T <= 0.05
+    rows = np.flatnonzero(grown.kept)
+    reach = close
+    for _ in range(8):  # transitive closure
+        reach = (reach.astype(int) @ reach.astype(int)) > 0
+    expected = {tuple(rows[np.flatnonzero(line)].tolist()) for line in reach if line.sum() > 1}
+    assert {tuple(group) for group in numbers.duplicate_groups(grown, 0.05)} == expected != set()
+
+
+def test_reasons_count_dropped_and_skipped_samples_together():
+    grown = dataset(
+        ["kept", "dropped", "dropped", "dropped"],
+        reasons=["aligned", "noise", "noise", "no caption"],
+        skipped={"no caption": 2, "not an image": 1},
+    )
+    assert numbers.reason_counts(grown) == [("no caption", 3), ("noise", 2), ("not an image", 1)]
+
+
+def test_each_source_gets_what_it_brought():
+    grown = dataset(
+        ["kept", "dropped", "kept", "dropped"],
+        gains=[[0.2, 0.4], [9, 9], [0.6, 0.8], [9, 9]],
+        sources=["a", "a", "a", "b"],
+    )
+    first, second = numbers.by_source(grown)
+    assert (first.name, first.seen, first.kept) == ("a", 3, 2)
+    assert first.mean_gain == pytest.approx(0.5)
+    assert (second.seen, second.kept) == (1, 0)
+    assert np.isnan(second.mean_gain)
+
+
+def test_ranks_tell_the_share_of_smaller_values():
+    ranks = numbers.ranks_in_percent(np.array([3.0, 1.0, np.nan, 2.0, 2.0]))
+    assert ranks[[0, 1, 3, 4]].tolist() == [75, 0, 25, 25]
+    assert np.isnan(ranks[2])
