@@ -24,7 +24,15 @@ from infogrowth.blip.weights_files import WeightFile, open_state
 from infogrowth.blip.weights_writing import save_folder, save_weights
 from infogrowth.errors import UserError
 
-__all__ = ["LoadReport", "load_blip", "load_weights", "open_state", "save_folder", "save_weights"]
+__all__ = [
+    "LoadReport",
+    "load_blip",
+    "load_weights",
+    "open_state",
+    "save_folder",
+    "save_weights",
+    "shape_of",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -217,6 +225,11 @@ def resize_positions(positions_1LW: torch.Tensor, length: int) -> torch.Tensor |
     return torch.cat([positions_1LW[:, :1], patches], dim=1)
 
 
+def shape_of(weights: WeightFile) -> BlipConfig:
+    """The shape of a BLIP: as its file or its config.json tells, else read off its weights."""
+    return weights.config or infer_config(weights.tensors)
+
+
 def _shape(tensor: torch.Tensor) -> str:
     return "×".join(str(size) for size in tensor.shape) or "scalar"
 
@@ -232,7 +245,7 @@ def load_blip(
 
     Args:
         path: as :func:`open_state`. A folder brings its shape and vocabulary; for a lone weight
-            file the shape is inferred from the weights.
+            file see :func:`shape_of`.
         kind: ``BlipDual``, ``BlipCaptioner``, ``BlipPretrain`` or ``BlipRetrieval``.
         vocabulary: as :func:`load_tokenizer`; default: beside the weights, else
             ``bert-base-uncased``.
@@ -253,7 +266,7 @@ def load_blip(
         vocabulary = folder if beside or whole_folder else "bert-base-uncased"
     tokenizer = load_tokenizer(vocabulary)
     if config is None:
-        config = BlipConfig.from_folder(folder) if whole_folder else infer_config(weights.tensors)
+        config = BlipConfig.from_folder(folder) if whole_folder else shape_of(weights)
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"the vocabulary {vocabulary} makes {len(tokenizer)} tokens with [DEC] and [ENC], "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = "infogrowth-blip"
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,13 @@ class BlipConfig:
         ids = {name: int(getattr(tokenizer, name)) for name in names}
         return self.replace(vocab_size=len(tokenizer), **ids)
 
+    def as_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
     def to_folder(self, directory: str | os.PathLike[str]) -> None:
         """Write ``config.json`` into ``directory``."""
-        values = {"format": FORMAT, **dataclasses.asdict(self)}
-        atomic_write_json(Path(directory) / "config.json", values, indent=2)
+        atomic_write_json(Path(directory) / CONFIG_FILE, self.as_dict(), indent=2)
 
     @classmethod
     def from_folder(cls, directory: str | os.PathLike[str]) -> "BlipConfig":
@@ -84,19 +88,27 @@ class BlipConfig:
         Raises:
             UserError: no such file, not a BLIP, or a key that does not belong.
         """
-        path = Path(directory) / "config.json"
-        values = read_json(path, "the model configuration")
+        path = Path(directory) / CONFIG_FILE
+        return cls.from_dict(read_json(path, "the model configuration"), str(path))
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> "BlipConfig":
+        """The configuration that ``values`` (of ``source``) describe.
+
+        Raises:
+            UserError: not a BLIP, or a key that does not belong.
+        """
         if not isinstance(values, dict):
-            raise UserError(f"{path} is not a model configuration (a JSON object)")
+            raise UserError(f"{source} is not a model configuration (a JSON object)")
         if values.get("model_type") == "blip":
             return from_huggingface(values)
         if values.get("format") != FORMAT:
             kind = values.get("model_type", "an unknown format")
-            raise UserError(f"{path} describes {kind}, not a BLIP")
+            raise UserError(f"{source} describes {kind}, not a BLIP")
         values = {key: value for key, value in values.items() if key != "format"}
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise UserError(f"{path} has keys that no BLIP has: {', '.join(unknown)}")
+            raise UserError(f"{source} has keys that no BLIP has: {', '.join(unknown)}")
         return cls(**values)
 
 
@@ -124,6 +136,11 @@ def preset(name: str, **changes: Any) -> BlipConfig:
     if name not in _PRESETS:
         raise UserError(f"no BLIP preset is called {name!r}; there are {', '.join(_PRESETS)}")
     return BlipConfig(**{**_PRESETS[name], **changes})
+
+
+def is_blip_config(values: dict[str, Any]) -> bool:
+    """Whether ``values`` say that they describe a BLIP, in our dialect or Hugging Face's."""
+    return values.get("format") == FORMAT or values.get("model_type") == "blip"
 
 
 def from_huggingface(values: dict[str, Any]) -> BlipConfig:
@@ -203,13 +220,14 @@ def to_huggingface(config: BlipConfig) -> dict[str, Any]:
 def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
     """The shape of a BLIP from its weights under official names (a ``.pth`` has no config file).
 
-    Heads leave no trace in the weights: 64 channels a head are assumed, as in all published ones.
+    Heads leave no trace in the weights, so only published widths (12 heads at 768 channels, 16 at
+    1024) can be told.
 
     Args:
         changes: fields to set instead of inferring, for example ``vision_heads``.
 
     Raises:
-        UserError: the names are not a BLIP's.
+        UserError: the names are not a BLIP's, or the width is none of the published.
     """
     try:
         width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
@@ -222,11 +240,9 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
             "patch_size": patch,
             "vision_width": width,
             "vision_depth": _count(state, "visual_encoder.blocks."),
-            "vision_heads": max(width // 64, 1),
             "vision_feedforward": state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
             "text_width": text_width,
             "text_depth": _count(state, f"{text}encoder.layer."),
-            "text_heads": max(text_width // 64, 1),
             "text_feedforward": state[f"{text}encoder.layer.0.intermediate.dense.weight"].shape[0],
             "text_positions": state[f"{text}embeddings.position_embeddings.weight"].shape[0],
             "vocab_size": vocab,
@@ -235,7 +251,19 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
         raise UserError(f"these weights are not a BLIP's: no usable {error}") from error
     if "vision_proj.weight" in state:
         inferred["embed_dim"] = state["vision_proj.weight"].shape[0]
+    for side in ("vision", "text"):
+        size = inferred[f"{side}_width"]
+        if f"{side}_heads" not in changes and size not in _PUBLISHED_HEADS:
+            raise UserError(
+                f"weights do not tell the number of {side} attention heads, and width {size} is "
+                f"none of BLIP's; put the model's {CONFIG_FILE} beside them"
+            )
+        inferred[f"{side}_heads"] = _PUBLISHED_HEADS.get(size)
     return BlipConfig(**{**inferred, **changes})
+
+
+# Width -> heads, in the transformers of BLIP's published checkpoints.
+_PUBLISHED_HEADS = {768: 12, 1024: 16}
 
 
 def _count(state: dict[str, torch.Tensor], prefix: str) -> int:

@@ -1,14 +1,15 @@
 """Opening weight files of every kind as one dictionary of tensors, never unpickling code."""
 
+import json
 import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
+from infogrowth.blip.config import CONFIG_FILE, BlipConfig, is_blip_config
 from infogrowth.blip.hub import download
 from infogrowth.blip.names import official_state
 from infogrowth.errors import UserError
@@ -25,6 +26,13 @@ class WeightFile:
     tensors: dict[str, torch.Tensor]
     source: str
     layout: str  # "official" or "huggingface"
+    config: BlipConfig | None = None  # the shape, when the file or a config.json beside it tells
+
+
+@dataclass(frozen=True)
+class _Content:
+    tensors: dict[str, torch.Tensor]
+    config: object = None  # a configuration as a dictionary, in files of ours
 
 
 def open_state(path: str | os.PathLike[str]) -> WeightFile:
@@ -41,10 +49,33 @@ def open_state(path: str | os.PathLike[str]) -> WeightFile:
     if file.name.endswith(".index.json"):
         shards = sorted(set(read_json(file, "the weight index")["weight_map"].values()))
         raw = {k: v for shard in shards for k, v in read_tensors(file.parent / shard).items()}
+        content = _Content(raw)
     else:
-        raw = read_tensors(file)
-    tensors, layout = official_state(raw)
-    return WeightFile(tensors, str(file), layout)
+        content = _read(file)
+    tensors, layout = official_state(content.tensors)
+    return WeightFile(tensors, str(file), layout, _config(content, file))
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of one file, on CPU, under the names that it has.
+
+    Raises:
+        UserError: not a weight file, damaged, or a pickle that holds more than tensors.
+    """
+    return _read(file).tensors
+
+
+def _config(content: _Content, file: Path) -> BlipConfig | None:
+    """The shape told by the file itself, else by a BLIP's config.json beside it."""
+    if content.config is not None:
+        return BlipConfig.from_dict(content.config, str(file))
+    beside = file.parent / CONFIG_FILE
+    if beside.is_file():
+        values = read_json(beside, "the model configuration")
+        # A run's folder may keep some other config.json beside its checkpoints.
+        if isinstance(values, dict) and is_blip_config(values):
+            return BlipConfig.from_dict(values, str(beside))
+    return None
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -62,17 +93,15 @@ def locate(path: str | os.PathLike[str]) -> Path:
     return download(str(path), "model.safetensors", "pytorch_model.bin")
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The named tensors of one file, on CPU.
-
-    Raises:
-        UserError: not a weight file, damaged, or a pickle that holds more than tensors.
-    """
+def _read(file: Path) -> _Content:
     if not file.is_file():
         raise UserError(f"the checkpoint {file} does not exist; check the path")
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return _Content(tensors, json.loads(metadata.get("config", "null")))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
     if file.suffix not in _PICKLED:
@@ -90,7 +119,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return _tensors_of(content, file)
 
 
-def _tensors_of(content: object, file: Path) -> dict[str, torch.Tensor]:
+def _tensors_of(content: object, file: Path) -> _Content:
+    described = content.get("config") if isinstance(content, dict) else None
+    if not (isinstance(described, dict) and is_blip_config(described)):
+        described = None  # official files keep settings of their training there
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -102,4 +134,6 @@ def _tensors_of(content: object, file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file} holds no named weights, neither at its top nor under 'model'")
     # DistributedDataParallel puts "module." before every name.
     wrapped = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module.") if wrapped else name: t for name, t in tensors.items()}
+    if wrapped:
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return _Content(tensors, described)

@@ -1,5 +1,6 @@
 """Writing a BLIP's weights for each reader: official ``.pth``, our folder, Hugging Face's."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -37,18 +38,20 @@ def save_weights(
         path: a ``.pth`` file (``official``), a ``.safetensors`` file, or a folder
             (``huggingface``).
         layout: ``official`` has every name that BLIP's own files have, tied ones and
-            ``position_ids`` too, under the key ``model``; ``safetensors`` has each tensor once;
+            ``position_ids`` too, under the key ``model``, and beside it the shape under
+            ``config``; ``safetensors`` has each tensor once, and the shape in its metadata;
             ``huggingface`` is a folder that ``transformers`` opens.
         tokenizer: also written to a Hugging Face folder when given.
         task: which Hugging Face class to write for; default: captioning for a model without a
             text encoder, else retrieval.
     """
+    config = _config(model)
     if layout == "official":
         with atomic_write(path) as file:
-            torch.save({"model": _with_positions(model)}, file)
+            torch.save({"model": _with_positions(model), "config": config.as_dict()}, file)
     elif layout == "safetensors":
         with atomic_write(path) as file:
-            file.write(_safetensors(unique_state(model)))
+            file.write(_safetensors(unique_state(model), config))
     elif layout == "huggingface":
         _save_huggingface(model, Path(path), tokenizer, task)
     else:
@@ -73,7 +76,7 @@ def save_folder(
         state = {k: v for k, v in state.items() if not is_momentum(k) and not is_queue(k)}
     save_vocabulary(tokenizer, directory)
     with atomic_write(Path(directory) / "model.safetensors") as file:
-        file.write(_safetensors(state))
+        file.write(_safetensors(state, _config(model)))
     _config(model).to_folder(directory)
 
 
@@ -89,9 +92,12 @@ def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return unique
 
 
-def _safetensors(state: dict[str, torch.Tensor]) -> bytes:
+def _safetensors(state: dict[str, torch.Tensor], config: BlipConfig | None = None) -> bytes:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return safetensors.torch.save(ready, metadata={"format": "pt"})
+    metadata = {"format": "pt"}  # transformers refuses files without this
+    if config is not None:
+        metadata["config"] = json.dumps(config.as_dict())
+    return safetensors.torch.save(ready, metadata=metadata)
 
 
 def _with_positions(model: nn.Module) -> dict[str, torch.Tensor]:

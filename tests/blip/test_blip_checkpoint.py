@@ -16,6 +16,7 @@ from infogrowth.blip.checkpoint import (
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
+from infogrowth.blip.tokenizer import save_vocabulary
 from infogrowth.errors import UserError
 
 
@@ -187,19 +188,31 @@ def test_names_of_a_distributed_model_lose_their_prefix(pretrained, golden_confi
     assert same(again, pretrained)
 
 
-def test_a_lone_official_file_brings_its_shape(golden, golden_config, tmp_path):
-    wide = golden_config.replace(vision_width=64, text_width=64, vision_heads=1, text_heads=1)
-    model = BlipRetrieval(wide, queue_size=4)
-    save_weights(model, tmp_path / "retrieval.pth")
-    loaded, _, report = load_blip(
-        tmp_path / "retrieval.pth", BlipDual, vocabulary=golden / "vocab.txt"
-    )
-    assert loaded.config.replace(text_dropout=0.0, vision_feedforward=None) == wide
-    assert not report.missing
-    with pytest.raises(UserError, match="makes 195 tokens"):
-        (tmp_path / "vocab.txt").write_text((golden / "vocab.txt").read_text())
-        save_weights(BlipDual(wide.replace(vocab_size=300)), tmp_path / "other.pth")
-        load_blip(tmp_path / "other.pth", BlipDual)
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_lone_file_of_ours_brings_its_shape(golden, golden_config, tmp_path, name):
+    model = BlipRetrieval(golden_config, queue_size=4)  # 3 heads: nothing to guess from weights
+    save_weights(model, tmp_path / name, "official" if name.endswith("pth") else "safetensors")
+    loaded, _, report = load_blip(tmp_path / name, BlipDual, vocabulary=golden / "vocab.txt")
+    assert loaded.config == golden_config and not report.missing
+    assert torch.equal(loaded.itm_head.weight, model.itm_head.weight)
+
+
+def test_a_foreign_file_takes_its_shape_from_the_config_beside_it(
+    golden, golden_config, golden_tokenizer, tmp_path
+):
+    torch.save({"model": BlipDual(golden_config).state_dict()}, tmp_path / "model.pth")
+    save_vocabulary(golden_tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text('{"lr": 0.1}')  # some run's settings: no shape
+    with pytest.raises(UserError, match=r"vision attention heads"):
+        load_blip(tmp_path / "model.pth", BlipDual)
+    golden_config.to_folder(tmp_path)
+    assert load_blip(tmp_path / "model.pth", BlipDual)[0].config == golden_config
+
+
+def test_a_vocabulary_of_another_size_is_an_error(golden, golden_config, tmp_path):
+    save_weights(BlipDual(golden_config.replace(vocab_size=300)), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"makes 195 tokens .* but \S+other\.pth has 300"):
+        load_blip(tmp_path / "other.pth", BlipDual, vocabulary=golden / "vocab.txt")
 
 
 class Evil:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infogrowth.blip.config import BlipConfig, infer_config, preset
+from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.errors import UserError
@@ -114,10 +115,29 @@ def test_presets():
 
 
 def test_the_shape_is_read_off_official_weights():
-    config = preset("tiny", vocab_size=50, text_heads=2, vision_heads=2, text_dropout=0.1)
-    special = {"bos_token_id": 48, "enc_token_id": 49}
+    config = preset("tiny", vocab_size=50, text_dropout=0.1, bos_token_id=48, enc_token_id=49)
     state = BlipPretrain(config, queue_size=4).state_dict()
-    inferred = infer_config(state, **special)
-    assert inferred == config.replace(vision_feedforward=512, **special)
+    told = {"bos_token_id": 48, "enc_token_id": 49, "vision_heads": 4, "text_heads": 4}
+    assert infer_config(state, **told) == config.replace(vision_feedforward=512)
+    with pytest.raises(UserError, match=r"vision attention heads, and width 128.*config\.json"):
+        infer_config(state)
     with pytest.raises(UserError, match="not a BLIP's"):
         infer_config({"weight": torch.zeros(3)})
+
+
+def test_published_widths_have_published_heads():
+    config = preset("base", image_size=32, vision_depth=1, text_depth=1, vocab_size=50)
+    state = BlipDual(config).state_dict()
+    assert infer_config(state) == config.replace(vision_feedforward=3072)
+
+
+def test_a_machine_without_a_name_server_is_told_at_once(monkeypatch):
+    for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def no_name_server(*_):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_name_server)
+    with pytest.raises(UserError, match=r"bert-base-nowhere.*cannot be reached"):
+        load_tokenizer("bert-base-nowhere")
