@@ -9,7 +9,7 @@ import numpy as np
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
-from infogrowth.growth.admission import Offer, admit
+from infogrowth.growth.admission import admit
 from infogrowth.growth.cleaning import choose_min_align, is_below
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.passes import WAITING_REASONS, waiting_ids
@@ -50,9 +50,9 @@ def awaiting_in_features(
     """
     awaiting = Awaiting(min_align)
     for batch in features.batches(_ROWS):
-        offer = _offer(batch)
-        alignment = row_products(offer.image, offer.text)
-        wanted = offer.usable.copy()
+        image, text, usable = _unit_rows(batch)
+        alignment = row_products(image, text)
+        wanted = usable.copy()
         if min_align is not None:
             wanted &= is_below(alignment, min_align)
         for row in np.flatnonzero(wanted).tolist():
@@ -100,10 +100,9 @@ def min_align_of_seeds(seeds: Iterable[FeatureBatch], what: str) -> float:
     batches = [batch for batch in seeds if len(batch)]
     if not batches:
         raise UserError(f"no sample of the features is in {what}")
-    offer = _offer(FeatureBatch.join(batches))
-    assert offer.text is not None
-    chosen = choose_min_align(offer.image[offer.usable], offer.text[offer.usable])
-    logger.info("min_align = %.4f (auto, from %d seeds)", chosen, int(offer.usable.sum()))
+    image, text, usable = _unit_rows(FeatureBatch.join(batches))
+    chosen = choose_min_align(image[usable], text[usable])
+    logger.info("min_align = %.4f (auto, from %d seeds)", chosen, int(usable.sum()))
     return chosen
 
 
@@ -132,5 +131,8 @@ def open_pairs(path: str) -> FeatureStream:
     return features
 
 
-def _offer(batch: FeatureBatch) -> Offer:
-    return admit(batch.ids, batch.captions, batch.image, batch.text, None, with_text=True)
+def _unit_rows(batch: FeatureBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image and text rows at unit length and which are usable, as growth brings them about."""
+    offer = admit(batch.ids, batch.captions, batch.image, batch.text, None, with_text=True)
+    assert offer.text is not None
+    return offer.image, offer.text, offer.usable

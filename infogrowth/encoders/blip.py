@@ -130,6 +130,7 @@ def _open(
             config = BlipConfig.from_folder(path.parent)
         else:
             logger.warning("%s has no config.json beside it: assuming 64 channels a head", path)
+    model: torch.nn.Module
     model, tokenizer, report = load_blip(path, kind, device, vocabulary, config)
     logger.debug("%s", report)
     return model.requires_grad_(False), tokenizer

@@ -1,29 +1,38 @@
 """Piles from what is on disk: an LMDB with its annotations, or a folder of downloaded pairs."""
 
-import os
 from typing import Any
 
+from infogrowth.data.folders import ImageStore, open_images
 from infogrowth.data.images import BadImage
-from infogrowth.data.lmdb_store import LmdbImages, image_key
+from infogrowth.data.lmdb_store import image_key
 from infogrowth.encoders.pile import Pile, first_caption
 from infogrowth.encoders.shards import file_digest
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
 NO_CAPTION = "the caption is missing or empty"
-NO_PICTURE = "the image is not in the LMDB"
+NO_PICTURE = "the image is missing"
 
 
-class LmdbPictures:
-    """Reads pictures of an LMDB by row number."""
+class PicturesById:
+    """The pictures of some ids, by row number, from an LMDB or a folder of files."""
 
-    def __init__(self, path: str | os.PathLike[str], ids: list[str]) -> None:
-        self._images, self._ids = LmdbImages(path), ids
+    def __init__(self, images: ImageStore, ids: list[str]) -> None:
+        self._images, self._ids = images, ids
 
     def read(self, row: int) -> bytes:
         if self._ids[row] not in self._images:
             raise BadImage(NO_PICTURE)
         return self._images.read(self._ids[row])
+
+
+def pictures_by_id(path: str, ids: list[str]) -> PicturesById:
+    """The pictures of some ids, wherever the features that are being recaptioned came from.
+
+    Raises:
+        UserError: nothing is at ``path``.
+    """
+    return PicturesById(open_images(path), ids)
 
 
 def pile_of_lmdb(lmdb: str, annotations: str) -> Pile:
@@ -47,7 +56,7 @@ def pile_of_lmdb(lmdb: str, annotations: str) -> Pile:
         if problem:
             problems[row] = problem
     return Pile(
-        ids, captions, problems, LmdbPictures(lmdb, ids),
+        ids, captions, problems, pictures_by_id(lmdb, ids),
         {"images": lmdb, "annotations": annotations, "samples": file_digest(annotations)},
     )  # fmt: skip
 

@@ -283,7 +283,7 @@ def test_bad_samples_are_skipped_recorded_and_counted(encoder, tmp_path, capsys)
     assert list(skipped) == ["002.jpg", "003.jpg", "004.jpg", "005.jpg", "006.jpg", "007.jpg",
                              "009.jpg", "entry 10", "entry 11"]  # fmt: skip
     assert skipped["004.jpg"] == skipped["005.jpg"] == "the caption is missing or empty"
-    assert skipped["006.jpg"] == "the image is not in the LMDB"
+    assert skipped["006.jpg"] == "the image is missing"
     assert skipped["entry 10"] == "the entry has no image id"
     description = json.loads((tmp_path / "features" / "features.json").read_text())
     assert description["pairs"] == 3
