@@ -59,7 +59,9 @@ def run(config: Config) -> int:
     spaces = ("image", "text") if config.modality == "pair" else ("image",)
     features = _open(config.features, spaces, config)
     seeds = _open(config.seed_features, spaces, config) if config.seed_features else None
-    recaptions = _open(config.recaptions, ("text",), config) if config.recaptions else None
+    recaptions = None
+    if config.recaptions:
+        recaptions = open_features(config.recaptions, ("text",), config.feature_key)
     seed_ids = _read_seed_ids(config.seed_ids) if config.seed_ids else None
     for other in (seeds, recaptions):
         _check_companion(features, other)
@@ -106,7 +108,7 @@ def _open(path: str, spaces: tuple[str, ...], config: Config) -> FeatureStream:
 
 def _check_companion(features: FeatureStream, other: FeatureStream | None) -> None:
     """Seeds and recaptions must be of the same encoder as the features."""
-    if other is None:
+    if other is None or other.rows == 0:
         return
     if other.dimension != features.dimension:
         raise UserError(

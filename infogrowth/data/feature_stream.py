@@ -121,7 +121,7 @@ class FeatureStream:
         self.shards = list(shards)
         self.description = description
         self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
-        self.rows = self._ends[-1]
+        self.rows = self._ends[-1] if self._ends else 0
         self.dimensions = _common_dimensions(self.shards)
         self._signatures: list[bytes] = []
 
@@ -133,6 +133,8 @@ class FeatureStream:
             UserError: image and text features differ in width, so no cosine exists between them.
         """
         widths = set(self.dimensions.values())
+        if not widths:
+            raise UserError(f"the features {self.path} hold no samples")
         if len(widths) > 1:
             told = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
             raise UserError(
@@ -220,7 +222,7 @@ class FeatureStream:
 
 
 def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:
-    dimensions = dict(shards[0].dimensions)
+    dimensions = dict(shards[0].dimensions) if shards else {}
     for shard in shards:
         for space, width in shard.dimensions.items():
             if width != dimensions[space]:

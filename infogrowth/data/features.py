@@ -50,6 +50,8 @@ def open_features(
     if shards := find_shards(path, spaces, extra):
         _refuse_missing(path, description, len(shards))
         return FeatureStream(path, "clip-retrieval", shards, description)
+    if description.get("shards") == 0:  # nothing wanted a caption, or nothing could be embedded
+        return FeatureStream(path, "clip-retrieval", [], description)
     if found := find_datacomp(path, spaces, key, extra):
         shards, encoder = found
         return FeatureStream(path, "DataComp", shards, {"encoder": {"name": encoder}})

@@ -32,7 +32,7 @@ def decision_table(batch: DecisionBatch, source_rows: np.ndarray) -> pa.Table:
         columns[f"{space}_distances"] = pa.ListArray.from_arrays(
             places, pa.array(distances, pa.float64())
         )
-    return pa.table(columns)
+    return _in_order(columns)
 
 
 def refusal_table(
@@ -55,6 +55,11 @@ def refusal_table(
             for name in (f"{space}_neighbors", f"{space}_distances")
         },
     )
+    return _in_order(columns)
+
+
+def _in_order(columns: dict[str, Any]) -> pa.Table:
+    """The columns of :data:`SCHEMA` after ``row`` and ``source``, which the ledger adds."""
     return pa.table({name: columns[name] for name in SCHEMA.names[2:]})
 
 

@@ -1,0 +1,305 @@
+"""The zoo of broken feature folders and files: told in one sentence, nothing written."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+
+def replace_array(folder, name, array):
+    np.save(next((folder / name).iterdir()), array)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def first(folder, name):
+    return sorted((folder / name).iterdir())[0]
+
+
+def metadata(folder, **columns):
+    pq.write_table(pa.table(columns), first(folder, "metadata"))
+
+
+def rename_away(folder, name):
+    (folder / name).rename(folder / f"old_{name}")
+
+
+def describe(folder, **content):
+    (folder / "features.json").write_text(json.dumps(content))
+
+
+def second_shard(folder, dimension):
+    for name in ("img_emb", "text_emb"):
+        np.save(folder / name / f"{name}_01.npy", np.ones((1, dimension), np.float32))
+    table = pa.table({"image_path": ["z"], "caption": ["z"]})
+    pq.write_table(table, folder / "metadata/metadata_01.parquet")
+
+
+# What is done to a good folder of 6 samples, and what the error says of it.
+BROKEN_FOLDERS = {
+    "array cut off": (
+        lambda f: truncate(first(f, "img_emb")),
+        r"img_emb_00\.npy is not a readable npy file",
+    ),
+    "array is no npy": (
+        lambda f: first(f, "text_emb").write_bytes(b"hello"),
+        r"text_emb_00\.npy is not a readable npy file",
+    ),
+    "array is empty": (
+        lambda f: first(f, "text_emb").write_bytes(b""),
+        r"text_emb_00\.npy is not a readable npy file",
+    ),
+    "array of objects": (
+        lambda f: np.save(first(f, "img_emb"), np.array([{}] * 6), allow_pickle=True),
+        r"img_emb_00\.npy is not a readable npy file",
+    ),
+    "array of one dimension": (
+        lambda f: replace_array(f, "img_emb", np.ones(6, np.float32)),
+        r"must hold floating-point features of shape \(samples, dimension\), not float32 of shape",
+    ),
+    "array of whole numbers": (
+        lambda f: replace_array(f, "img_emb", np.ones((6, 8), np.int64)),
+        r"must hold floating-point features .* not int64",
+    ),
+    "array without columns": (
+        lambda f: replace_array(f, "img_emb", np.ones((6, 0), np.float32)),
+        "has features of dimension 0",
+    ),
+    "fewer images than captions": (
+        lambda f: replace_array(f, "img_emb", np.ones((5, 8), np.float32)),
+        r"row counts do not agree: .*img_emb_00\.npy has 5, .*text_emb_00\.npy has 6, "
+        r".*metadata_00\.parquet has 6",
+    ),
+    "image and text of different width": (
+        lambda f: replace_array(f, "img_emb", np.ones((6, 4), np.float32)),
+        r"differ in dimension \(image 4, text 8\)",
+    ),
+    "shards of different width": (
+        lambda f: second_shard(f, 5),
+        r"img_emb_01\.npy has image features of dimension 5, but .*img_emb_00\.npy has 8",
+    ),
+    "a shard without text": (
+        lambda f: np.save(f / "img_emb/img_emb_07.npy", np.ones((1, 8), np.float32)),
+        "shard 7 of .* has no text features file",
+    ),
+    "two files of one shard": (
+        lambda f: np.save(f / "img_emb/img_emb_0.npy", np.ones((6, 8), np.float32)),
+        r"img_emb_0\.npy and .*img_emb_00\.npy both claim shard 0",
+    ),
+    "no text features": (
+        lambda f: rename_away(f, "text_emb"),
+        r"has image features but no text features \(text_emb/\).*--modality image",
+    ),
+    "no image features": (
+        lambda f: rename_away(f, "img_emb"),
+        r"has text features but no image features \(img_emb/\)",
+    ),
+    "no metadata": (
+        lambda f: rename_away(f, "metadata"),
+        r"has image features and text features but no metadata \(metadata/\)",
+    ),
+    "metadata cut off": (
+        lambda f: truncate(first(f, "metadata")),
+        r"metadata_00\.parquet is not a readable parquet file",
+    ),
+    "metadata without ids": (
+        lambda f: metadata(f, caption=["c"] * 6, url=["u"] * 6),
+        r"no column for the sample id: expected 'image_path' .*found caption, url",
+    ),
+    "metadata without captions": (
+        lambda f: metadata(f, image_path=list("abcdef")),
+        "no column for the caption: expected 'caption'",
+    ),
+    "embed not finished": (
+        lambda f: describe(f, finished=False),
+        "are not finished .*run the same command again",
+    ),
+    "shards missing": (
+        lambda f: describe(f, finished=True, shards=3),
+        r"has 1 feature shards, but its features\.json tells of 3",
+    ),
+    "description is no JSON": (
+        lambda f: (f / "features.json").write_text("{"),
+        r"features\.json is not valid JSON: .* at line 1, column 2",
+    ),
+    "description is a list": (
+        lambda f: (f / "features.json").write_text("[]"),
+        r"features\.json must hold an object",
+    ),
+    "list of skipped samples is damaged": (
+        lambda f: (f / "skipped.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id":\n'),
+        r"line 2 of .*skipped\.jsonl is not a skipped sample",
+    ),
+}
+
+
+def refused(infogrowth, tmp_path, features, *more):
+    """Run `grow`; it must end with status 2 and one sentence, and leave nothing behind."""
+    status, told = infogrowth(
+        "grow", "--features", features, "--growth", tmp_path / "growth",
+        "--output", tmp_path / "out.json", *more,
+    )  # fmt: skip
+    assert status == 2
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+    assert not (tmp_path / "growth/manifest.json").exists()
+    return told
+
+
+@pytest.mark.parametrize("name", BROKEN_FOLDERS)
+def test_a_broken_features_folder_is_refused(feature_folder, infogrowth, tmp_path, name):
+    breaking, told = BROKEN_FOLDERS[name]
+    folder = feature_folder("features")
+    breaking(folder)
+    assert_told(told, refused(infogrowth, tmp_path, folder))
+
+
+def assert_told(pattern, message):
+    with pytest.raises(AssertionError, match=pattern):
+        raise AssertionError(message)
+
+
+def test_a_missing_folder_is_refused(infogrowth, tmp_path):
+    assert_told("nowhere do not exist", refused(infogrowth, tmp_path, tmp_path / "nowhere"))
+
+
+def test_an_empty_folder_is_refused(infogrowth, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = refused(infogrowth, tmp_path, tmp_path / "empty")
+    assert_told(r"empty holds no features: expected img_emb/\*\.npy", told)
+
+
+def test_a_folder_of_no_samples_is_refused(feature_folder, infogrowth, tmp_path):
+    folder = feature_folder("features")
+    for name in ("img_emb", "text_emb"):
+        replace_array(folder, name, np.ones((0, 8), np.float32))
+    metadata(folder, image_path=pa.array([], pa.string()), caption=pa.array([], pa.string()))
+    assert_told("features hold no samples", refused(infogrowth, tmp_path, folder))
+
+
+class Unsafe:
+    """Pickled, it would run code when loaded."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("run-by-pickle"),))
+
+
+def arrays_file(path, **change):
+    content = {
+        "ids": np.array(list("abc")),
+        "captions": np.array(["x", "y", "z"]),
+        "image": np.ones((3, 4), np.float32),
+        "text": np.ones((3, 4), np.float32),
+        **change,
+    }
+    content = {name: value for name, value in content.items() if value is not None}
+    if path.suffix == ".npz":
+        np.savez(path, **content)
+    else:
+        torch.save({name: value.tolist() for name, value in content.items()}, path)
+    return path
+
+
+BROKEN_FILES = {
+    "another kind of file": (
+        lambda d: (d / "f.csv").write_text("a,b") and d / "f.csv",
+        r"f\.csv is not a features folder nor a \.npz or \.pth file",
+    ),
+    "npz that is no zip": (
+        lambda d: (d / "f.npz").write_bytes(b"PK nonsense") and d / "f.npz",
+        r"f\.npz cannot be read",
+    ),
+    "npz of Python objects": (
+        lambda d: arrays_file(d / "f.npz", captions=np.array([{}, 1, "x"], object)),
+        r"f\.npz cannot be read: Object arrays .*store plain arrays",
+    ),
+    "npz without ids": (
+        lambda d: arrays_file(d / "f.npz", ids=None),
+        r"f\.npz has no 'ids' .*it holds captions, image, text",
+    ),
+    "npz without captions": (
+        lambda d: arrays_file(d / "f.npz", captions=None),
+        r"f\.npz has no 'captions'",
+    ),
+    "npz of different lengths": (
+        lambda d: arrays_file(d / "f.npz", text=np.ones((2, 4), np.float32)),
+        r"row counts do not agree: .*f\.npz:image has 3, .*f\.npz:text has 2",
+    ),
+    "pth of lists where arrays should be": (
+        lambda d: arrays_file(d / "f.pth"),
+        r"f\.pth must hold floating-point features",
+    ),
+    "pth that is cut off": (
+        lambda d: (d / "f.pth").write_bytes(b"\x80\x02") and d / "f.pth",
+        r"f\.pth cannot be read as tensors and plain lists \(weights_only\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_of_arrays_is_refused(infogrowth, tmp_path, name):
+    making, told = BROKEN_FILES[name]
+    assert_told(told, refused(infogrowth, tmp_path, making(tmp_path)))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(infogrowth, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"ids": Unsafe()}, protocol=2))
+    assert_told(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
+    torch.save({"ids": Unsafe()}, path)
+    assert_told(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
+    assert not (tmp_path / "run-by-pickle").exists()
+
+
+def datacomp(folder, keys=("b32",), rows=4):
+    folder.mkdir()
+    stem = folder / ("0" * 32)
+    uids = [f"{row:032x}" for row in range(4)]
+    pq.write_table(pa.table({"uid": uids, "text": ["t"] * 4}), stem.with_suffix(".parquet"))
+    names = [f"{key}_{part}" for key in keys for part in ("img", "txt")]
+    np.savez(stem.with_suffix(".npz"), **{n: np.ones((rows, 4), np.float16) for n in names})
+    return folder
+
+
+def lone_datacomp(folder):
+    datacomp(folder)
+    np.savez(folder / ("1" * 32), b32_img=np.ones((1, 4), np.float16))
+    return folder
+
+
+BROKEN_DATACOMP = {
+    "a npz without its parquet": (lone_datacomp, r"1{32}\.parquet is missing"),
+    "two kinds of features": (
+        lambda f: datacomp(f, ("b32", "l14")),
+        "has features of b32 and l14; choose with --feature-key",
+    ),
+    "no known kind of features": (
+        lambda f: datacomp(f, ("h14",)),
+        "has no features b32_img, b32_txt: it holds h14_img, h14_txt",
+    ),
+    "row counts that differ": (
+        lambda f: datacomp(f, rows=3),
+        r"row counts do not agree: .*\.npz:b32_img has 3, .*\.parquet has 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_DATACOMP)
+def test_a_broken_datacomp_folder_is_refused(infogrowth, tmp_path, name):
+    making, told = BROKEN_DATACOMP[name]
+    assert_told(told, refused(infogrowth, tmp_path, making(tmp_path / "datacomp")))
+
+
+def test_a_kind_of_features_that_datacomp_does_not_hold_is_refused(infogrowth, tmp_path):
+    folder = datacomp(tmp_path / "datacomp")
+    told = refused(infogrowth, tmp_path, folder, "--feature-key", "l14")
+    assert_told("has no features l14: it holds b32_img, b32_txt", told)
