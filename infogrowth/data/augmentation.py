@@ -1,0 +1,161 @@
+"""BLIP's random augmentation: up to two of ten operations at level 5, functions of a picture.
+
+The operations reproduce the paper's pictures to the bit (golden/augment_ops). Warps are bilinear
+with coordinates in 32nds of a pixel and a grey border (128), as OpenCV computes them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+LEVEL, MAX_LEVEL = 5, 10
+OPERATIONS_PER_PICTURE = 2
+PROBABILITY = 0.5
+BORDER = 128
+
+Operation = Callable[[Image.Image, float], Image.Image]
+
+# Three 8-bit channels in one 64-bit number, 21 bits apart: a weighted sum of pixels with weights
+# that add up to 1024 is one multiplication and one addition for all three.
+_LANE = 21
+_EVERY_LANE = 1 + (1 << _LANE) + (1 << 2 * _LANE)
+
+
+def random_augment(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Two operations drawn with replacement; each then happens with probability 1/2.
+
+    A warp goes either way with the same chance.
+    """
+    names = tuple(OPERATIONS)
+    for choice in random.integers(len(names), size=OPERATIONS_PER_PICTURE):
+        if random.random() > PROBABILITY:
+            continue
+        name = names[choice]
+        sign = -1.0 if name in WARPS and random.random() > 0.5 else 1.0
+        image = OPERATIONS[name](image, sign)
+    return image
+
+
+def identity(image: Image.Image, sign: float) -> Image.Image:
+    """The picture itself."""
+    return image
+
+
+def auto_contrast(image: Image.Image, sign: float) -> Image.Image:
+    """Stretch each channel to 0…255, as the paper's code really does.
+
+    Its 8-bit arithmetic wraps around: a channel whose darkest value is not 0 turns to 255
+    throughout. The published models were trained with that, so it stays.
+    """
+    table: list[int] = []
+    for low, high in _channel_extrema(image):
+        if high <= low:
+            table.extend(range(256))
+            continue
+        scale = 255 / (high - low)
+        wrapped = (256 - low) % 256  # what -low is in 8 bits
+        table.extend(min(int(value * scale + wrapped * scale), 255) for value in range(256))
+    return image.point(table)
+
+
+def equalize(image: Image.Image, sign: float) -> Image.Image:
+    """Flatten each channel's histogram."""
+    return ImageOps.equalize(image)
+
+
+def brightness(image: Image.Image, sign: float) -> Image.Image:
+    """Blend with black; at level 5 the factor is 1, which leaves the picture as it is."""
+    return _enhanced(image, ImageEnhance.Brightness)
+
+
+def sharpness(image: Image.Image, sign: float) -> Image.Image:
+    """Blend with a smoothed copy; at level 5 the factor is 1 as well."""
+    return _enhanced(image, ImageEnhance.Sharpness)
+
+
+def shear_x(image: Image.Image, sign: float) -> Image.Image:
+    """Rows move by 0.15 pixels per row."""
+    return _warped(image, [[1, -sign * 0.3 * LEVEL / MAX_LEVEL, 0], [0, 1, 0]])
+
+
+def shear_y(image: Image.Image, sign: float) -> Image.Image:
+    """Columns move by 0.15 pixels per column."""
+    return _warped(image, [[1, 0, 0], [-sign * 0.3 * LEVEL / MAX_LEVEL, 1, 0]])
+
+
+def translate(image: Image.Image, sign: float, x: int = 0, y: int = 0) -> Image.Image:
+    """Move by whole pixels: 5 at level 5."""
+    pixels = -int(sign * 10 * LEVEL / MAX_LEVEL)
+    moved = Image.new("RGB", image.size, (BORDER,) * 3)
+    moved.paste(image, (x * pixels, y * pixels))
+    return moved
+
+
+def rotate(image: Image.Image, sign: float) -> Image.Image:
+    """Turn by 15 degrees about the middle: clockwise for a positive sign."""
+    angle = math.radians(sign * 30 * LEVEL / MAX_LEVEL)
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = image.width / 2, image.height / 2
+    return _warped(
+        image, [[cos, sin, (1 - cos) * x - sin * y], [-sin, cos, sin * x + (1 - cos) * y]]
+    )
+
+
+OPERATIONS: dict[str, Operation] = {
+    "Identity": identity,
+    "AutoContrast": auto_contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "Equalize": equalize,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": partial(translate, x=1),
+    "TranslateY": partial(translate, y=1),
+    "Rotate": rotate,
+}
+WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+def _enhanced(image: Image.Image, enhancer: Callable) -> Image.Image:
+    factor = 0.1 + 1.8 * LEVEL / MAX_LEVEL
+    return image if factor == 1 else enhancer(image).enhance(factor)
+
+
+def _channel_extrema(image: Image.Image) -> list[tuple[int, int]]:
+    return [channel.getextrema() for channel in image.split()]  # type: ignore[misc]
+
+
+def _warped(image: Image.Image, inverse: list[list[float]]) -> Image.Image:
+    """Sample ``image`` at ``inverse · (x, y, 1)`` for every pixel (x, y) of the result."""
+    pixels_HWC = np.asarray(image)
+    height, width = pixels_HWC.shape[:2]
+    (column_HW, right_HW), (row_HW, lower_HW) = (
+        _positions(coefficients, height, width) for coefficients in inverse
+    )
+    # Two border pixels all around: whatever lies further outside is as good as the border.
+    stride = width + 4
+    lanes = np.full((height + 4, stride), BORDER * _EVERY_LANE, np.uint64)
+    red, green, blue = (pixels_HWC[..., c].astype(np.uint64) for c in range(3))
+    lanes[2 : height + 2, 2 : width + 2] = red | green << _LANE | blue << 2 * _LANE
+    flat = lanes.ravel()
+    at = (np.clip(row_HW, -2, height) + 2) * stride + (np.clip(column_HW, -2, width) + 2)
+    left_HW, upper_HW = 32 - right_HW, 32 - lower_HW
+    upper = flat.take(at) * left_HW + flat.take(at + 1) * right_HW
+    lower = flat.take(at + stride) * left_HW + flat.take(at + stride + 1) * right_HW
+    total = upper * upper_HW + lower * lower_HW + np.uint64(512 * _EVERY_LANE)
+    result = np.empty_like(pixels_HWC)
+    for channel in range(3):
+        result[..., channel] = total >> (10 + _LANE * channel)  # the lower 8 bits stay
+    return Image.fromarray(result)
+
+
+def _positions(coefficients: list[float], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole pixel and 32nds, ``(H, W)`` each, of one coordinate, in OpenCV's fixed point."""
+    by_x, by_y, offset = coefficients
+    by_row = np.rint((by_y * np.arange(height) + offset) * 1024).astype(np.int64) + 16
+    by_column = np.rint(by_x * np.arange(width) * 1024).astype(np.int64)
+    position_HW = (by_row[:, None] + by_column) >> 5
+    return position_HW >> 5, (position_HW & 31).astype(np.uint64)

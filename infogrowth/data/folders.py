@@ -1,0 +1,66 @@
+"""Pictures of a folder by id, and the choice between a folder and an LMDB."""
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from infogrowth.data.lmdb_store import LmdbImages, is_lmdb, possible_names
+from infogrowth.errors import UserError
+
+
+class ImageStore(Protocol):
+    """Encoded pictures by id; picklable."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes; raises UserError naming the id when there is no such picture."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageStore:
+    """The pictures at ``path``: an LMDB if it is one, else a folder of files.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if is_lmdb(path):
+        return LmdbImages(path)
+    if os.path.isdir(path):
+        return FolderImages(path)
+    raise UserError(f"{path} is neither an LMDB nor a folder of images; check the path")
+
+
+class FolderImages:
+    """Picture files below a folder, by relative path, with or without the image ending."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+            UserError: no such file, one that cannot be read, or an id that leads out of the folder.
+        """
+        parts = PurePosixPath(name).parts
+        if ".." in parts or name.startswith("/") or "\0" in name:
+            raise UserError(f"the image {name!r} would lie outside of the folder {self.path}")
+        file = self._find(name)
+        if file is None:
+            raise UserError(f"the image {name!r} is not in the folder {self.path}; check both")
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the image {file}: {error.strerror}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> Path | None:
+        # The path as given comes first: in a folder tree the folders are part of the name.
+        for possible in (name, *possible_names(name)):
+            file = self.path / possible
+            if file.is_file():
+                return file
+        return None

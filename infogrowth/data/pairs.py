@@ -1,0 +1,111 @@
+"""The training pairs: an annotation and its picture, augmented the same way in any worker."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from infogrowth.annotations import Annotation
+from infogrowth.data.captions import pre_caption
+from infogrowth.data.folders import ImageStore, open_images
+from infogrowth.data.images import BadImage, decode_image
+from infogrowth.errors import UserError
+from infogrowth.randomness import generator
+
+log = logging.getLogger(__name__)
+
+Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
+Place = int | tuple[int, int, int]
+_MOST_REPLACEMENTS = 20
+
+
+class PairDataset(Dataset):
+    """Image–caption pairs for pretraining.
+
+    Ask for an item by its row, or by ``(row, epoch, position)`` with the position in the epoch's
+    global sequence. The choice among several captions and the augmentation are a function of
+    ``(seed, epoch, position)`` alone: the number of workers or ranks, or a resume, changes
+    nothing. A plain row stands for ``(row, 0, row)``.
+
+    A picture that cannot be decoded does not stop the run: another row, drawn by the same rule,
+    takes its place, which the item tells (``replaced`` is 1) and a warning names.
+
+    Args:
+        annotations: dicts with ``image`` and ``caption`` (text or a list of text).
+        images: LMDB or folder of the pictures, as a path or opened.
+        transform: called with an RGB picture and a generator; see transforms.py.
+        max_words: words of a caption that are kept.
+        seed: names the random streams.
+        prompt: put before every caption.
+
+    Items are ``{"image": (3, S, S) float32, "caption": str, "index": int, "replaced": 0 or 1}``;
+    ``index`` is the row that is really shown.
+    """
+
+    def __init__(
+        self,
+        annotations: Sequence[Annotation],
+        images: Any,
+        transform: Transform,
+        max_words: int = 30,
+        seed: int = 0,
+        prompt: str = "",
+    ) -> None:
+        self._annotations = annotations
+        self._images: ImageStore = open_images(images) if _is_path(images) else images
+        self._transform, self._max_words = transform, max_words
+        self._seed, self._prompt = seed, prompt
+
+    def __len__(self) -> int:
+        return len(self._annotations)
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        """One pair.
+
+        Raises:
+            UserError: a picture that is not in the store, or 20 bad pictures one after the other.
+        """
+        row, epoch, position = place if isinstance(place, tuple) else (place, 0, place)
+        row = range(len(self))[row]  # IndexError where a sequence would raise one
+        random = generator(self._seed, "augment", epoch, position)
+        image, shown = self._picture(row, epoch, position)
+        return {
+            "caption": self._caption(self._annotations[shown]["caption"], random),
+            "image": self._transform(image, random),
+            "index": shown,
+            "replaced": int(shown != row),
+            **self._extra(shown),
+        }
+
+    def _extra(self, row: int) -> dict[str, Any]:
+        """What a kind of pairs tells beside the rest."""
+        return {}
+
+    def _caption(self, caption: str | Sequence[str], random: np.random.Generator) -> str:
+        if not isinstance(caption, str):
+            caption = str(caption[int(random.integers(len(caption)))])
+        return self._prompt + pre_caption(caption, self._max_words)
+
+    def _picture(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
+        """The row's picture, or a stand-in's, and whose it is."""
+        stand_ins = generator(self._seed, "stand-in", epoch, position)
+        for _ in range(_MOST_REPLACEMENTS):
+            name = self._annotations[row]["image"]
+            try:
+                needed = getattr(self._transform, "pixels_needed", None)
+                return decode_image(self._images.read(name), at_least=needed), row
+            except BadImage as error:
+                log.warning("the image %r is replaced by another one: %s", name, error.reason)
+                row = int(stand_ins.integers(len(self)))
+        raise UserError(
+            f"{_MOST_REPLACEMENTS} images in a row could not be decoded, the last one {name!r}; "
+            "pack them again with scripts/cc3m_lmdb_writer.py, which leaves bad ones out"
+        )
+
+
+def _is_path(images: Any) -> bool:
+    return isinstance(images, str) or hasattr(images, "__fspath__")
