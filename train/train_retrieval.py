@@ -1,9 +1,9 @@
 """Fine-tune BLIP for image–text retrieval, or evaluate a checkpoint, and print the recall table.
 
-    python train/train_retrieval.py --config train/configs/retrieval_coco.yaml --pretrained CHECKPOINT
-    python train/train_retrieval.py --config … --pretrained CHECKPOINT --evaluate
+    python train/train_retrieval.py --config train/configs/retrieval_coco.yaml --pretrained MODEL
+    python train/train_retrieval.py --config … --pretrained MODEL --evaluate
 
-CHECKPOINT is a BLIP folder or checkpoint of ours, an official .pth, or a Hugging Face folder or
+MODEL is a BLIP folder or checkpoint of ours, an official .pth, or a Hugging Face folder or
 name. Under torch.distributed.run the same file uses all GPUs of all nodes.
 """
 

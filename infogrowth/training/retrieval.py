@@ -114,6 +114,7 @@ def open_model(config: RetrievalConfig, pretrained: str) -> tuple[BlipRetrieval,
         vocabulary = config.vocabulary
         if vocabulary is not None:
             shape = shape.with_tokenizer(load_tokenizer(vocabulary))
+        model: BlipRetrieval
         model, tokenizer, report = load_blip(
             pretrained,
             kind,  # type: ignore[arg-type]  # called with the shape, like the class

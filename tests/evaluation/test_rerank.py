@@ -143,7 +143,7 @@ def test_scores_are_the_same_bits_at_any_world_size(monkeypatch, scored, world_s
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             replay = iter(brought)
 
-            def gather(tensor, replay=replay):
+            def gather(tensor, replay=replay, meeting=meeting):
                 known = next(replay, None)
                 if known is None:
                     meeting.append(tensor)
@@ -202,7 +202,7 @@ def test_an_image_that_cannot_be_read_is_named(model, tokenizer):
         def __getitem__(self, number):
             raise UserError("the key '000007' is not in the LMDB x")
 
-    with pytest.raises(UserError, match="^the key '000007' is not in the LMDB x$"):
+    with pytest.raises(UserError, match=r"^the key '000007' is not in the LMDB x$"):
         rerank.retrieval_scores(model, tokenizer, Broken([0, 1]), ["a"], workers=1)
 
 

@@ -1,4 +1,4 @@
-"""A very small world to train in: coloured squares, captions that name them, a model of 2 layers."""
+"""A very small world to train in: coloured squares, captions of them, a model of 2 layers."""
 
 import dataclasses
 

@@ -101,7 +101,8 @@ def test_accumulation_is_the_mean_gradient_of_its_batches(make_trainer):
     seen = {}
 
     def spy(optimizer, *_):
-        seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})  # fmt: skip
+        parameters = trainer.model.named_parameters()
+        seen.update({n: p.grad.clone() for n, p in parameters if p.grad is not None})
 
     trainer.optimizer.register_step_pre_hook(spy)
     trainer._optimize(batches, 1e-3, 10)

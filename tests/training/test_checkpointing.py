@@ -1,0 +1,121 @@
+"""Checkpoints: whole or not there, the pointer never broken, nothing executed on loading."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from infogrowth.blip.checkpoint import load_weights
+from infogrowth.blip.dual import BlipDual
+from infogrowth.errors import UserError
+from infogrowth.training.checkpointing import Checkpoints, load_checkpoint
+
+STATE = {"progress": {"step": 1}, "model": {"weight": torch.arange(3.0)}}
+
+
+def test_the_last_n_are_kept_and_latest_names_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 5, 9, 100):
+        assert checkpoints.save(STATE, step) == checkpoints.latest()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "step_00000009.pth",
+        "step_00000100.pth",
+    ]
+    assert torch.equal(load_checkpoint(checkpoints.latest())["model"]["weight"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeypatch, killed_at):
+    """A kill is an exception that nothing cleans up after: here every call to the disk in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save({**STATE, "progress": {"step": 1}}, 1)
+    calls = []
+
+    def dying(real):
+        def call(*arguments, **options):
+            calls.append(real)
+            if len(calls) > killed_at:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync", "unlink"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        patch.setattr(torch, "save", dying(torch.save))
+        try:
+            checkpoints.save({**STATE, "progress": {"step": 2}}, 2)
+            finished = True
+        except Killed:
+            finished = False
+    assert load_checkpoint(checkpoints.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
+    assert Checkpoints(tmp_path).find("auto") == checkpoints.latest()
+    assert not list(tmp_path.glob("*.tmp-*"))  # leftovers go when a run starts
+
+
+def test_resume_auto_without_checkpoints_starts_anew(tmp_path):
+    assert Checkpoints(tmp_path / "new").find("auto") is None
+    assert Checkpoints(tmp_path / "new").find("none") is None
+
+
+def test_resume_none_does_not_throw_an_earlier_run_away(tmp_path):
+    Checkpoints(tmp_path).save(STATE, 3)
+    with pytest.raises(UserError, match="earlier run"):
+        Checkpoints(tmp_path).find("none")
+
+
+def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
+    path = Checkpoints(tmp_path / "run" / "checkpoints").save(STATE, 3)
+    for given in (path, path.parent, tmp_path / "run"):
+        assert Checkpoints(tmp_path / "other").find(str(given)) == path
+    with pytest.raises(UserError, match="no checkpoint at"):
+        Checkpoints(tmp_path).find(str(tmp_path / "absent.pth"))
+
+
+def test_a_pointer_to_nothing_is_told(tmp_path):
+    path = Checkpoints(tmp_path).save(STATE, 3)
+    path.unlink()
+    with pytest.raises(UserError, match=r"names step_00000003.pth, which is gone"):
+        Checkpoints(tmp_path).find("auto")
+
+
+def test_damaged_and_foreign_files_are_told(tmp_path):
+    path = Checkpoints(tmp_path).save(STATE, 3)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(path)
+    torch.save({"model": {}}, tmp_path / "official.pth")
+    with pytest.raises(UserError, match="give them as --pretrained"):
+        load_checkpoint(tmp_path / "official.pth")
+
+
+def test_loading_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"format": 1, "progress": Evil()}))
+    torch.save({"format": 1, "progress": Evil()}, tmp_path / "evil_zip.pth")
+    for name in ("evil.pth", "evil_zip.pth"):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_training_checkpoint_is_also_an_official_one(make_trainer, run):
+    trainer = run(make_trainer(max_steps=1))
+    model = BlipDual(trainer.model.config)
+    report = load_weights(model, trainer.checkpoints.latest())
+    assert not report.missing and not report.mismatched
+    assert torch.equal(model.vision_proj.weight, trainer.model.vision_proj.weight)
+
+
+def test_keeping_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="keep_checkpoints must be at least 1"):
+        Checkpoints(tmp_path, keep=0)

@@ -1,0 +1,70 @@
+"""The shipped YAML files and the checks at the door."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from infogrowth.config import load_config
+from infogrowth.errors import UserError
+from infogrowth.training.settings import PretrainConfig, RetrievalConfig
+
+REQUIRED = {"output_dir": "out", "annotations": "a.json", "images": "lmdb"}
+SHIPPED = {
+    "pretrain_cc3m_gain.yaml": PretrainConfig,
+    "pretrain_sample.yaml": PretrainConfig,
+    "retrieval_coco.yaml": RetrievalConfig,
+    "retrieval_sample.yaml": RetrievalConfig,
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_hold_every_key_once_and_load(repository, name):
+    path = repository / "train" / "configs" / name
+    config = load_config(SHIPPED[name], path)
+    keys = yaml.safe_load(path.read_text()).keys()
+    assert set(keys) == {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("name", ["pretrain_cc3m_gain.yaml", "retrieval_coco.yaml"])
+def test_every_key_of_the_main_files_is_explained(repository, name):
+    text = (repository / "train" / "configs" / name).read_text()
+    section = text.split("# --- data ---")[1]
+    for line in section.splitlines():
+        if line and line[0].isalpha():
+            assert "#" in line, line
+
+
+def test_defaults_are_the_documented_commands_two_phase_run(repository):
+    config = load_config(PretrainConfig, repository / "train/configs/pretrain_cc3m_gain.yaml")
+    assert PretrainConfig(**REQUIRED).sampler == config.sampler == "two_phase"
+    assert config.annotations == "processed_data/InfoGrowth_400k_samples.json"
+    assert config.init_lr == 3e-4  # text for a safe YAML loader
+
+
+def test_misspelt_sampler_is_an_error_with_the_nearest_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("sampler: proptional\n")
+    with pytest.raises(UserError, match=r"sampler.* did you mean 'proportional'"):
+        load_config(PretrainConfig, tmp_path / "c.yaml", REQUIRED)
+
+
+def test_unknown_key_is_an_error_with_the_nearest_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("warmup_step: 10\n")
+    with pytest.raises(UserError, match=r"unknown key 'warmup_step' .* 'warmup_steps'"):
+        load_config(PretrainConfig, tmp_path / "c.yaml", REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("queue_size", -1, "queue_size must be at least 0"),
+        ("alpha", 1.5, "alpha must be between 0 and 1"),
+        ("clip_grad_norm", 0, "clip_grad_norm must be above 0"),
+        ("init_lr", "fast", "init-lr must be a number"),
+        ("precision", "fp8", "precision"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(key, value, says):
+    with pytest.raises(UserError, match=says):
+        load_config(PretrainConfig, None, {**REQUIRED, key: value})
