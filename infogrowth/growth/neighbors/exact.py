@@ -27,6 +27,7 @@ EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 12}
 QUERY_ROWS = 4096  # queries looked up at once
 TAIL_ROWS = 1024  # block size where queries of one batch see different numbers of rows
 PATIENCE = 0.5  # share of rows without certificate above which half precision does not pay
+SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
 HALF_QUERIES = 256  # fewer are looked up in float32: preparing the product costs more than it
 NOTHING = -torch.inf
 
@@ -90,7 +91,8 @@ class ExactIndex:
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         positions = np.full((len(queries), self.k), -1, np.int64)
         products = np.full((len(queries), self.k), -np.inf, np.float64)
-        with _full_float32():
+        work = len(queries) * self.count * self.dimension
+        with _full_float32(), _threads_worth(work):
             for start in range(0, len(queries), QUERY_ROWS):
                 part = slice(start, start + QUERY_ROWS)
                 queries_ND = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
@@ -396,3 +398,17 @@ def _full_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(allowed)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = reduced
+
+
+@contextmanager
+def _threads_worth(work: int) -> Iterator[None]:
+    """One CPU thread for small work: waking and awaiting the others would cost more."""
+    threads = torch.get_num_threads()
+    if work >= SMALL_WORK or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
