@@ -1,6 +1,7 @@
 """The shape of a BLIP: one frozen dataclass, its presets, and ``config.json`` in two dialects."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from infogrowth.files import atomic_write_json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "infogrowth-blip"
 CONFIG_FILE = "config.json"
@@ -220,14 +223,14 @@ def to_huggingface(config: BlipConfig) -> dict[str, Any]:
 def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
     """The shape of a BLIP from its weights under official names (a ``.pth`` has no config file).
 
-    Heads leave no trace in the weights, so only published widths (12 heads at 768 channels, 16 at
-    1024) can be told.
+    Heads leave no trace in the weights. 64 channels a head are assumed, as in all of BLIP's
+    published ones, with a warning where the width is not one of theirs.
 
     Args:
         changes: fields to set instead of inferring, for example ``vision_heads``.
 
     Raises:
-        UserError: the names are not a BLIP's, or the width is none of the published.
+        UserError: the names are not a BLIP's, or the width is no multiple of 64.
     """
     try:
         width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
@@ -252,18 +255,22 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
     if "vision_proj.weight" in state:
         inferred["embed_dim"] = state["vision_proj.weight"].shape[0]
     for side in ("vision", "text"):
-        size = inferred[f"{side}_width"]
-        if f"{side}_heads" not in changes and size not in _PUBLISHED_HEADS:
-            raise UserError(
-                f"weights do not tell the number of {side} attention heads, and width {size} is "
-                f"none of BLIP's; put the model's {CONFIG_FILE} beside them"
-            )
-        inferred[f"{side}_heads"] = _PUBLISHED_HEADS.get(size)
+        inferred[f"{side}_heads"] = changes.get(f"{side}_heads") or _heads(
+            side, inferred[f"{side}_width"]
+        )
     return BlipConfig(**{**inferred, **changes})
 
 
-# Width -> heads, in the transformers of BLIP's published checkpoints.
-_PUBLISHED_HEADS = {768: 12, 1024: 16}
+def _heads(side: str, width: int) -> int:
+    """BLIP's number of heads at ``width``, told aloud where it is a guess."""
+    untold = f"weights do not tell the number of {side} attention heads"
+    if width % 64:
+        raise UserError(f"{untold}; put the model's {CONFIG_FILE} beside them")
+    if width not in (768, 1024):
+        logger.warning(
+            "%s, and there is no %s beside: assuming %d", untold, CONFIG_FILE, width // 64
+        )
+    return width // 64
 
 
 def _count(state: dict[str, torch.Tensor], prefix: str) -> int:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.captioning import BlipCaptioner
 from infogrowth.blip.checkpoint import load_blip
-from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import tokenize
 from infogrowth.data.captions import pre_caption
@@ -123,15 +122,8 @@ def normalized(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _open(
     path: Path, kind: type, device: torch.device, vocabulary: str | None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    config = None
-    if path.is_file():
-        # Weights do not tell the number of attention heads: a config.json beside them does.
-        if (path.parent / "config.json").is_file():
-            config = BlipConfig.from_folder(path.parent)
-        else:
-            logger.warning("%s has no config.json beside it: assuming 64 channels a head", path)
     model: torch.nn.Module
-    model, tokenizer, report = load_blip(path, kind, device, vocabulary, config)
+    model, tokenizer, report = load_blip(path, kind, device, vocabulary)
     logger.debug("%s", report)
     return model.requires_grad_(False), tokenizer
 

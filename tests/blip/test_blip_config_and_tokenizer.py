@@ -119,16 +119,24 @@ def test_the_shape_is_read_off_official_weights():
     state = BlipPretrain(config, queue_size=4).state_dict()
     told = {"bos_token_id": 48, "enc_token_id": 49, "vision_heads": 4, "text_heads": 4}
     assert infer_config(state, **told) == config.replace(vision_feedforward=512)
-    with pytest.raises(UserError, match=r"vision attention heads, and width 128.*config\.json"):
-        infer_config(state)
     with pytest.raises(UserError, match="not a BLIP's"):
         infer_config({"weight": torch.zeros(3)})
 
 
-def test_published_widths_have_published_heads():
+def test_heads_at_widths_that_no_blip_has_are_assumed_aloud_or_refused(caplog, golden_config):
+    config = preset("tiny", vocab_size=50)
+    inferred = infer_config(BlipDual(config).state_dict())
+    assert (inferred.vision_heads, inferred.text_heads) == (2, 2)
+    assert "vision attention heads" in caplog.text and "assuming 2" in caplog.text
+    with pytest.raises(UserError, match=r"vision attention heads; put the model's config\.json"):
+        infer_config(BlipDual(golden_config).state_dict())
+
+
+def test_published_widths_have_published_heads(caplog):
     config = preset("base", image_size=32, vision_depth=1, text_depth=1, vocab_size=50)
     state = BlipDual(config).state_dict()
     assert infer_config(state) == config.replace(vision_feedforward=3072)
+    assert not caplog.text
 
 
 def test_a_machine_without_a_name_server_is_told_at_once(monkeypatch):
