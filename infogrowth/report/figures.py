@@ -173,6 +173,20 @@ def visits_figure(visits: Visits, palette: Palette, width: float = 350) -> Figur
             axes.plot(
                 share, values[order][at], color=color, linestyle=dashes, label=SAMPLER_NAMES[name]
             )
+        for name, values in visits.phases.items():
+            color = palette.recaptioned
+            axes.plot(share, values[order][at], color=color, linewidth=1.1, linestyle=(0, (4, 2)))
+            middle = 3 * len(at) // 4
+            axes.annotate(
+                name,
+                (share[middle], values[order][at][middle]),
+                xytext=(0, 4 if name == "even" else -4),
+                textcoords="offset points",
+                va="bottom" if name == "even" else "top",
+                ha="center",
+                fontsize=10,
+                color=palette.muted,
+            )
         axes.set_xlim(0, 100)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("kept samples, least to most gain (percent)")

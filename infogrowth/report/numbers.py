@@ -53,6 +53,7 @@ class Visits:
 
     gains: np.ndarray  # (K,) normalized gain
     per_epoch: dict[str, np.ndarray]  # sampler -> (K,)
+    phases: dict[str, np.ndarray]  # "even" and "odd" epochs of two_phase -> (K,)
     epoch_length: dict[str, float]  # sampler (and phase) -> expected draws
 
 
@@ -136,6 +137,7 @@ def expected_visits(gains: np.ndarray) -> Visits:
             "proportional": proportional,
             "two_phase": (normalized + reverse) / 2,
         },
+        phases={"even": normalized, "odd": reverse},
         epoch_length={
             "uniform": float(count),
             "proportional": float(count) if total > 0 else 0.0,
@@ -158,7 +160,8 @@ def duplicate_groups(
     """
     if dataset.neighbor_table is None:
         return []
-    row_of = {dataset.ids[row]: row for row in np.flatnonzero(dataset.kept).tolist()}
+    kept = dataset.kept
+    row_of = {dataset.ids[row]: row for row in np.flatnonzero(kept).tolist()}
     parent = list(range(len(dataset.ids)))
 
     def root(row: int) -> int:
@@ -168,7 +171,7 @@ def duplicate_groups(
         return row
 
     for row, neighbor in _close_pairs(dataset, distance, space):
-        if neighbor in row_of and dataset.kept[row]:
+        if neighbor in row_of and kept[row]:
             first, second = sorted((root(row), root(row_of[neighbor])))
             parent[second] = first
     members: dict[int, list[int]] = {}
