@@ -170,7 +170,9 @@ class Evaluation:
         self.config, self.tokenizer, self.precision = config, tokenizer, precision
         transform = evaluation_transform(image_size)
         self.sets = {
-            name: RetrievalEvaluation(path, config.images, transform, max_words=config.max_words)
+            name: RetrievalEvaluation(
+                path, config.images, transform, max_words=config.max_words, split=name
+            )
             for name, path in (("val", config.val_annotations), ("test", config.test_annotations))
             if path
         }
