@@ -58,8 +58,7 @@ class FolderImages:
         return self._find(name) is not None
 
     def _find(self, name: str) -> Path | None:
-        # The path as given comes first: in a folder tree the folders are part of the name.
-        for possible in (name, *possible_names(name)):
+        for possible in possible_names(name):
             file = self.path / possible
             if file.is_file():
                 return file

@@ -43,9 +43,9 @@ def strip_ending(name: str) -> str:
 
 
 def possible_names(name: str) -> Iterator[str]:
-    """Every name under which the picture ``name`` may be stored, the likeliest first."""
+    """Every name under which the picture ``name`` may be stored, the surest first."""
     stems = dict.fromkeys((image_key(name), strip_ending(name)))
-    yield from dict.fromkeys((*stems, name, name.rsplit("/", 1)[-1] if name not in stems else name))
+    yield from dict.fromkeys((name, *stems, name.rsplit("/", 1)[-1]))
     for stem in stems:
         yield from (stem + ending for ending in ENDINGS)
 

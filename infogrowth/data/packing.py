@@ -1,0 +1,182 @@
+"""Packing a source into an LMDB and an annotation JSON: verified, resumable, every loss recorded.
+
+There is no journal: the samples are gone through in the same order every time, and one whose very
+bytes are in the LMDB has been verified by an earlier run. So a killed run that is started again
+ends with the same files as one that was never killed.
+"""
+
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from infogrowth.annotations import Annotation, save_annotations
+from infogrowth.data.images import BadImage, decode_image
+from infogrowth.data.lmdb_store import MAX_KEY_BYTES, LmdbWriter, image_key
+from infogrowth.data.sources import Sample, Source
+from infogrowth.errors import UserError
+from infogrowth.files import atomic_write, remove_leftovers
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 16  # samples per thread that are read and decoded before their turn
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the results of one split go."""
+
+    lmdb: Path
+    annotations: Path
+    skipped: Path
+
+
+@dataclass
+class Packed:
+    """What became of a source's samples.
+
+    Attributes:
+        samples: how many the source lists.
+        stored: how many are in the LMDB now.
+        resumed: how many of those an earlier run had stored.
+        skipped: (id, reason) of the others, in the source's order, after the source's own notes.
+    """
+
+    samples: int
+    stored: int = 0
+    resumed: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def reasons(self) -> Counter[str]:
+        """How many were skipped by each kind of reason."""
+        return Counter(reason.split(":")[0] for _, reason in self.skipped)
+
+
+def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packed:
+    """Store every good picture of ``source``, and write its annotation JSON and skipped.jsonl.
+
+    A picture is decoded in full before it is stored, and stored as it came. Of several samples
+    with one id the first good one is kept. The JSON is sorted by id.
+
+    Args:
+        workers: threads that read and decode (decoders let other threads run).
+        max_pixels: larger pictures are skipped.
+
+    Raises:
+        UserError: the LMDB holds pictures of another source, the disk is full, or no sample is
+            good.
+    """
+    for folder in {target.annotations.parent, target.skipped.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    packed = Packed(len(source), skipped=list(source.notes))
+    annotations: list[Annotation] = []
+    with LmdbWriter(target.lmdb) as writer:
+        names = [image_key(name) for name in source.ids]
+        _refuse_other_pictures(writer, set(names), source, target)
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        taken: set[str] = set()
+        progress = tqdm(
+            _checked_samples(source, writer, workers, max_pixels),
+            desc=target.lmdb.name,
+            total=len(source),
+            unit=" samples",
+            disable=not log.isEnabledFor(logging.INFO),
+        )
+        for sample in progress:
+            name = image_key(sample.id)
+            if sample.problem is None and name in taken:
+                packed.skipped.append((sample.id, "the id occurred before: the first one is kept"))
+            elif sample.problem is not None:
+                packed.skipped.append((sample.id, sample.problem))
+            else:
+                packed.resumed += not _stored_now(sample, writer, target)
+                packed.stored += 1
+                annotations.append({"image": name, "caption": sample.caption})
+                if name in repeated:
+                    taken.add(name)
+    _write_results(annotations, packed, target)
+    if not annotations:
+        raise UserError(f"no sample of {source.path} could be packed; see {target.skipped}")
+    return packed
+
+
+def _refuse_other_pictures(
+    writer: LmdbWriter, names: set[str], source: Source, target: Target
+) -> None:
+    stray = next((key for key in writer.keys() if key not in names), None)  # noqa: SIM118
+    if stray is not None:
+        raise UserError(
+            f"the LMDB {target.lmdb} holds {stray!r}, which is not in {source.path}: it was packed "
+            "from other pictures; remove it or give another --output_root"
+        )
+
+
+def _stored_now(sample: Sample, writer: LmdbWriter, target: Target) -> bool:
+    """Store a good sample; False if an earlier run did."""
+    assert sample.data is not None
+    if writer.put(sample.id, sample.data):
+        return True
+    if writer.get(sample.id) != sample.data:
+        raise UserError(
+            f"the LMDB {target.lmdb} holds another picture under {sample.id!r}: it was packed from "
+            "other pictures, or they changed; remove it or give another --output_root"
+        )
+    return False
+
+
+def _checked_samples(
+    source: Source, writer: LmdbWriter, workers: int, max_pixels: int
+) -> Iterator[Sample]:
+    """All samples in order, read and decoded ahead by threads."""
+    resuming = len(writer) > 0
+    waiting: deque[Future[Sample]] = deque()
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    names = source.ids
+    try:
+        for number in range(len(source)):
+            known = _known(writer, names[number]) if resuming else None
+            waiting.append(executor.submit(_checked, source, number, known, max_pixels))
+            if len(waiting) >= _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _known(writer: LmdbWriter, name: str) -> bytes | None:
+    return None if _key_problem(name) else writer.get(name)
+
+
+def _checked(source: Source, number: int, known: bytes | None, max_pixels: int) -> Sample:
+    """The sample, with a problem if it must be skipped."""
+    sample = source.read(number)
+    problem = sample.problem or _key_problem(sample.id)
+    if problem is None and sample.data != known:
+        try:
+            decode_image(sample.data or b"", max_pixels)
+        except BadImage as error:
+            problem = error.reason
+    return Sample(sample.id, sample.caption, None if problem else sample.data, problem)
+
+
+def _key_problem(name: str) -> str | None:
+    try:
+        length = len(image_key(name).encode())
+    except UnicodeEncodeError:
+        return "the id is not valid text"
+    return None if 0 < length <= MAX_KEY_BYTES else f"the id is longer than {MAX_KEY_BYTES} bytes"
+
+
+def _write_results(annotations: list[Annotation], packed: Packed, target: Target) -> None:
+    annotations.sort(key=lambda annotation: annotation["image"])
+    with atomic_write(target.skipped, "w") as file:
+        for name, reason in packed.skipped:
+            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+    save_annotations(target.annotations, annotations)
