@@ -173,7 +173,7 @@ def visits_figure(visits: Visits, palette: Palette, width: float = 350) -> Figur
             axes.plot(
                 share, values[order][at], color=color, linestyle=dashes, label=SAMPLER_NAMES[name]
             )
-        for name, values in visits.phases.items():
+        for name, values in visits.phases.items() if len(at) else ():
             color = palette.recaptioned
             axes.plot(share, values[order][at], color=color, linewidth=1.1, linestyle=(0, (4, 2)))
             middle = 3 * len(at) // 4

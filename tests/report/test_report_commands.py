@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,7 @@ class Seen(html.parser.HTMLParser):
         self.addresses: list[str] = []
         self.handlers: list[str] = []
         self.alternatives: list[str] = []
+        self.text = ""
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -33,6 +35,10 @@ class Seen(html.parser.HTMLParser):
                 self.addresses.append(value or "")
             if name == "alt":
                 self.alternatives.append(value or "")
+
+    def handle_data(self, data):
+        if self.tags[-1:] not in (["script"], ["style"]):
+            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,60 @@ def test_a_report_without_its_pictures_says_so(made, tmp_path):
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "No pictures: /moved/away is gone; give the LMDB with --lmdb DIR." in page
     assert "data:image/webp" not in page
+
+
+def sample(number, verdict="kept", **more):
+    return {
+        "row": number,
+        "source": 1,
+        "source_row": number,
+        "id": f"s{number}",
+        "verdict": verdict,
+        "reason": "aligned" if verdict == "kept" else "image feature is not finite",
+        "image_neighbors": [],
+        "image_distances": [],
+        "text_neighbors": [],
+        "text_distances": [],
+        "caption": "words",
+        "original_caption": "words",
+        "alignment": 0.5,
+        "original_alignment": 0.5,
+        "gain_image": 1.0,
+        "gain_text": 1.0,
+        **more,
+    }
+
+
+ABSENT = dict.fromkeys(["alignment", "original_alignment", "gain_image", "gain_text"])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [sample(0)],
+        [sample(0, "dropped", **ABSENT)],
+        [sample(n, gain_image=0.0, gain_text=0.0) for n in range(7)],
+        [sample(n, gain_text=None) for n in range(4)],
+        [sample(n, caption=None, original_caption=None, source=n % 2) for n in range(30)],
+    ],
+    ids=["one sample", "nothing kept", "no gain at all", "labels", "no captions"],
+)
+def test_unusual_growths_have_a_report_and_a_sweep_too(rows, tmp_path, write_folder):
+    kept = sum(row["verdict"] == "kept" for row in rows)
+    features = np.ones((kept, 4)) / 2
+    write_folder(tmp_path / "g", rows, features, features)
+    if any(row["gain_text"] is None for row in rows) and kept:
+        settings = json.loads((tmp_path / "g/growth.json").read_text())
+        (tmp_path / "g/growth.json").write_text(json.dumps({**settings, "modality": "image"}))
+    assert main(["report", str(tmp_path / "g"), "-o", str(tmp_path / "r.html")]) == 0
+    assert "nan" not in Seen((tmp_path / "r.html").read_text(encoding="utf-8")).text.lower()
+    assert main(["sweep", str(tmp_path / "g")]) == (0 if kept else 2)
+
+
+def test_a_growth_that_was_begun_but_holds_nothing_is_told_so(tmp_path, write_folder, capsys):
+    write_folder(tmp_path / "g", [], np.ones((0, 4)), np.ones((0, 4)))
+    assert main(["report", str(tmp_path / "g"), "-o", str(tmp_path / "r.html")]) == 2
+    assert "holds no samples yet" in capsys.readouterr().err
 
 
 def test_training_runs_stand_side_by_side(tmp_path):
