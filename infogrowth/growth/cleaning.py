@@ -90,6 +90,29 @@ def clean_pairs(
     return cleaned
 
 
+def clean_labels(labels: Sequence[Any], trouble: np.ndarray) -> Cleaned:
+    """Images with class labels, before their neighbors are known: nothing aligns yet."""
+    return Cleaned(
+        captions=list(labels),
+        text=np.empty((len(trouble), 0), np.float32),
+        alignment=np.full(len(trouble), np.nan),
+        original_alignment=np.full(len(trouble), np.nan),
+        recaptioned=np.zeros(len(trouble), bool),
+        aligned=np.zeros(len(trouble), bool),
+        reason_codes=trouble.copy(),
+    )
+
+
+def judge_labels(cleaned: Cleaned, agreement: np.ndarray, min_align: float, is_seed: bool) -> None:
+    """Enter the agreement (N,) of labels with neighbors, NaN for unusable samples, as alignment."""
+    usable, low = ~np.isnan(agreement), is_below(agreement, min_align)
+    cleaned.alignment = cleaned.original_alignment = agreement
+    cleaned.aligned = usable & ~low
+    agrees = Reason.SEED if is_seed else Reason.LABEL_AGREES
+    cleaned.reason_codes[cleaned.aligned] = REASON_CODE[agrees]
+    cleaned.reason_codes[low] = REASON_CODE[Reason.LABEL_DISAGREES]
+
+
 def _recaption(
     cleaned: Cleaned,
     low_rows: np.ndarray,

@@ -47,10 +47,16 @@ REASONS: list[Reason] = list(Reason)
 VERDICT_CODE: dict[Verdict, int] = {verdict: code for code, verdict in enumerate(VERDICTS)}
 REASON_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(REASONS)}
 
+_LISTS = ("ids", "captions", "original_captions")
+_ARRAYS = (
+    *("verdict_codes", "reason_codes", "alignment", "original_alignment", "gains"),
+    *("image_positions", "image_distances", "text_positions", "text_distances", "kept_image"),
+)
+
 
 @dataclass(frozen=True)
 class Recaption:
-    """Another caption for a sample, and the feature (D,) of that caption. Need not be unit length."""
+    """Another caption for a sample, and the feature (D,) of that caption, of any length."""
 
     caption: str | None
     text_feature: Any
@@ -182,16 +188,10 @@ class DecisionBatch(Sequence[Decision]):
         def arrays(name: str) -> np.ndarray:
             return np.concatenate([getattr(batch, name) for batch in batches])
 
-        names = (
-            "verdict_codes reason_codes alignment original_alignment gains image_positions "
-            "image_distances text_positions text_distances kept_image"
-        )
-        return DecisionBatch(
-            **{name: lists(name) for name in ("ids", "captions", "original_captions")},
-            **{name: arrays(name) for name in names.split()},
-            kept_text=None if first.kept_text is None else arrays("kept_text"),
-            kept_ids=first.kept_ids,
-        )
+        joined: dict[str, Any] = {name: lists(name) for name in _LISTS}
+        joined |= {name: arrays(name) for name in _ARRAYS}
+        joined["kept_text"] = None if first.kept_text is None else arrays("kept_text")
+        return DecisionBatch(**joined, kept_ids=first.kept_ids)
 
     def _positions(self, space: str) -> np.ndarray:
         return {"image": self.image_positions, "text": self.text_positions}[space]
@@ -203,7 +203,9 @@ class DecisionBatch(Sequence[Decision]):
         positions = self._positions(space)[row].tolist()
         distances = self._distances(space)[row].tolist()
         pairs = zip(positions, distances, strict=True)
-        return [(self.kept_ids[position], distance) for position, distance in pairs if position >= 0]
+        return [
+            (self.kept_ids[position], distance) for position, distance in pairs if position >= 0
+        ]
 
     def _record(self, row: int) -> Decision:
         return Decision(

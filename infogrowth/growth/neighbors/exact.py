@@ -91,6 +91,8 @@ class ExactIndex:
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         positions = np.full((len(queries), self.k), -1, np.int64)
         products = np.full((len(queries), self.k), -np.inf, np.float64)
+        if self.count == 0:  # nothing was kept yet: no neighbors
+            return Neighbors(positions, products)
         work = len(queries) * self.count * self.dimension
         with _full_float32(), _threads_worth(work):
             for start in range(0, len(queries), QUERY_ROWS):
@@ -242,9 +244,7 @@ class ExactIndex:
             seeing, padded = len(queries_ND) - first, _whole_groups(stop - start)
             scores_MW = scratch[: seeing * padded].view(seeing, padded)
             scores_MW[:, stop - start :] = NOTHING
-            torch.mm(
-                queries_ND[first:], rows_PD[start:stop].T, out=scores_MW[:, : stop - start]
-            )
+            torch.mm(queries_ND[first:], rows_PD[start:stop].T, out=scores_MW[:, : stop - start])
             if stop > all_see:
                 at_W = torch.arange(start, start + padded, device=self.device)
                 scores_MW.masked_fill_(at_W >= visible_N[first:, None], NOTHING)

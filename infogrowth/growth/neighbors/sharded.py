@@ -56,9 +56,7 @@ class ShardedIndex:
         return Neighbors(positions, found.products)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        own = np.arange(self._own(np.int64(start)), self._own(np.int64(stop)))
-        local = self.local.rows(int(own[0]), int(own[-1]) + 1) if len(own) else None
-        part = np.empty((0, self.dimension), np.float32) if local is None else local
+        part = self.local.rows(int(self._own(np.int64(start))), int(self._own(np.int64(stop))))
         whole = np.empty((stop - start, self.dimension), np.float32)
         for rank, rows in enumerate(self._gather(part)):
             whole[(rank - start) % self._world_size :: self._world_size] = rows
