@@ -8,10 +8,10 @@ The same seed gives the same bytes. Artists of the sample never appear in the tr
 training pictures that look like a picture of the sample are left out.
 """
 
-import argparse
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from sample_parts.pixels import encode, near_copy, store
 from sample_parts.planting import Plan, Planned, plan
 from sample_parts.shards import Picture, key_of, write_shards
 
-from infogrowth.errors import UserError
+from infogrowth.cli import run_script
+from infogrowth.config import option
 from infogrowth.files import atomic_write
 from infogrowth.randomness import generator
 
@@ -32,24 +33,22 @@ SWAPPED_SHARE, COPIED_SHARE = 0.20, 0.08
 RETRIEVAL = {"train": 240, "val": 80, "test": 120}
 
 
-def main() -> int:
-    """Parse the command line and make what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", type=Path, default=Path("processed_data"), help="for the sample"
-    )
-    parser.add_argument("--training_set", type=Path, help="make training pictures here")
-    parser.add_argument("--cache", type=Path, default=Path("output/packages"), help="downloads")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try:
-        if options.training_set:
-            make_training_set(options.training_set, options.cache, options.seed)
-        else:
-            make_sample(options.output, options.cache, options.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Options of scripts/make_sample.py."""
+
+    output: str = option("processed_data", "folder for the sample and its companions")
+    training_set: str | None = option(None, "folder for training pictures, to make them instead")
+    cache: str = option("output/packages", "where downloaded packages are kept")
+    seed: int = option(0, "the same seed gives the same bytes")
+
+
+def make(config: SampleConfig) -> int:
+    """Make the bundled sample from pinned packages, or the pictures that train the tiny BLIP."""
+    if config.training_set:
+        make_training_set(Path(config.training_set), Path(config.cache), config.seed)
+    else:
+        make_sample(Path(config.output), Path(config.cache), config.seed)
     return 0
 
 
@@ -222,4 +221,4 @@ def write_lines(path: Path, value: dict | list) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(SampleConfig, make))
