@@ -27,10 +27,10 @@ from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.encoders import piles
 from infogrowth.encoders.embedding import embed_pairs
 from infogrowth.encoders.loading import load_encoder
 from infogrowth.encoders.pile import Batch, Pile, decoded_batches
-from infogrowth.encoders.piles import pile_of_source
 from infogrowth.encoders.pipeline import Timing, computed, lanes_for, workers_for
 from infogrowth.encoders.protocols import DualEncoder
 from infogrowth.encoders.shards import ShardedOutput, cut
@@ -55,15 +55,20 @@ class Config:
     json: str | None = option(None, help="write the row to this file too")
 
 
-class MadeUpPictures:
+class MadeUpPairs:
     """A few hundred different JPEGs in memory, over and over: what a photograph costs to decode."""
 
     def __init__(self, side: int) -> None:
-        random = generator(0, "benchmark pictures")
+        random = generator(0, "benchmark")
         self._jpegs = [_photograph(random, side) for _ in range(_DIFFERENT_PICTURES)]
+        letters = random.integers(97, 123, (2000, 5))
+        words = ["".join(map(chr, word)) for word in letters.tolist()]
+        self._captions = [
+            " ".join(words[i] for i in random.integers(0, 2000, 10)) for _ in range(997)
+        ]
 
-    def read(self, row: int) -> bytes:
-        return self._jpegs[row % len(self._jpegs)]
+    def read(self, row: int) -> tuple[str, bytes]:
+        return self._captions[row % len(self._captions)], self._jpegs[row % len(self._jpegs)]
 
 
 def run(config: Config) -> int:
@@ -71,7 +76,7 @@ def run(config: Config) -> int:
     with distributed.process_group(config.device) as device, _folders() as (output, models):
         name = _random_base(models) if config.encoder == "base" else config.encoder
         encoder = load_encoder(name, device)
-        pile = pile_of_source(config.source) if config.source else _made_up_pile(config)
+        pile = piles.pile_of_source(config.source) if config.source else _made_up_pile(config)
         workers = config.workers
         workers = workers_for(device, distributed.world_size()) if workers == "auto" else workers
         decoding = _decoding(pile, encoder, config.batch_size, workers)
@@ -124,7 +129,7 @@ def _model(pile: Pile, encoder: DualEncoder, batch_size: int, device: torch.devi
 
     def compute(batch: Batch) -> int:
         encoder.encode_images(batch.pictures)  # type: ignore[arg-type]
-        encoder.encode_texts([pile.captions[row] for row in batch.rows])
+        encoder.encode_texts(batch.captions)
         return len(batch.rows)
 
     compute(decoded[0])  # kernels are chosen and memory is taken on the first call
@@ -135,14 +140,7 @@ def _model(pile: Pile, encoder: DualEncoder, batch_size: int, device: torch.devi
 
 
 def _made_up_pile(config: Config) -> Pile:
-    random = generator(0, "benchmark captions")
-    words = ["".join(chr(97 + c) for c in random.integers(0, 26, 5)) for _ in range(2000)]
-    captions = [
-        " ".join(words[i] for i in random.integers(0, 2000, 10)) for _ in range(config.pairs)
-    ]
-    return Pile(
-        [f"{i:09d}" for i in range(config.pairs)], captions, {}, MadeUpPictures(config.side)
-    )
+    return Pile([f"{i:09d}" for i in range(config.pairs)], {}, MadeUpPairs(config.side))
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:

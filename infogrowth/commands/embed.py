@@ -55,9 +55,9 @@ def run(config: Config) -> int:
     """Embed the pile; under the launcher the shards are divided among the ranks."""
     _refuse_nonsense(config)
     from infogrowth import distributed
+    from infogrowth.encoders import piles
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
-    from infogrowth.encoders import piles
     from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
 
     with distributed.process_group(config.device) as device:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from infogrowth.encoders.awaiting import Awaiting
     from infogrowth.encoders.embedding import Run
-    from infogrowth.encoders.pile import Pile
+    from infogrowth.encoders.pile import CaptionTable, Pile
     from infogrowth.encoders.protocols import Captioner, DualEncoder
 
 HELP = "write new captions and their features for badly aligned samples"
@@ -73,7 +73,9 @@ def run(config: Config) -> int:
     with distributed.process_group(config.device) as device:
         told = _description(config)
         awaiting = _awaiting(config)
-        pile = _imported(config, awaiting) if config.captions else _pictures(config, awaiting, told)
+        pile, origin = (
+            _imported(config, awaiting) if config.captions else _pictures(config, awaiting, told)
+        )
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(_encoder_name(config, told), device, config.vocabulary)
             captioner = None
@@ -83,7 +85,7 @@ def run(config: Config) -> int:
                     config.prompt, config.beams, config.max_tokens,
                 )  # fmt: skip
         _refuse_other_encoder(config, encoder, told)
-        result = _write(config, pile, awaiting, captioner, encoder, device)
+        result = _write(config, pile, origin, awaiting, captioner, encoder, device)
         if distributed.is_main():
             if awaiting is not None:
                 under = "" if awaiting.min_align is None else f" under {awaiting.min_align:.4f}"
@@ -94,13 +96,15 @@ def run(config: Config) -> int:
 
 def _write(
     config: Config,
-    pile: "Pile",
+    pile: "Pile | CaptionTable",
+    origin: dict[str, Any],
     awaiting: "Awaiting | None",
     captioner: "Captioner | None",
     encoder: "DualEncoder",
     device: "torch.device",
 ) -> "Run":
     from infogrowth.encoders.embedding import embed_texts, recaption_pictures
+    from infogrowth.encoders.pile import CaptionTable
     from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
 
     size = config.shard_size
@@ -108,9 +112,8 @@ def _write(
     identity = {
         "kind": "recaptions",
         "encoder": encoder_identity(encoder),
-        "captioner": captioner
-        and {"name": captioner.name, "fingerprint": captioner.fingerprint},
-        **pile.origin,
+        "captioner": captioner and {"name": captioner.name, "fingerprint": captioner.fingerprint},
+        **origin,
         "min_align": awaiting and awaiting.min_align,
         "rows": len(pile),
         "shard_size": size,
@@ -119,9 +122,9 @@ def _write(
     output = ShardedOutput(config.output, identity, compared, len(cut(len(pile), size)))
     if output.finished:
         logger.info("%s is finished already: nothing to do", config.output)
-    if captioner is None:
+    if isinstance(pile, CaptionTable):
         return embed_texts(pile, encoder, output, size, device, config.batch_size)
-    assert awaiting is not None
+    assert awaiting is not None and captioner is not None
     workers = None if config.workers == "auto" else config.workers
     extra: dict[str, list[Any]] = {
         "original_caption": awaiting.captions,
@@ -161,10 +164,12 @@ def _awaiting(config: Config) -> "Awaiting | None":
     return awaiting_in_features(features, min_align, seeds)
 
 
-def _pictures(config: Config, awaiting: "Awaiting | None", told: dict[str, Any]) -> "Pile":
-    """The pictures of the samples that want a caption."""
+def _pictures(
+    config: Config, awaiting: "Awaiting | None", told: dict[str, Any]
+) -> "tuple[Pile | CaptionTable, dict[str, Any]]":
+    """The pictures of the samples that want a caption, and how features.json tells of them."""
     from infogrowth.encoders.pile import Pile
-    from infogrowth.encoders.piles import pictures_by_id
+    from infogrowth.encoders.piles import pairs_by_id
     from infogrowth.encoders.shards import list_digest
 
     assert awaiting is not None
@@ -173,19 +178,21 @@ def _pictures(config: Config, awaiting: "Awaiting | None", told: dict[str, Any])
         raise UserError(
             f"{config.features or config.growth} does not tell where its pictures are: give --lmdb"
         )
-    origin = {"images": where, "samples": list_digest(awaiting.ids)}
-    return Pile(awaiting.ids, awaiting.captions, {}, pictures_by_id(where, awaiting.ids), origin)
+    pairs = pairs_by_id(where, awaiting.ids, awaiting.captions)
+    return Pile(awaiting.ids, {}, pairs), {"images": where, "samples": list_digest(awaiting.ids)}
 
 
-def _imported(config: Config, awaiting: "Awaiting | None") -> "Pile":
+def _imported(
+    config: Config, awaiting: "Awaiting | None"
+) -> "tuple[Pile | CaptionTable, dict[str, Any]]":
     """Captions from a file, for the samples that want one or, if none are known, for all in it."""
-    from infogrowth.encoders.piles import pile_of_captions
+    from infogrowth.encoders.piles import table_of_captions
     from infogrowth.encoders.shards import list_digest
 
     assert config.captions is not None
-    pile = pile_of_captions(config.captions, None if awaiting is None else awaiting.ids)
-    lines = [f"{i}\t{c}" for i, c in zip(pile.ids, pile.captions, strict=True)]
-    return pile.with_origin({"captions": config.captions, "samples": list_digest(lines)})
+    table = table_of_captions(config.captions, None if awaiting is None else awaiting.ids)
+    lines = [f"{name}\t{text}" for name, text in zip(table.ids, table.captions, strict=True)]
+    return table, {"captions": config.captions, "samples": list_digest(lines)}
 
 
 def _description(config: Config) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
-from infogrowth.encoders.pile import Batch, Pile, decoded_batches
+from infogrowth.encoders.pile import Batch, CaptionTable, Pile, decoded_batches
 from infogrowth.encoders.pipeline import Timing, computed, lanes_for, workers_for
 from infogrowth.encoders.protocols import Captioner, DualEncoder
 from infogrowth.encoders.shards import ShardedOutput, cut
@@ -79,8 +79,8 @@ def embed_pairs(
     """
 
     def compute(batch: Batch) -> _Result:
-        captions = {row: pile.captions[row] for row in batch.rows}
-        if not batch.rows:
+        captions = dict(zip(batch.rows, batch.captions, strict=True))
+        if not captions:
             return _Result(captions, None, None, batch.skipped)
         if not isinstance(batch.pictures, torch.Tensor):
             raise UserError(
@@ -88,7 +88,7 @@ def embed_pairs(
                 "its processor must crop or resize to one size"
             )
         image = encoder.encode_images(batch.pictures)
-        text = encoder.encode_texts(list(captions.values()))
+        text = encoder.encode_texts(batch.captions)
         return _Result(captions, image, text, batch.skipped)
 
     shards = cut(len(pile), shard_size)
@@ -97,7 +97,7 @@ def embed_pairs(
     batches = decoded_batches(
         pile, encoder.preprocess, waiting, batch_size, workers, pinned=device.type == "cuda"
     )
-    return _run(pile, output, waiting, batches, compute, encoder.dimension, device, images=True)
+    return _run(pile.ids, output, waiting, batches, compute, encoder.dimension, device, images=True)
 
 
 def recaption_pictures(
@@ -131,40 +131,43 @@ def recaption_pictures(
     workers = workers_for(device, distributed.world_size()) if workers is None else workers
     batches = decoded_batches(pile, captioner.preprocess, waiting, batch_size, workers)
     return _run(
-        pile, output, waiting, batches, compute, encoder.dimension, device, images=False,
+        pile.ids, output, waiting, batches, compute, encoder.dimension, device, images=False,
         extra=extra,
     )  # fmt: skip
 
 
 def embed_texts(
-    pile: Pile,
+    table: CaptionTable,
     encoder: DualEncoder,
     output: ShardedOutput,
     shard_size: int,
     device: torch.device,
     batch_size: int,
 ) -> Run:
-    """Write the text features of a pile's captions; its pictures are not opened."""
-    shards = cut(len(pile), shard_size)
+    """Write the text features of captions that came without pictures."""
+    shards = cut(len(table), shard_size)
     waiting = {number: shards[number] for number in output.waiting()}
 
     def batches() -> Iterator[Batch]:
         for number, rows in waiting.items():
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
-                skipped = {row: pile.problems[row] for row in part if row in pile.problems}
-                yield Batch(number, [row for row in part if row not in skipped], [], skipped)
+                skipped = {row: table.problems[row] for row in part if row in table.problems}
+                good = [row for row in part if row not in skipped]
+                yield Batch(number, good, [table.captions[row] for row in good], [], skipped)
 
     def compute(batch: Batch) -> _Result:
-        captions = {row: pile.captions[row] for row in batch.rows}
-        text = encoder.encode_texts(list(captions.values())) if captions else None
+        captions = dict(zip(batch.rows, batch.captions, strict=True))
+        text = encoder.encode_texts(batch.captions) if captions else None
         return _Result(captions, None, text, batch.skipped)
 
-    return _run(pile, output, waiting, batches(), compute, encoder.dimension, device, images=False)
+    return _run(
+        table.ids, output, waiting, batches(), compute, encoder.dimension, device, images=False
+    )
 
 
 def _run(
-    pile: Pile,
+    ids: Sequence[str],
     output: ShardedOutput,
     waiting: dict[int, range],
     batches: Iterator[Batch],
@@ -178,7 +181,7 @@ def _run(
     timing, started, pairs = Timing(), time.perf_counter(), 0
     shard = _Shard()
     for number in [number for number, rows in waiting.items() if not rows]:
-        _write(output, number, pile, shard, dimension, images, extra)
+        _write(output, number, ids, shard, dimension, images, extra)
     with _progress(sum(map(len, waiting.values()))) as bar:
         for batch, result in computed(batches, compute, lanes_for(device), timing):
             _add(shard, result)
@@ -188,7 +191,7 @@ def _run(
                 continue
             pairs += len(shard.captions)
             with timing.of("writing"):
-                _write(output, batch.shard, pile, shard, dimension, images, extra)
+                _write(output, batch.shard, ids, shard, dimension, images, extra)
             shard = _Shard()
     seconds = time.perf_counter() - started
     description = output.finish()
@@ -208,7 +211,7 @@ def _add(shard: _Shard, result: _Result) -> None:
 def _write(
     output: ShardedOutput,
     number: int,
-    pile: Pile,
+    ids: Sequence[str],
     shard: _Shard,
     dimension: int,
     images: bool,
@@ -216,12 +219,12 @@ def _write(
 ) -> None:
     output.writer.write_shard(
         number,
-        [pile.ids[row] for row in shard.captions],
+        [ids[row] for row in shard.captions],
         list(shard.captions.values()),
         _joined(shard.image, dimension) if images else None,
         _joined(shard.text, dimension),
         {name: [values[row] for row in shard.captions] for name, values in (extra or {}).items()},
-        [_skipped(pile.ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
+        [_skipped(ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
     )
 
 

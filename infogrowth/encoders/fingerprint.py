@@ -25,5 +25,5 @@ def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # A view as bytes, without a copy; bfloat16 has no numpy type of its own.
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

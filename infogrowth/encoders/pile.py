@@ -16,11 +16,11 @@ from infogrowth.data.images import BadImage, decode_image
 from infogrowth.encoders.protocols import Preprocess
 
 
-class PictureReader(Protocol):
-    """The encoded bytes of row ``i``; picklable, opened anew in each worker process."""
+class PairReader(Protocol):
+    """Caption and encoded picture of a row; picklable, opened anew in each worker process."""
 
-    def read(self, row: int) -> bytes:
-        """Raises BadImage with a reason when there are none."""
+    def read(self, row: int) -> tuple[str, bytes]:
+        """Raises BadImage with a reason when the pair is not to be had."""
         ...
 
 
@@ -30,30 +30,37 @@ class Pile:
 
     Attributes:
         ids: the samples' names.
-        captions: one text each; where there is none, ``problems`` says so.
         problems: reason by row number for samples that are skipped without looking at them; what
             follows a colon in a reason is a detail that is recorded, not counted apart.
-        pictures: gives the encoded picture of a row; None where only captions are embedded.
+        pairs: gives the caption and the encoded picture of a row.
         origin: where it all comes from, for features.json.
     """
 
     ids: Sequence[str]
-    captions: Sequence[str]
     problems: Mapping[int, str]
-    pictures: PictureReader | None
+    pairs: PairReader
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def with_origin(self, origin: Mapping[str, Any]) -> "Pile":
-        """The same pile, otherwise described."""
-        return replace(self, origin=origin)
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """Captions without pictures, row by row; ``problems`` as in a :class:`Pile`."""
+
+    ids: Sequence[str]
+    captions: Sequence[str]
+    problems: Mapping[int, str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of one shard, decoded: ``rows`` and ``pictures`` go together, bad ones are apart.
+    """Some rows of one shard, decoded: ``rows``, ``captions`` and ``pictures`` go together, bad
+    samples are apart.
 
     ``pictures`` is one ``(B, C, H, W)`` tensor where all have one size, else a list of CHW arrays
     (which travel between processes by value: a tensor would cost an open file each).
@@ -61,6 +68,7 @@ class Batch:
 
     shard: int
     rows: list[int]
+    captions: list[str]
     pictures: torch.Tensor | list[np.ndarray]
     skipped: dict[int, str]
 
@@ -84,22 +92,24 @@ class DecodedBatches(Dataset):
 
     def __getitem__(self, number: int) -> Batch:
         shard, rows = self._batches[number]
-        good, pictures, skipped = [], [], {}
-        assert self._pile.pictures is not None
+        good, captions, pictures, skipped = [], [], [], {}
         for row in rows:
             if row in self._pile.problems:
                 skipped[row] = self._pile.problems[row]
                 continue
             try:
-                image = decode_image(self._pile.pictures.read(row))
+                caption, data = self._pile.pairs.read(row)
+                image = decode_image(data)
             except BadImage as error:
                 skipped[row] = error.reason
                 continue
             good.append(row)
+            captions.append(caption)
             pictures.append(self._preprocess(image))
         if len({picture.shape for picture in pictures}) == 1:
-            return Batch(shard, good, torch.stack(pictures), skipped)
-        return Batch(shard, good, [picture.numpy() for picture in pictures], skipped)
+            return Batch(shard, good, captions, torch.stack(pictures), skipped)
+        arrays = [picture.numpy() for picture in pictures]
+        return Batch(shard, good, captions, arrays, skipped)
 
 
 def decoded_batches(
