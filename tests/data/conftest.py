@@ -1,35 +1,7 @@
-"""Small real pictures, drawn with Pillow, and pairs made of them in every layout."""
+"""Fixtures of the data tests; the pictures themselves are drawn in drawn_pictures.py."""
 
-import io
-
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw
-
-COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
-
-
-def drawn(number: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A picture that no other number gives."""
-    random = np.random.default_rng(number)
-    image = Image.new("RGB", size, tuple(random.integers(180, 255, 3).tolist()))
-    draw = ImageDraw.Draw(image)
-    for _ in range(3):
-        x, y = random.integers(0, size[0]), random.integers(0, size[1])
-        w, h = random.integers(5, size[0] // 2), random.integers(5, size[1] // 2)
-        shape = (draw.ellipse, draw.rectangle)[int(random.integers(2))]
-        shape((x, y, x + w, y + h), fill=COLORS[int(random.integers(len(COLORS)))])
-    return image
-
-
-def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def jpeg(number: int) -> bytes:
-    return encoded(drawn(number), quality=90)
+from drawn_pictures import jpeg
 
 
 @pytest.fixture(scope="session")

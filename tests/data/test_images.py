@@ -1,0 +1,182 @@
+"""Decoding: what becomes RGB and how, and what is refused with which reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from drawn_pictures import drawn, encoded
+from PIL import Image, ImageFile
+
+from infogrowth.data.images import BadImage, decode_image
+
+
+def array(data: bytes, **options) -> np.ndarray:
+    image = decode_image(data, **options)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be huge: a decompression bomb."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 999)), chunk(b"IEND", b"")]
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_come_back_to_the_bit(format):
+    picture = drawn(1)
+    assert np.array_equal(array(encoded(picture, format)), np.asarray(picture))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF"])
+def test_lossy_formats_come_back_nearly(format):
+    picture = drawn(1)
+    difference = np.abs(array(encoded(picture, format, quality=95)) - np.asarray(picture))
+    assert difference.mean() < 6
+
+
+def test_transparency_is_laid_on_white():
+    picture = drawn(2).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    alpha = np.asarray(picture)[..., 3:].astype(float) / 255
+    expected = np.asarray(picture)[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(array(encoded(picture, "PNG")) - expected).max() <= 1
+
+
+def test_a_transparent_palette_color_is_white():
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([255, 0, 0, 0, 0, 200])
+    picture.paste(0, (0, 0, 2, 4))
+    pixels = array(encoded(picture, "PNG", transparency=0))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [0, 0, 200]
+
+
+def test_a_color_declared_transparent_in_an_rgb_picture_is_white():
+    picture = Image.new("RGB", (4, 4), (9, 8, 7))
+    picture.paste((200, 10, 10), (0, 0, 2, 4))
+    pixels = array(encoded(picture, "PNG", transparency=(200, 10, 10)))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [9, 8, 7]
+
+
+def test_grey_with_alpha_is_laid_on_white():
+    pixels = array(encoded(Image.new("LA", (3, 3), (0, 51)), "PNG"))
+    assert np.abs(pixels - 204).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_grey_and_palette_pictures_become_rgb(mode):
+    picture = drawn(3).convert(mode)
+    expected = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(array(encoded(picture, "PNG")), expected)
+
+
+def test_cmyk_becomes_rgb():
+    picture = drawn(4)
+    difference = np.abs(array(encoded(picture.convert("CMYK"), quality=95)) - np.asarray(picture))
+    assert difference.mean() < 6
+
+
+def test_sixteen_bits_keep_their_upper_eight():
+    values = (np.arange(256 * 8).reshape(8, 256) * 32).astype(np.uint16)
+    pixels = array(encoded(Image.fromarray(values), "PNG"))
+    assert np.array_equal(pixels[..., 0], values // 256)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [drawn(n).quantize(16) for n in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(array(data), np.asarray(frames[0].convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 4), (7, 6), (8, 2)],
+)
+def test_pictures_are_turned_upright(orientation, turn):
+    picture = drawn(5)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = picture if turn is None else picture.transpose(Image.Transpose(turn))
+    assert np.array_equal(array(encoded(picture, "PNG", exif=exif)), np.asarray(upright))
+
+
+def test_damaged_exif_does_not_make_a_bad_picture():
+    data = encoded(drawn(5), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert array(data).shape == (48, 64, 3)
+
+
+def test_a_large_jpeg_may_be_decoded_smaller_but_not_below_the_need():
+    data = encoded(drawn(6, (1000, 600)))
+    assert decode_image(data).size == (1000, 600)
+    assert decode_image(data, at_least=224).size == (500, 300)
+    assert decode_image(data, at_least=150).size == (250, 150)
+    assert decode_image(data, at_least=301).size == (1000, 600)
+    small = np.asarray(decode_image(data, at_least=150).resize((50, 30))).astype(int)
+    whole = np.asarray(decode_image(data).resize((50, 30))).astype(int)
+    assert np.abs(small - whole).mean() < 4
+
+
+JPEG, PNG = encoded(drawn(7)), encoded(drawn(7), "PNG")
+WEBP = encoded(drawn(7), "WEBP")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the image is empty"),
+        (b"<html>404 not found</html>", "not an image that can be read"),
+        (b"\0" * 5000, "not an image that can be read"),
+        (b"\xff\xd8\xff", "not an image that can be read"),
+        (EPS, "not an image that can be read"),
+        (JPEG[: len(JPEG) // 2], "the image is truncated or corrupt: "),
+        (JPEG[:-200], "the image is truncated or corrupt: "),
+        (PNG[: len(PNG) // 2], "the image is truncated or corrupt: "),
+        (WEBP[: len(WEBP) // 2], ""),
+        (PNG[:60] + b"\xff" * 40 + PNG[100:], "the image is truncated or corrupt: "),
+        (huge_png(50_000, 50_000), "the image has too many pixels for Pillow"),
+        (huge_png(12_000, 12_000)[:-20], "the image has more than 100000000 pixels"),
+        (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "the image has floating-point pixels"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_pictures_are_refused_with_a_reason(data, reason):
+    with pytest.raises(BadImage) as caught:
+        decode_image(data, max_pixels=100_000_000)
+    assert caught.value.reason.startswith(reason)
+    assert "\n" not in caught.value.reason
+
+
+def test_the_pixel_limit_is_an_argument():
+    assert decode_image(JPEG, max_pixels=64 * 48).size == (64, 48)
+    with pytest.raises(BadImage, match="more than 3071 pixels"):
+        decode_image(JPEG, max_pixels=64 * 48 - 1)
+
+
+def test_pillows_process_wide_switches_stay_as_they_are():
+    before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+    decode_image(JPEG)
+    with pytest.raises(BadImage):
+        decode_image(JPEG[:300])
+    assert (
+        (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+        == before
+        == (
+            False,
+            89478485,
+        )
+    )
+
+
+def test_decoding_reads_a_memoryview_too():
+    assert np.array_equal(array(memoryview(PNG)), np.asarray(Image.open(io.BytesIO(PNG))))

@@ -1,0 +1,155 @@
+"""Training pairs: the same in any worker, robust against bad pictures, clear about missing ones."""
+
+import logging
+import os
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from drawn_pictures import drawn, encoded
+from torch.utils.data import DataLoader
+
+from infogrowth.data.folders import open_images
+from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
+from infogrowth.data.pairs import PairDataset
+from infogrowth.data.transforms import evaluation_transform, training_transform
+from infogrowth.errors import UserError
+
+
+@pytest.fixture
+def packed(tmp_path, pictures):
+    with LmdbWriter(tmp_path / "lmdb") as writer:
+        writer.put_many(pictures.items())
+    return tmp_path / "lmdb"
+
+
+@pytest.fixture
+def annotations(pictures):
+    return [{"image": f"{key}.jpg", "caption": f"Picture {key}."} for key in pictures]
+
+
+def items(dataset, places, workers):
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=places, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    return list(loader)
+
+
+def test_items_do_not_depend_on_the_number_of_workers(packed, annotations):
+    """Trap 14: the dataset has been used in this process before its workers are forked."""
+    dataset = PairDataset(annotations, packed, training_transform(32), seed=3)
+    places = [(row % 12, 1, 100 + row) for row in range(24)]
+    here = [dataset[place] for place in places]
+    for workers in (1, 2):
+        there = items(dataset, places, workers)
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(here, there, strict=True))
+        assert [a["caption"] for a in here] == [b["caption"] for b in there]
+    assert not torch.equal(here[0]["image"], here[12]["image"])  # same row, another position
+
+
+def test_a_dataset_can_be_pickled_while_in_use(packed, annotations):
+    dataset = PairDataset(annotations, str(packed), training_transform(32))
+    first = dataset[0]
+    again = pickle.loads(pickle.dumps(dataset))[0]
+    assert torch.equal(first["image"], again["image"])
+
+
+def test_an_item_tells_its_row_and_cleaned_caption(packed, annotations):
+    dataset = PairDataset(annotations, packed, evaluation_transform(32), max_words=1, prompt="a ")
+    assert len(dataset) == 12
+    item = dataset[5]
+    assert (item["caption"], item["index"], item["replaced"]) == ("a picture", 5, 0)
+    assert dataset[-1]["index"] == 11
+    with pytest.raises(IndexError):
+        dataset[12]
+
+
+def test_a_plain_row_is_augmented_the_same_every_time(packed, annotations):
+    dataset = PairDataset(annotations, packed, training_transform(32), seed=1)
+    assert torch.equal(dataset[2]["image"], dataset[(2, 0, 2)]["image"])
+    other = PairDataset(annotations, packed, training_transform(32), seed=2)
+    assert not torch.equal(dataset[2]["image"], other[2]["image"])
+
+
+def test_one_of_several_captions_is_chosen_by_the_place(packed):
+    dataset = PairDataset(
+        [{"image": "000000000", "caption": ["one", "two", "three"]}],
+        packed,
+        evaluation_transform(8),
+    )
+    chosen = [dataset[(0, 0, position)]["caption"] for position in range(600)]
+    assert chosen[:50] == [dataset[(0, 0, position)]["caption"] for position in range(50)]
+    counts = Counter(chosen)
+    # 200 expected of each; 5 standard deviations are 58.
+    assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 142
+
+
+@pytest.fixture
+def damaged(tmp_path, pictures):
+    """Rows 3 and 7 cannot be decoded."""
+    with LmdbWriter(tmp_path / "damaged") as writer:
+        for row, (key, data) in enumerate(pictures.items()):
+            writer.put(key, data[:200] if row in (3, 7) else data)
+    return tmp_path / "damaged"
+
+
+def test_a_bad_picture_is_replaced_the_same_way_every_time(damaged, annotations, caplog):
+    dataset = PairDataset(annotations, damaged, evaluation_transform(16), seed=0)
+    with caplog.at_level(logging.WARNING):
+        shown = [dataset[(3, 0, position)] for position in range(40)]
+    assert all(item["replaced"] == 1 for item in shown)
+    assert {item["index"] for item in shown}.isdisjoint({3, 7})
+    assert len({item["index"] for item in shown}) > 5
+    again = items(dataset, [(3, 0, position) for position in range(40)], workers=1)
+    assert [item["index"] for item in again] == [item["index"] for item in shown]
+    for item in shown:
+        assert item["caption"] == f"picture {item['index']:09d}"
+    assert "'000000003.jpg' is replaced by another one: the image is truncated" in caplog.text
+    assert dataset[4]["replaced"] == 0
+
+
+def test_only_bad_pictures_are_an_error_not_an_endless_search(tmp_path, annotations, pictures):
+    with LmdbWriter(tmp_path / "bad") as writer:
+        writer.put_many((key, b"no picture") for key in pictures)
+    dataset = PairDataset(annotations, tmp_path / "bad", evaluation_transform(16))
+    with pytest.raises(UserError, match="20 images in a row could not be decoded"):
+        dataset[0]
+
+
+def test_a_picture_that_is_not_there_is_an_error_that_names_it(packed):
+    dataset = PairDataset([{"image": "gone", "caption": "x"}], packed, evaluation_transform(8))
+    with pytest.raises(UserError, match="'gone' is not in the LMDB"):
+        dataset[0]
+
+
+def test_pictures_come_from_a_folder_as_well(tmp_path, pictures):
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "x.png").write_bytes(encoded(drawn(1), "PNG"))
+    annotations = [{"image": name, "caption": "c"} for name in ("val2014/x.png", "val2014/x")]
+    dataset = PairDataset(annotations, tmp_path, evaluation_transform(16))
+    assert torch.equal(dataset[0]["image"], dataset[1]["image"])
+    assert np.isfinite(dataset[0]["image"].numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "a/../../secret", "x\0.png"])
+def test_an_id_cannot_lead_out_of_the_folder(tmp_path, name):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.png").write_bytes(encoded(drawn(1), "PNG"))
+    with pytest.raises(UserError, match="outside of the folder"):
+        open_images(tmp_path / "inside").read(name)
+
+
+def test_a_picture_that_is_not_in_the_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"'nobody\.jpg' is not in the folder"):
+        open_images(tmp_path).read("nobody.jpg")
+
+
+def test_images_that_are_neither_lmdb_nor_folder_are_refused(tmp_path, packed):
+    assert isinstance(open_images(packed), LmdbImages)
+    assert isinstance(open_images(packed / "data.mdb"), LmdbImages)
+    with pytest.raises(UserError, match="neither an LMDB nor a folder"):
+        open_images(tmp_path / "nothing")
+    assert "nobody" not in open_images(os.fspath(tmp_path))

@@ -1,0 +1,105 @@
+"""Training and evaluation preprocessing, held against torchvision's own."""
+
+import numpy as np
+import pytest
+import torch
+from drawn_pictures import drawn
+from torchvision import transforms as reference
+from torchvision.transforms import InterpolationMode
+
+from infogrowth.data.transforms import (
+    MEAN,
+    STD,
+    evaluation_transform,
+    normalized,
+    random_crop,
+    training_transform,
+)
+from infogrowth.randomness import generator
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("picture_size", [(64, 48), (31, 200), (300, 224), (1, 1)])
+def test_evaluation_is_a_bicubic_resize_and_one_normalisation(size, picture_size):
+    picture = drawn(1, (256, 256)).resize(picture_size)
+    expected = reference.Compose(
+        [
+            reference.Resize((size, size), interpolation=InterpolationMode.BICUBIC),
+            reference.ToTensor(),
+            reference.Normalize(MEAN, STD),
+        ]
+    )(picture)
+    torch.testing.assert_close(evaluation_transform(size)(picture), expected)
+
+
+def test_evaluation_is_the_same_every_time():
+    transform, picture = evaluation_transform(48), drawn(2)
+    assert torch.equal(transform(picture), transform(picture, generator(1, "x")))
+
+
+def test_training_is_a_function_of_the_generator_alone():
+    transform, picture = training_transform(48), drawn(2)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    state, torch_state = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first = transform(picture, generator(0, "augment", 1, 5))
+    assert torch.equal(first, transform(picture, generator(0, "augment", 1, 5)))
+    assert not torch.equal(first, transform(picture, generator(0, "augment", 1, 6)))
+    assert not torch.equal(first, transform(picture, generator(0, "augment", 2, 5)))
+    assert np.random.get_state()[1].tolist() == state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert first.shape == (3, 48, 48) and first.dtype == torch.float32 and first.is_contiguous()
+
+
+def test_normalised_values_are_those_of_the_pixels():
+    picture = drawn(3)
+    values = normalized(picture).permute(1, 2, 0).double().numpy() * STD + MEAN
+    assert np.abs(values * 255 - np.asarray(picture)).max() < 1e-4
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (100, 300)])
+def test_crops_are_distributed_as_torchvisions(width, height):
+    """2,000 crops each: area share and log aspect, two-sample Kolmogorov–Smirnov."""
+    random = np.random.default_rng(1)
+    ours = [random_crop(width, height, 0.2, random) for _ in range(2000)]
+    ours = [(right - left, bottom - top) for left, top, right, bottom in ours]
+    torch.manual_seed(0)
+    canvas = torch.empty(3, height, width)
+    theirs = [
+        reference.RandomResizedCrop.get_params(canvas, [0.2, 1.0], [3 / 4, 4 / 3])[2:]
+        for _ in range(2000)
+    ]
+    theirs = [(w, h) for h, w in theirs]
+    for value in (lambda w, h: w * h, lambda w, h: w / h):
+        first, second = (np.sort([value(w, h) for w, h in sizes]) for sizes in (ours, theirs))
+        points = np.concatenate([first, second])
+        shares = [np.searchsorted(part, points, side="right") / 2000 for part in (first, second)]
+        assert np.abs(shares[0] - shares[1]).max() < 1.95 * np.sqrt(2 / 2000)  # p = 0.001
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (7, 3), (640, 480)])
+def test_crops_lie_inside_the_picture(size):
+    random = np.random.default_rng(2)
+    for _ in range(300):
+        left, top, right, bottom = random_crop(*size, 0.2, random)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+
+
+def test_without_augmentation_a_whole_crop_is_the_evaluation_or_its_mirror():
+    picture = drawn(4, (96, 96))
+    whole = evaluation_transform(32)(picture)
+    transform = training_transform(32, min_scale=1.0, augment=False)
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        result = transform(picture, random)
+        seen.add((torch.equal(result, whole), torch.equal(result, whole.flip(2))))
+    assert (True, False) in seen and (False, True) in seen
+
+
+def test_a_smaller_decoding_never_starves_the_smallest_crop():
+    transform = training_transform(224, min_scale=0.2)
+    side = transform.pixels_needed
+    # The narrowest crop: the smallest area at the widest aspect.
+    assert np.sqrt(0.2 * side * side * 3 / 4) >= 224
+    assert evaluation_transform(224).pixels_needed is None
