@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import pandas as pd
 import pytest
 
 from infogrowth.annotations import load_annotations, save_annotations
+from infogrowth.commands.grow import Config
+from infogrowth.config import load_config
 from infogrowth.growth.ledger import read_growth
 
 
@@ -236,6 +240,17 @@ def test_outputs_of_all_kinds(feature_folder, infogrowth, tmp_path):
     assert len(pd.read_parquet(outputs[3])) == 6
 
 
+def test_a_first_batch_of_which_nothing_is_kept(feature_folder, infogrowth, tmp_path):
+    image = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    text = np.where(np.arange(6)[:, None] < 4, -image, image)
+    features = feature_folder("features", image=image, text=text)
+    inputs = ("--features", features, "--growth", tmp_path / "g", "--batch-size", "2")
+    assert infogrowth("grow", *inputs, "--output", tmp_path / "o.json")[0] == 0
+    kept = load_annotations(tmp_path / "o.json")
+    assert [a["image"] for a in kept] == ["s4", "s5"]
+    assert kept[0]["gains"] == [1, 1]  # the first sample of an empty index
+
+
 def test_options_come_from_yaml_and_a_flag_wins(feature_folder, infogrowth, tmp_path):
     config = tmp_path / "grow.yaml"
     config.write_text(
@@ -320,3 +335,75 @@ def test_other_seeds_for_a_begun_dataset_are_refused(feature_folder, infogrowth,
     status, told = infogrowth("grow", *common, "--features", features, "--seed-features", seeds)
     assert status == 2
     assert "seeds must come first" in told
+
+
+def test_images_with_class_labels_grow_in_the_image_space_alone(infogrowth, tmp_path):
+    random = np.random.default_rng(3)
+    centers = np.eye(3, 8)
+    classes = np.arange(60) % 3
+    labels = [f"class {number}" for number in classes]
+    labels[40] = "class 0" if classes[40] else "class 1"  # a wrong label among its neighbors
+    image = centers[classes] + 0.05 * random.normal(size=(60, 8))
+    np.savez(
+        tmp_path / "f.npz",
+        ids=np.array([f"i{row}" for row in range(60)]),
+        labels=np.array(labels),
+        image=image.astype(np.float32),
+    )
+    arguments = ("--features", tmp_path / "f.npz", "--growth", tmp_path / "g")
+    outputs = ("--output", tmp_path / "o.json", "--modality", "image")
+    assert infogrowth("grow", *arguments, *outputs)[0] == 0
+    folder = read_growth(tmp_path / "g")
+    record = folder.decisions().to_pylist()[40]
+    assert (record["verdict"], record["reason"]) == (
+        "dropped",
+        "label disagrees with its neighbors",
+    )
+    assert record["gain_text"] is None
+    annotations = load_annotations(tmp_path / "o.json")
+    assert len(annotations) == 59
+    assert annotations[5]["caption"] == labels[5]
+    assert all(a["gains"][0] == a["gains"][1] for a in annotations)
+    assert folder.spaces == ("image",)
+    more = np.load(tmp_path / "f.npz")
+    ids = np.array([f"j{row}" for row in range(60)])
+    np.savez(tmp_path / "more.npz", ids=ids, labels=more["labels"], image=more["image"])
+    arguments = ("--features", tmp_path / "more.npz", "--growth", tmp_path / "g")
+    assert infogrowth("grow", *arguments, *outputs)[0] == 0
+    continued = read_growth(tmp_path / "g").decisions().to_pylist()[60]
+    assert continued["image_neighbors"][0] == "i0"
+    assert abs(continued["image_distances"][0]) < 1e-6
+
+
+def test_two_ranks_write_the_same_bytes_as_one(selection, infogrowth):
+    """Under the launcher rank 0 alone writes, and prints its summary once."""
+    inputs = {
+        "features": selection.folder("stream", range(100, 500), shard_rows=130),
+        "seed_features": selection.folder("seeds", range(31)),
+        "recaptions": selection.recaptions(),
+        "batch_size": 70,
+        "commit_rows": 150,
+    }
+    assert infogrowth("grow", *flags(selection, **inputs), "--quiet")[0] == 0
+    arguments = [str(a) for a in flags(selection, "ranks.json", "ranks", **inputs)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launched = subprocess.run(
+        [sys.executable, *launcher, "-m", "infogrowth", "grow", *arguments, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("pairs offered") == 1
+    one, two = (selection.home / name for name in ("out.json", "ranks.json"))
+    assert one.read_bytes() == two.read_bytes()
+    ours, theirs = (read_growth(selection.home / name) for name in ("growth", "ranks"))
+    assert ours.decisions().equals(theirs.decisions())
+    np.testing.assert_array_equal(ours.kept_features("text"), theirs.kept_features("text"))
+
+
+@pytest.mark.parametrize("name", ["grow_sample", "grow_cc3m"])
+def test_the_shipped_configs_are_accepted(repository, name):
+    config = load_config(Config, repository / f"scripts/configs/{name}.yaml")
+    assert config.k == 4
+    assert config.output[0].endswith(".json")
