@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from infogrowth.growth.neighbors.base import NeighborIndex, Neighbors
 
 __all__ = ["INDEX_KINDS", "NeighborIndex", "Neighbors", "create_index"]
 
+log = logging.getLogger(__name__)
+
 INDEX_KINDS = ("auto", "exact", "approximate")
+AUTO_EXACT_ROWS = 524288
+"""Where "auto" leaves exact search on a CPU: by then a lookup takes some ten times longer than in
+the approximate index (benchmarks/README.md)."""
 
 
 def create_index(
@@ -18,12 +24,29 @@ def create_index(
 
     `kind` is one of `INDEX_KINDS`; `sharded` spreads it over the ranks of `torch.distributed`.
     """
+    local = _local_index(kind, dimension, k, device, memory_mb)
+    log.info("Neighbors (%d columns): %s.", dimension, local.describe())
+    return _spread(local, device) if sharded else local
+
+
+def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: float) -> NeighborIndex:
+    """What this rank searches. "auto": exact on a GPU, where it is fast up to tens of millions of
+    rows; on a CPU exact up to `AUTO_EXACT_ROWS`, then approximate."""
+    import torch
+
     from infogrowth.growth.neighbors.exact import ExactIndex
 
-    local = ExactIndex(dimension, k, device, memory_mb)
-    if not sharded:
-        return local
-    return _spread(local, device)
+    on_cpu = torch.device(device).type == "cpu"
+    if kind == "approximate" and not on_cpu:
+        log.info("The approximate index is for CPUs; on %s exact search is faster.", device)
+    if kind == "exact" or not on_cpu:
+        return ExactIndex(dimension, k, device, memory_mb)
+
+    from infogrowth.growth.neighbors.approximate import ApproximateIndex
+
+    if kind == "approximate":
+        return ApproximateIndex(dimension, k, memory_mb)
+    return ApproximateIndex(dimension, k, memory_mb, first_training=AUTO_EXACT_ROWS)
 
 
 def _spread(local: NeighborIndex, device: Any) -> NeighborIndex:

@@ -87,8 +87,14 @@ class ExactIndex:
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self._rows.filled[start:stop].cpu().numpy().copy()
 
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` (M,), as (M, D) float32."""
+        at_M = torch.from_numpy(positions).to(self.device)
+        return self._rows.filled.index_select(0, at_M).cpu().numpy()
+
     @torch.inference_mode()
-    def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
+    def search(self, queries: np.ndarray, visible: np.ndarray, first_row: int = 0) -> Neighbors:
+        """As `NeighborIndex.search`; rows before `first_row` are left out."""
         positions = np.full((len(queries), self.k), -1, np.int64)
         products = np.full((len(queries), self.k), -np.inf, np.float64)
         if self.count == 0:  # nothing was kept yet: no neighbors
@@ -101,18 +107,19 @@ class ExactIndex:
                 part = slice(start, start + QUERY_ROWS)
                 queries_ND = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
                 visible_N = torch.from_numpy(np.ascontiguousarray(visible[part])).to(self.device)
-                found = self._search_certainly(queries_ND, visible_N)
+                found = self._search_certainly(queries_ND, visible_N, first_row)
                 positions[part], products[part] = (tensor.cpu().numpy() for tensor in found)
         return Neighbors(positions, products)
 
     def _search_certainly(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, first_row: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Half precision where it pays, float32 for the rows in doubt, every tie for the rest."""
         positions_NK, products_NK, doubtful = None, None, torch.arange(len(queries_ND))
         doubtful = doubtful.to(self.device)
         for precision in self._precisions(len(queries_ND)):
-            found = self._nominate(queries_ND[doubtful], visible_N[doubtful], precision)
+            asked = queries_ND[doubtful], visible_N[doubtful], first_row
+            found = self._nominate(*asked, precision)
             if positions_NK is None or products_NK is None:
                 positions_NK, products_NK = found[0], found[1]
             else:
@@ -124,9 +131,8 @@ class ExactIndex:
             if len(doubtful) == 0:
                 return positions_NK, products_NK
         assert positions_NK is not None and products_NK is not None
-        found_all = self._search_ties(
-            queries_ND[doubtful], visible_N[doubtful], products_NK[doubtful]
-        )
+        asked = queries_ND[doubtful], visible_N[doubtful], first_row
+        found_all = self._search_ties(*asked, products_NK[doubtful])
         positions_NK[doubtful], products_NK[doubtful] = found_all
         return positions_NK, products_NK
 
@@ -135,20 +141,24 @@ class ExactIndex:
         return [self.precision, torch.float32] if use_half else [torch.float32]
 
     def _nominate(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, precision: torch.dtype
+        self,
+        queries_ND: torch.Tensor,
+        visible_N: torch.Tensor,
+        first_row: int,
+        precision: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Best K of the candidates that a product in `precision` nominates, and the certificates.
 
         Returns positions (N, K), products (N, K) float64, certain (N,) bool.
         """
         wanted = self.k + EXTRA_CANDIDATES[precision]
-        scores_NC, positions_NC = self._scan(queries_ND.to(precision), visible_N, wanted)
+        scores_NC, positions_NC = self._scan(queries_ND.to(precision), visible_N, first_row, wanted)
         worst_N = scores_NC[:, -1].double()  # whatever was not nominated scored no better
         could_be_N = worst_N + self._error_bound(queries_ND, worst_N, precision)
         if precision != torch.float32:
             scores_NC, positions_NC = self._rescore(queries_ND, positions_NC)
         positions_NK, products_NK = self._settle(queries_ND, scores_NC, positions_NC)
-        certain_N = (products_NK[:, -1] > could_be_N) | (visible_N <= wanted)
+        certain_N = (products_NK[:, -1] > could_be_N) | (visible_N - first_row <= wanted)
         return positions_NK, products_NK, certain_N
 
     def _rescore(
@@ -213,18 +223,18 @@ class ExactIndex:
         return torch.where(scores_N == NOTHING, 0.0, bound_N)
 
     def _scan(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, wanted: int
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, first_row: int, wanted: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `wanted` best scores (N, C) and their positions, -1 where fewer rows are visible."""
         scores_NC = torch.full((len(queries_ND), wanted), NOTHING, device=self.device)
         positions_NC = torch.full_like(scores_NC, -1, dtype=torch.int64)
-        for first, start, scores_MW in self._blocks(queries_ND, visible_N):
+        for first, start, scores_MW in self._blocks(queries_ND, visible_N, first_row):
             _take_best(scores_NC[first:], positions_NC[first:], scores_MW, start)
         positions_NC[scores_NC == NOTHING] = -1
         return scores_NC, positions_NC
 
     def _blocks(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor
+        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, first_row: int
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Scores block by block: (first query, first row, scores (M, W) of the queries from
         `first` on). W is a multiple of GROUP; rows that a query may not see score -inf."""
@@ -232,9 +242,9 @@ class ExactIndex:
         held = self._rows if precision == torch.float32 else self._halves
         assert held is not None
         rows_PD = held.filled
-        all_see, some_see = int(visible_N[0]), int(visible_N[-1])
+        all_see, some_see = max(first_row, int(visible_N[0])), int(visible_N[-1])
         width = self._block_width(len(queries_ND), precision)
-        steps = [(at, min(at + width, all_see)) for at in range(0, all_see, width)]
+        steps = [(at, min(at + width, all_see)) for at in range(first_row, all_see, width)]
         width = min(width, TAIL_ROWS)
         steps += [(at, min(at + width, some_see)) for at in range(all_see, some_see, width)]
         widest = max((stop - start for start, stop in steps), default=0)
@@ -274,7 +284,11 @@ class ExactIndex:
         return products_NC.masked_fill_(positions_NC < 0, NOTHING)
 
     def _search_ties(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, products_NK: torch.Tensor
+        self,
+        queries_ND: torch.Tensor,
+        visible_N: torch.Tensor,
+        first_row: int,
+        products_NK: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Search among dense near-copies: every row that could reach a query's K-th best so far
         (`products_NK`, a lower bound) is recomputed in float64."""
@@ -282,7 +296,7 @@ class ExactIndex:
         positions_NK = torch.full_like(best_NK, -1, dtype=torch.int64)
         floor_N = products_NK[:, -1]
         reach_N = floor_N - self._error_bound(queries_ND, floor_N, torch.float32)
-        for first, start, scores_MW in self._blocks(queries_ND, visible_N):
+        for first, start, scores_MW in self._blocks(queries_ND, visible_N, first_row):
             hits = (scores_MW.double() >= reach_N[first:, None]).nonzero()
             if len(hits) == 0:
                 continue

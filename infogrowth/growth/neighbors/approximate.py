@@ -1,0 +1,152 @@
+"""Approximate search for CPU runs with millions of samples: faiss lists plus an exact tail.
+
+The first rows lie in faiss inverted lists (only the lists nearest to a query are read), the most
+recent ones in an exact tail. Which rows lie where depends only on how many rows a query may see,
+never on batches: rows move over in whole segments, and the lists are trained anew when the index
+has grown fourfold. So a run that is cut anywhere, or restored, gives the same answers, and a batch
+still sees all earlier samples of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import faiss
+import numpy as np
+
+from infogrowth.growth.neighbors.base import Neighbors, merge_neighbors
+from infogrowth.growth.neighbors.exact import ExactIndex
+from infogrowth.growth.rows import row_products
+from infogrowth.randomness import generator
+
+log = logging.getLogger(__name__)
+
+SEGMENT_ROWS = 16384  # rows move from the tail to the lists in portions of this many
+GROWTH_FACTOR = 4  # the lists are trained anew when the index has grown by this factor
+ROWS_PER_LIST_TO_TRAIN = 40
+EXTRA_CANDIDATES = 4
+PROBE_ROWS = 1024  # rows on which the gain error is measured
+
+
+class ApproximateIndex:
+    """Nearest rows by cosine among most rows (faiss IVF) and all of the recent ones.
+
+    Exact until it holds `first_training` rows. `probes` lists are read per query; distances of
+    what is found are recomputed in float64, so an error can only be a neighbor that was missed.
+    After each training the gain error on a random probe of the rows is measured and logged
+    (`gain_error`: mean, 99th percentile, maximum).
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        k: int,
+        memory_mb: float = 256,
+        first_training: int = 65536,
+        probes: int = 24,
+    ) -> None:
+        self.dimension = dimension
+        self.k = k
+        self.gain_error: tuple[float, float, float] | None = None
+        self._all = ExactIndex(dimension, k, "cpu", memory_mb)
+        self._first_training = -(-first_training // SEGMENT_ROWS) * SEGMENT_ROWS
+        self._probes = probes
+        self._lists: faiss.IndexIVFFlat | None = None
+        self._trained_at = 0
+
+    @property
+    def count(self) -> int:
+        return self._all.count
+
+    def describe(self) -> str:
+        if self._lists is None:
+            return f"exact search below {self._first_training} rows, then approximate (faiss IVF)"
+        return f"approximate search (faiss IVF, {self._lists.nlist} lists, {self._probes} read)"
+
+    def extend(self, rows: np.ndarray) -> None:
+        self._all.extend(rows)
+
+    def truncate(self, count: int) -> None:
+        self._all.truncate(count)
+        if self._lists is not None and count < self._lists.ntotal:
+            self._lists, self._trained_at = None, 0  # built again from the rows when next needed
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._all.rows(start, stop)
+
+    def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
+        """As `NeighborIndex.search`; queries that see different segments are looked up apart."""
+        if len(queries) == 0:
+            return self._all.search(queries, visible)
+        segments = visible // SEGMENT_ROWS * SEGMENT_ROWS
+        parts = []
+        for listed in np.unique(segments):
+            part = slice(*np.searchsorted(segments, [listed, listed + 1]))
+            parts.append(self._search_segment(queries[part], visible[part], int(listed)))
+        return Neighbors(
+            np.concatenate([part.positions for part in parts]),
+            np.concatenate([part.products for part in parts]),
+        )
+
+    def _search_segment(self, queries: np.ndarray, visible: np.ndarray, listed: int) -> Neighbors:
+        """Look up queries that see the first `listed` rows in the lists, the rest in the tail."""
+        if listed < self._first_training:
+            return self._all.search(queries, visible)
+        self._bring_lists_to(listed)
+        tail = self._all.search(queries, visible, first_row=listed)
+        return merge_neighbors([self._search_lists(queries), tail], self.k)
+
+    def _search_lists(self, queries: np.ndarray) -> Neighbors:
+        assert self._lists is not None
+        _, positions = self._lists.search(queries, self.k + EXTRA_CANDIDATES)
+        absent = positions < 0
+        rows = self._all.take(np.maximum(positions, 0).ravel())
+        repeated = np.repeat(queries, positions.shape[1], axis=0)
+        products = row_products(repeated, rows).reshape(positions.shape)
+        products[absent] = -np.inf
+        return merge_neighbors([Neighbors(positions, products)], self.k)
+
+    def _bring_lists_to(self, listed: int) -> None:
+        """Have exactly the first `listed` rows in lists trained at the right size."""
+        train_at = self._first_training
+        while train_at * GROWTH_FACTOR <= listed:
+            train_at *= GROWTH_FACTOR
+        if self._lists is None or train_at != self._trained_at or self._lists.ntotal > listed:
+            self._train(train_at)
+        assert self._lists is not None
+        while self._lists.ntotal < listed:
+            start = self._lists.ntotal
+            self._lists.add(self._all.rows(start, min(start + SEGMENT_ROWS, listed)))
+        if self.gain_error is None:
+            self._measure(listed)
+
+    def _train(self, rows: int) -> None:
+        """New, empty lists whose centers are learned from a random sample of the first `rows`."""
+        lists = int(4 * np.sqrt(rows))
+        sample = min(rows, lists * ROWS_PER_LIST_TO_TRAIN)
+        chosen = generator(0, "approximate index", rows).choice(rows, sample, replace=False)
+        quantizer = faiss.IndexFlatIP(self.dimension)
+        inverted = faiss.IndexIVFFlat(quantizer, self.dimension, lists, faiss.METRIC_INNER_PRODUCT)
+        inverted.cp.niter = 10
+        inverted.cp.max_points_per_centroid = ROWS_PER_LIST_TO_TRAIN
+        inverted.cp.spherical = True
+        inverted.nprobe = self._probes
+        inverted.train(self._all.take(np.sort(chosen)))
+        self._lists, self._trained_at, self.gain_error = inverted, rows, None
+
+    def _measure(self, listed: int) -> None:
+        """Gain error against exact search, on a random probe of the listed rows themselves (each
+        finds itself in both, which cancels out)."""
+        assert self._lists is not None
+        random = generator(0, "approximate index probe", listed)
+        probe = self._all.take(np.sort(random.choice(listed, PROBE_ROWS, replace=False)))
+        exact = self._all.search(probe, np.full(len(probe), listed)).distances.mean(axis=1)
+        error = np.nan_to_num(self._search_lists(probe).distances, nan=2.0).mean(axis=1) - exact
+        self.gain_error = (
+            float(error.mean()), float(np.quantile(error, 0.99)), float(error.max())
+        )  # fmt: skip
+        log.info(
+            "Approximate index over %d rows, %d lists, %d read per lookup: measured gain error on "
+            "%d rows is %.5f on average, %.5f at the 99th percentile, %.5f at most.",
+            listed, self._lists.nlist, self._probes, PROBE_ROWS, *self.gain_error,
+        )  # fmt: skip
