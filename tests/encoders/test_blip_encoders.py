@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from infogrowth.data.captions import pre_caption
-from infogrowth.data.transforms import evaluation_transform
 from transformers import BertTokenizer
 
 from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.dual import BlipDual
+from infogrowth.data.captions import pre_caption
+from infogrowth.data.transforms import evaluation_transform
 from infogrowth.encoders.blip import normalized
 from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.protocols import Captioner, DualEncoder
@@ -129,3 +129,46 @@ def test_captions_are_those_of_transformers_own_beam_search(
 def test_a_blip_without_a_decoder_is_no_captioner(blip_folder):
     with pytest.raises(UserError, match=r"missing.*text_decoder"):
         load_captioner(str(blip_folder))
+
+
+def test_tiny_is_bundled_and_tells_pictures_and_captions_apart(pictures, captions):
+    encoder, captioner = load_encoder("tiny"), load_captioner("tiny", beams=1, max_tokens=8)
+    assert encoder.name == "tiny"
+    images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pictures]))
+    texts = encoder.encode_texts(captions)
+    for features in (images, texts):
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(9))
+        assert (features @ features.T).fill_diagonal_(0).max() < 0.9999
+    assert any(captioner.caption([captioner.preprocess(picture) for picture in pictures]))
+
+
+def test_a_caption_without_words_is_recorded_as_such(blip_folder, pictures, tmp_path):
+    """A captioner may have nothing to say: no feature of an empty text gets into the table."""
+    import io
+
+    from infogrowth.data.features import open_features
+    from infogrowth.encoders.embedding import EMPTY_CAPTION, recaption_pictures
+    from infogrowth.encoders.pile import Pile
+    from infogrowth.encoders.shards import ShardedOutput
+
+    class Pairs:
+        def read(self, row):
+            buffer = io.BytesIO()
+            pictures[row].save(buffer, "PNG")
+            return "old words", buffer.getvalue()
+
+    class Taciturn:
+        name, fingerprint = "taciturn", "0"
+        preprocess = load_encoder(str(blip_folder)).preprocess
+
+        def caption(self, given):
+            return ["a red cat", "", "the sea"][: len(given)]
+
+    encoder = load_encoder(str(blip_folder))
+    output = ShardedOutput(tmp_path / "table", {"rows": 3}, {}, 1)
+    recaption_pictures(Pile(["x", "y", "z"], {}, Pairs()), Taciturn(), encoder, output, 3, CPU, 3)
+    batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
+    assert batch.ids == ["x", "z"]
+    assert batch.captions == ["a red cat", "the sea"]
+    skipped = json.loads((tmp_path / "table" / "skipped.jsonl").read_text())
+    assert skipped == {"id": "y", "reason": EMPTY_CAPTION}

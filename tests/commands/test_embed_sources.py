@@ -1,0 +1,194 @@
+"""`infogrowth embed --source`: every layout of downloaded pairs gives the same features."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from infogrowth.blip.checkpoint import save_folder
+from infogrowth.blip.config import preset
+from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.cli import main
+from infogrowth.data.features import open_features
+from infogrowth.encoders.loading import load_encoder
+from infogrowth.randomness import generator
+
+WORDS = ["a", "the", "red", "green", "blue", "cat", "dog", "boat", "on", "sea"]
+SHORT = ["--device", "cpu", "--quiet"]
+
+
+def _jpeg(number):
+    random = generator(number, "source test picture")
+    colors = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    colors.resize((40 + number, 45), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+PAIRS = {
+    f"{number:09d}": (_jpeg(number), f"{WORDS[number]} {WORDS[-number - 1]}") for number in range(7)
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "words.txt").write_text("".join(f"{word}\n" for word in words))
+    tokenizer = load_tokenizer(folder / "words.txt")
+    config = preset("tiny", image_size=32, vision_depth=1, text_depth=1).with_tokenizer(tokenizer)
+    save_folder(BlipPretrain(config, queue_size=8), folder, tokenizer)
+    return folder
+
+
+def _tar(path, pairs):
+    with tarfile.open(path, "w") as archive:
+        for key, (picture, caption) in reversed(pairs.items()):  # in the order of completion
+            metadata = json.dumps({"caption": caption, "key": key}).encode()
+            for suffix, data in (("json", metadata), ("jpg", picture), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def _halves():
+    items = list(PAIRS.items())
+    return enumerate([dict(items[:4]), dict(items[4:])])
+
+
+def _webdataset(folder):
+    for shard, pairs in _halves():
+        _tar(folder / f"{shard:05d}.tar", pairs)
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+
+
+def _files(folder):
+    for shard, pairs in _halves():
+        (folder / f"{shard:05d}").mkdir()
+        for key, (picture, caption) in pairs.items():
+            (folder / f"{shard:05d}" / f"{key}.jpg").write_bytes(picture)
+            (folder / f"{shard:05d}" / f"{key}.txt").write_text(caption)
+
+
+def _parquet(folder):
+    for shard, pairs in _halves():
+        columns = {
+            "key": list(pairs),
+            "caption": [caption for _, caption in pairs.values()],
+            "status": ["success"] * len(pairs),
+            "jpg": [picture for picture, _ in pairs.values()],
+        }
+        pq.write_table(pa.table(columns), folder / f"{shard:05d}.parquet")
+
+
+def _flat(folder):
+    for key, (picture, caption) in PAIRS.items():
+        (folder / f"{key}.jpg").write_bytes(picture)
+        (folder / f"{key}.json").write_text(json.dumps({"caption": caption}))
+
+
+def _imagefolder(folder):
+    (folder / "train").mkdir()
+    with open(folder / "train" / "metadata.jsonl", "w") as lines:
+        for key, (picture, caption) in PAIRS.items():
+            (folder / "train" / f"{key}.jpg").write_bytes(picture)
+            lines.write(json.dumps({"file_name": f"{key}.jpg", "text": caption}) + "\n")
+
+
+def _embed(source, model, output):
+    return main(
+        ["embed", "--source", str(source), "--encoder", str(model), "--output", str(output), *SHORT]
+    )
+
+
+@pytest.mark.parametrize("write", [_webdataset, _files, _parquet, _flat, _imagefolder])
+def test_every_layout_gives_the_features_of_its_pairs(write, model, tmp_path):
+    (tmp_path / "source").mkdir()
+    write(tmp_path / "source")
+    assert _embed(tmp_path / "source", model, tmp_path / "features") == 0
+    batch = next(open_features(tmp_path / "features").batches(100))
+    assert batch.ids == list(PAIRS)
+    assert batch.captions == [caption for _, caption in PAIRS.values()]
+    encoder = load_encoder(str(model))
+    for row, (picture, caption) in enumerate(PAIRS.values()):
+        image = encoder.preprocess(Image.open(io.BytesIO(picture)).convert("RGB"))
+        expected = encoder.encode_images(image[None])[0].numpy()
+        np.testing.assert_allclose(batch.image[row], expected, atol=5e-4)
+        np.testing.assert_allclose(
+            batch.text[row], encoder.encode_texts([caption])[0].numpy(), atol=5e-4
+        )
+
+
+def test_a_tar_that_breaks_off_is_survived_and_counted(model, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    _webdataset(source)
+    with tarfile.open(source / "00001.tar") as archive:
+        cut = archive.getmember("000000004.jpg").offset_data + 100
+    whole = (source / "00001.tar").read_bytes()
+    (source / "00001.tar").write_bytes(whole[:cut])
+    assert _embed(source, model, tmp_path / "features") == 0
+    ids = next(open_features(tmp_path / "features").batches(100)).ids
+    assert ids == [key for key in PAIRS if key != "000000004"]
+    told = json.loads((tmp_path / "features" / "features.json").read_text())
+    assert told["layout"] == "webdataset"
+    assert told["pairs"] == len(ids)
+    assert told["skipped"] == {
+        "00001.tar breaks off in this sample": 1, "the tar is damaged or breaks off": 1,
+    }  # fmt: skip
+
+
+def test_failed_downloads_and_bad_pictures_are_counted(model, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    good = list(PAIRS.items())
+    (picture, caption) = good[0][1]
+    _tar(
+        source / "00000.tar",
+        {"000000000": (picture, caption), "000000001": (picture[:200], "the boat"),
+         "000000003": (picture, " ")},
+    )  # fmt: skip
+    rows = {
+        "key": ["000000000", "000000001", "000000002", "000000003"],
+        "status": ["success", "success", "failed_to_download", "success"],
+        "error_message": [None, None, "404", None],
+    }
+    pq.write_table(pa.table(rows), source / "00000.parquet")
+    assert _embed(source, model, tmp_path / "features") == 0
+    assert next(open_features(tmp_path / "features").batches(100)).ids == ["000000000"]
+    lines = (tmp_path / "features" / "skipped.jsonl").read_text().splitlines()
+    skipped = {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
+    assert skipped["000000001"] == "the image is truncated or corrupt"
+    assert skipped["000000002"] == "the download failed"
+    assert skipped["000000003"] == "the caption is missing or empty"
+
+
+def test_a_source_that_has_grown_is_another_pile(model, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    _files(source)
+    assert _embed(source, model, tmp_path / "features") == 0
+    (source / "00001" / "000000099.jpg").write_bytes(_jpeg(99))
+    assert _embed(source, model, tmp_path / "features") == 2
+    assert "annotation file or source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [_webdataset, _imagefolder])
+def test_recaption_finds_the_pictures_of_a_source(write, model, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source)
+    assert _embed(source, model, tmp_path / "features") == 0
+    arguments = ["recaption", "--features", str(tmp_path / "features"), "--all", "--captioner",
+                 str(model), "--output", str(tmp_path / "table"), "--beams", "1",
+                 "--max-tokens", "4", *SHORT]  # fmt: skip
+    assert main(arguments) == 0
+    told = json.loads((tmp_path / "table" / "features.json").read_text())
+    assert told["rows"] == 7
+    assert set(told["skipped"]) <= {"the captioner gave no words"}
