@@ -13,6 +13,15 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.tokenizer import load_tokenizer
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are tiny: on a busy machine, threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def golden_config() -> BlipConfig:
     return BlipConfig(
