@@ -81,10 +81,11 @@ def settings_line(dataset: GrownDataset) -> str:
     if not dataset.has_decisions:
         return "A result JSON: kept samples with their gains. A growth folder tells more."
     settings = dataset.settings
-    encoder = (settings.get("encoder") or {}).get("name")
+    # An encoder from a folder is named by its path: the last part says enough.
+    encoder = str((settings.get("encoder") or {}).get("name") or "").rstrip("/").rsplit("/", 1)[-1]
     parts = [
         f"features of {encoder}" if encoder else None,
-        f"alignment threshold {settings['min_align']:g}" if settings.get("min_align") else None,
+        f"alignment threshold {dataset.min_align:.3g}" if dataset.min_align is not None else None,
         f"gain over {settings['k']} nearest neighbors" if settings.get("k") else None,
     ]
     line = ", ".join(part for part in parts if part)

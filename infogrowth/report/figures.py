@@ -114,7 +114,7 @@ def alignment_figure(
         if min_align is not None:
             axes.axvline(min_align, color=palette.ink, linewidth=1.4, linestyle=(0, (4, 2.5)))
             axes.annotate(
-                f"threshold {min_align:g}",
+                f"threshold {min_align:.3g}",
                 (min_align, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(-5, -3),
@@ -137,7 +137,9 @@ def gain_figure(gains: np.ndarray, has_text: bool, palette: Palette, width: floa
         figure = new_figure(width, 260)
         axes = figure.subplots()
         finite = gains[np.isfinite(gains)]
-        top = max(float(np.quantile(finite, 0.999)), 1e-6) if len(finite) else 1.0
+        # A few first samples, when everything is new, would squeeze the others into one bar.
+        top = max(1.15 * float(np.quantile(finite, 0.99)), 1e-6) if len(finite) else 1.0
+        top = min(top, float(finite.max())) if len(finite) and finite.max() > 0 else top
         edges = np.linspace(min(0.0, float(finite.min()) if len(finite) else 0.0), top, 41)
         columns = [(0, "image gain", palette.image), (1, "text gain", palette.text)]
         for column, name, color in columns[: 2 if has_text else 1]:
@@ -147,7 +149,10 @@ def gain_figure(gains: np.ndarray, has_text: bool, palette: Palette, width: floa
             axes.stairs(heights, edges, color=color, linewidth=1.6, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_xlabel("gain: mean distance to the nearest kept samples")
+        beyond = len(finite) and finite.max() > top
+        axes.set_xlabel(
+            "gain: mean distance to the nearest kept" + (" (last bar: or more)" * bool(beyond))
+        )
         axes.set_ylabel("kept samples")
         compact_counts(axes, "y")
         legend_above(axes)
@@ -173,26 +178,36 @@ def visits_figure(visits: Visits, palette: Palette, width: float = 350) -> Figur
             axes.plot(
                 share, values[order][at], color=color, linestyle=dashes, label=SAMPLER_NAMES[name]
             )
-        for name, values in visits.phases.items() if len(at) else ():
-            color = palette.recaptioned
-            axes.plot(share, values[order][at], color=color, linewidth=1.1, linestyle=(0, (4, 2)))
-            middle = 3 * len(at) // 4
-            axes.annotate(
-                name,
-                (share[middle], values[order][at][middle]),
-                xytext=(0, 4 if name == "even" else -4),
-                textcoords="offset points",
-                va="bottom" if name == "even" else "top",
-                ha="center",
-                fontsize=10,
-                color=palette.muted,
-            )
+        if len(at):
+            _draw_phases(axes, share, {k: v[order][at] for k, v in visits.phases.items()}, palette)
         axes.set_xlim(0, 100)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("kept samples, least to most gain (percent)")
         axes.set_ylabel("visits per epoch")
         legend_above(axes)
         return figure
+
+
+def _draw_phases(
+    axes: Axes, share: np.ndarray, phases: dict[str, np.ndarray], palette: Palette
+) -> None:
+    """The even and the odd epochs of two-phase, named where they are farthest apart."""
+    even, odd = phases["even"], phases["odd"]
+    inner = np.flatnonzero((share > 8) & (share < 80))
+    place = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
+    for name, values, other in (("even", even, odd), ("odd", odd, even)):
+        axes.plot(share, values, color=palette.recaptioned, linewidth=1.1, linestyle=(0, (4, 2)))
+        above = values[place] >= other[place]
+        axes.annotate(
+            name,
+            (share[place], values[place]),
+            xytext=(0, 3 if above else -3),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            ha="center",
+            fontsize=10,
+            color=palette.muted,
+        )
 
 
 def _edges(values: np.ndarray, threshold: float | None) -> np.ndarray:
