@@ -5,7 +5,7 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 SYSTEM  ?= python3
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-browser check clean
 
 setup: $(VENV)/.installed
 
@@ -24,8 +24,14 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 demo: setup
 	$(PYTHON) scripts/demo.py
 
+# One thread per worker: the tests' tensors are tiny, and threads that wait for each other cost more.
 test: setup
-	$(PYTHON) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not browser"
+
+# The report's pages in a real browser; installs Chromium (Debian's package) and axe-core (npm).
+test-browser: setup
+	scripts/install_browser.sh
+	$(PYTHON) -m pytest -m browser
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """The pages in a real browser: Chromium, headless, at desktop and phone width, light and dark.
 
-`scripts/install_browser.sh` (run by `make setup`) installs Chromium, its driver and axe-core.
+`make test-browser` installs Chromium, its driver and axe-core before it runs these.
 """
 
 import json
@@ -23,6 +23,8 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic "
     "--no-first-run --disable-background-networking --disable-component-update --disable-sync"
 )
+
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
