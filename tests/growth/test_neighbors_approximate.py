@@ -1,0 +1,105 @@
+"""The approximate index: never nearer than the truth, honest about its error, blind to batches."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from infogrowth.growth.engine import InfoGrowth
+from infogrowth.growth.neighbors import approximate, create_index
+from infogrowth.growth.neighbors.approximate import ApproximateIndex
+from infogrowth.growth.neighbors.exact import ExactIndex
+from infogrowth.growth.rows import unit_rows
+
+DIMENSION = 24
+COUNT = 7000
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch):
+    monkeypatch.setattr(approximate, "SEGMENT_ROWS", 512)
+    monkeypatch.setattr(approximate, "PROBE_ROWS", 256)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(300, DIMENSION))
+    noise = 0.4 * random.normal(size=(COUNT, DIMENSION))
+    return unit_rows(centers[random.integers(300, size=COUNT)] + noise)[0]
+
+
+def grown(rows, batch_size):
+    index = ApproximateIndex(DIMENSION, 4, first_training=1000, probes=6)
+    found = []
+    for start in range(0, len(rows), batch_size):
+        index.extend(rows[start : start + batch_size])
+        visible = np.arange(start, min(start + batch_size, len(rows)))
+        found.append(index.search(rows[start : start + batch_size], visible))
+    positions = np.concatenate([part.positions for part in found])
+    return index, positions, np.concatenate([part.distances for part in found])
+
+
+def test_answers_do_not_depend_on_batches_and_are_close_to_exact(rows, caplog):
+    caplog.set_level(logging.INFO, "infogrowth")
+    index, positions, distances = grown(rows, COUNT)
+    _, other_positions, other_distances = grown(rows, 333)
+    np.testing.assert_array_equal(positions, other_positions)
+    np.testing.assert_array_equal(distances, other_distances)
+
+    exact = ExactIndex(DIMENSION, 4)
+    exact.extend(rows)
+    truth = exact.search(rows, np.arange(COUNT)).distances
+    error = np.nanmean(distances[1:] - truth[1:], axis=1)
+    assert error.min() >= 0 and error.mean() < 0.01
+    np.testing.assert_array_equal(distances[:1024], truth[:1024])  # exact before the training
+    # trained at 1024 and at 4096 rows, and the error measured then is the error there is
+    assert sum("measured gain error" in record.message for record in caplog.records) == 4
+    assert index.gain_error is not None and index.gain_error[0] == pytest.approx(
+        error[4096:].mean(), abs=0.005
+    )
+
+
+def test_a_batch_sees_the_earlier_samples_of_its_own(rows):
+    index = ApproximateIndex(DIMENSION, 4, first_training=1000, probes=6)
+    index.extend(rows[:3000])
+    copies = np.repeat(rows[3000:3100], 2, axis=0)
+    index.extend(copies)
+    found = index.search(copies, 3000 + np.arange(200))
+    np.testing.assert_array_equal(found.positions[1::2, 0], 3000 + np.arange(0, 200, 2))
+
+
+def test_a_truncated_index_answers_as_if_it_had_never_held_more(rows):
+    index, _, _ = grown(rows, 2000)
+    index.truncate(2100)
+    fresh = ApproximateIndex(DIMENSION, 4, first_training=1000, probes=6)
+    fresh.extend(rows[:2100])
+    queries, visible = rows[5000:5200], np.full(200, 2100)
+    np.testing.assert_array_equal(
+        index.search(queries, visible).products, fresh.search(queries, visible).products
+    )
+
+
+def test_a_restored_approximate_dataset_grows_on_as_if_never_interrupted(rows, monkeypatch):
+    monkeypatch.setattr("infogrowth.growth.neighbors.AUTO_EXACT_ROWS", 1000)
+    ids = [f"s{number}" for number in range(COUNT)]
+    whole = InfoGrowth(min_align=-1.0, device="cpu")
+    whole.process(ids, ids, rows, rows[::-1])
+    first = InfoGrowth(min_align=-1.0, device="cpu")
+    first.process(ids[:2500], ids[:2500], rows[:2500], rows[::-1][:2500])
+    saved = first.settings, first.kept_ids, first.kept_captions, first.kept_gains
+    features = [first.kept_features(space) for space in ("image", "text")]
+    second = InfoGrowth.restore(*saved, *features, device="cpu")
+    second.process(ids[2500:], ids[2500:], rows[2500:], rows[::-1][2500:])
+    assert second.annotations() == whole.annotations()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("auto", "exact search below 524288 rows"), ("exact", "exact search"),
+     ("approximate", "exact search below 65536 rows, then approximate")],
+)  # fmt: skip
+def test_the_choice_of_index_is_told(kind, words, caplog):
+    caplog.set_level(logging.INFO, "infogrowth")
+    create_index(kind, 8, 4, "cpu", 256, sharded=False)
+    assert words in caplog.text
