@@ -1,0 +1,345 @@
+"""Growth, ours against the paper's loop, on the same features.
+
+    python benchmarks/growth.py --sizes 20000,100000 --json output/growth.json [--plot growth.png]
+    python benchmarks/growth.py --large            # a million kept
+    python benchmarks/growth.py --cuda             # CC3M on one GPU, against the matrix bound
+
+Measured is throughput at a given size: a dataset of that many kept pairs is put in place (ours:
+`InfoGrowth.restore`; the paper's: bulk insertion into its two graphs), then further pairs are
+offered and timed. The paper's loop is hnswlib (cosine, M 48, ef_construction 100, ef 32) with one
+sample at a time, two indexes and k 4, written here from that description. Gains of the first pairs
+offered are compared with brute force in float64. Each engine runs in its own process, so that its
+peak memory is its own. Needs the extra packages hnswlib and matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+PROBE = 512  # pairs whose gains are checked
+OFFERED = {"paper": 512, "exact": 16384, "approximate": 16384}
+ROUNDS = 3  # ours is timed this often on fresh pairs; the best counts, as does the paper's
+PORTION = 65536
+ENGINES = ("paper", "exact", "approximate")
+MILLION = 1_000_000
+CC3M = 2_700_000
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+def clustered(size: int, dimension: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Portions of image and text features: clusters of about twenty pairs within broader topics,
+    captions well aligned (cosine about 0.6) but nearer to some other images than others are."""
+    random = np.random.default_rng(seed)
+    topics = random.normal(size=(max(1, size // 2000), dimension)).astype(np.float32)
+    owner = random.integers(len(topics), size=max(1, size // 20))
+    shift = random.standard_normal((len(owner), dimension), np.float32)
+    centers = topics[owner] + 0.7 * shift
+    for start in range(0, size, PORTION):
+        count = min(PORTION, size - start)
+        meaning = centers[random.integers(len(centers), size=count)]
+        noise = random.standard_normal((2, count, dimension), np.float32)
+        yield tuple(unit(meaning + 0.6 * part) for part in noise)  # type: ignore[misc]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def from_embeddings(path: str, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Real embeddings (N, D) as both spaces: text as it is, image with noise of a fixed share."""
+    text = unit(np.load(path)[:size].astype(np.float32))
+    if len(text) < size:
+        raise SystemExit(f"{path} holds {len(text)} rows; {size} are needed")
+    random = np.random.default_rng(1)
+    order = random.permutation(size)
+    for start in range(0, size, PORTION):
+        part = text[order[start : start + PORTION]]
+        noise = unit(random.standard_normal(part.shape, np.float32))
+        yield unit(part + 0.5 * noise), part
+
+
+def write_features(folder: Path, size: int, options: argparse.Namespace) -> None:
+    """Put the features of `size` kept pairs and of the pairs to offer into `folder`."""
+    total = size + (ROUNDS + 1) * max(OFFERED.values())
+    portions = (
+        from_embeddings(options.embeddings, size + offered_of(options))
+        if options.embeddings
+        else clustered(total, options.dimension)
+    )
+    with open(folder / "image.bin", "wb") as image, open(folder / "text.bin", "wb") as text:
+        for images, texts in portions:
+            images.astype(np.float32).tofile(image)
+            texts.astype(np.float32).tofile(text)
+
+
+def offered_of(options: argparse.Namespace) -> int:
+    return int(options.offered or (ROUNDS + 1) * max(OFFERED.values()))
+
+
+def read_features(folder: Path, space: str, start: int, stop: int, dimension: int) -> np.ndarray:
+    with open(folder / f"{space}.bin", "rb") as stream:
+        stream.seek(start * dimension * 4)
+        rows = np.fromfile(stream, np.float32, max(0, stop - start) * dimension)
+    return rows.reshape(-1, dimension)
+
+
+# --- truth ----------------------------------------------------------------------------------------
+
+
+def true_gains(folder: Path, size: int, dimension: int) -> np.ndarray:
+    """Gains (PROBE, 2) of the first pairs offered, by brute force in float64: each sees the kept
+    pairs and the pairs offered before it."""
+    gains = np.empty((PROBE, 2))
+    for column, space in enumerate(("image", "text")):
+        probe = read_features(folder, space, size, size + PROBE, dimension).astype(np.float64)
+        probe = unit(probe)
+        best = np.full((PROBE, 4), -np.inf)
+        for start in range(0, size, 8192):
+            rows = read_features(folder, space, start, min(size, start + 8192), dimension)
+            products = probe @ unit(rows.astype(np.float64)).T
+            merged = np.concatenate([best, products], axis=1)
+            best = -np.partition(-merged, 3, axis=1)[:, :4]
+        among = np.where(np.tri(PROBE, k=-1, dtype=bool), probe @ probe.T, -np.inf)
+        merged = np.concatenate([best, among], axis=1)
+        gains[:, column] = 1 - (-np.partition(-merged, 3, axis=1)[:, :4]).mean(axis=1)
+    return gains
+
+
+# --- engines, each in its own process -------------------------------------------------------------
+
+
+def paper_engine(folder: Path, size: int, dimension: int) -> tuple[float, np.ndarray]:
+    """The paper's loop: one sample at a time, two hnswlib graphs."""
+    import hnswlib
+
+    graphs = []
+    for space in ("image", "text"):
+        graph = hnswlib.Index(space="cosine", dim=dimension)
+        graph.init_index(size + ROUNDS * PROBE, M=48, ef_construction=100)
+        for start in range(0, size, PORTION):
+            stop = min(size, start + PORTION)
+            rows = read_features(folder, space, start, stop, dimension)
+            graph.add_items(rows, np.arange(start, stop))
+        graph.set_ef(32)
+        graphs.append(graph)
+    gains, seconds = [], []
+    at = size
+    for _ in range(ROUNDS):
+        images = read_features(folder, "image", at, at + PROBE, dimension)
+        texts = read_features(folder, "text", at, at + PROBE, dimension)
+        start_time = time.perf_counter()
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+            if float(image @ text) < -1:
+                continue
+            gain = []
+            for graph, vector in zip(graphs, (image, text), strict=True):
+                gain.append(float(graph.knn_query(vector, k=4)[1].mean()))
+                graph.add_items(vector, at + number)
+            gains.append(gain)
+        seconds.append(time.perf_counter() - start_time)
+        at += PROBE
+    return PROBE / min(seconds), np.array(gains[:PROBE])
+
+
+def our_engine(
+    index: str, folder: Path, size: int, dimension: int, offered: int
+) -> tuple[float, np.ndarray]:
+    """`InfoGrowth`, restored at `size` kept pairs, fed with one large batch per round."""
+    from infogrowth import InfoGrowth
+
+    logging.basicConfig(level=logging.INFO, format="    %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    growth = InfoGrowth(min_align=-1.0, index=index, device="cpu")
+    settings = growth.settings
+    ids = [f"{number:08d}" for number in range(size)]
+
+    def portions(space: str) -> list[np.ndarray]:
+        return [read_features(folder, space, 0, size, dimension)]
+
+    growth = InfoGrowth.restore(
+        settings, ids, ids, np.ones((size, 2)), portions("image"), portions("text"), device="cpu"
+    )
+    gains, seconds = [], []
+    at, batch = size, offered // (ROUNDS + 1)
+    for _ in range(ROUNDS + 1):  # the first round also trains an approximate index
+        images = read_features(folder, "image", at, at + batch, dimension)
+        texts = read_features(folder, "text", at, at + batch, dimension)
+        names = [f"{number:08d}" for number in range(at, at + batch)]
+        start_time = time.perf_counter()
+        gains.append(growth.process(names, names, images, texts).gains)
+        seconds.append(time.perf_counter() - start_time)
+        at += batch
+    return batch / min(seconds), np.concatenate(gains)[:PROBE]
+
+
+def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -> None:
+    """Run one engine in this process and print its row."""
+    dimension, offered = options.dimension, offered_of(options)
+    run: Callable[[], tuple[float, np.ndarray]] = {
+        "paper": lambda: paper_engine(folder, size, dimension),
+        "exact": lambda: our_engine("exact", folder, size, dimension, offered),
+        "approximate": lambda: our_engine("approximate", folder, size, dimension, offered),
+    }[engine]
+    speed, gains = run()
+    truth = np.load(folder / f"truth_{size}.npy")
+    error = np.abs(gains - truth).ravel()
+    row = {
+        "size": size,
+        "engine": engine,
+        "pairs_per_s": round(speed, 1),
+        "gain_error_mean": float(error.mean()),
+        "gain_error_p99": float(np.quantile(error, 0.99)),
+        "gain_error_max": float(error.max()),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, float | str]]:
+    """All engines at all sizes, each in a process of its own."""
+    rows: list[dict[str, float | str]] = []
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as name:
+            write_features(Path(name), size, options)
+            truth = true_gains(Path(name), size, options.dimension)
+            np.save(Path(name) / f"truth_{size}.npy", truth)
+            for engine in options.engines:
+                worker = [sys.executable, __file__, "--worker", engine, name]
+                worker += ["--sizes", str(size), "--dimension", str(options.dimension)]
+                worker += ["--offered", str(offered_of(options))]
+                output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True)
+                line = [x for x in output.stdout.splitlines() if x.startswith("ROW ")][-1]
+                rows.append(json.loads(line[4:]))
+                print(rows[-1], flush=True)
+    return rows
+
+
+# --- a GPU ----------------------------------------------------------------------------------------
+
+
+def cuda(options: argparse.Namespace) -> None:
+    """Grow CC3M's size from nothing on one GPU; the bound is the matrix products alone."""
+    import torch
+
+    from infogrowth import InfoGrowth
+
+    if not torch.cuda.is_available():
+        raise SystemExit("--cuda needs a GPU, and torch sees none")
+    size, dimension = options.sizes[0] if options.sizes else CC3M, options.dimension
+    portions = list(clustered(size, dimension))
+    growth = InfoGrowth(min_align=-1.0, device="cuda")
+    start, at = time.perf_counter(), 0
+    for images, texts in portions:
+        ids = [f"{number:08d}" for number in range(at, at + len(images))]
+        growth.process(ids, ids, images, texts)
+        at += len(images)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    left = torch.randn(4096, dimension, device="cuda", dtype=torch.float16)
+    right = torch.randn(32768, dimension, device="cuda", dtype=torch.float16)
+    for repeat in range(110):
+        if repeat == 10:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        left @ right.T
+    torch.cuda.synchronize()
+    per_product = (time.perf_counter() - start) / 100 / (len(left) * len(right))
+    bound = per_product * size * size  # two spaces, half of all pairs each
+    print(
+        f"{torch.cuda.get_device_name()}: {size} pairs x 2 x {dimension} in {seconds:.1f} s "
+        f"({size / seconds:.0f} pairs/s), matrix products alone {bound:.1f} s, "
+        f"ratio {seconds / bound:.1f}; peak GPU memory "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    )
+
+
+# --- presentation ---------------------------------------------------------------------------------
+
+
+def plot(rows: list[dict[str, float | str]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    columns = ("pairs_per_s", "gain_error_mean", "peak_rss_mb")
+    titles = ("pairs per second", "mean gain error", "peak memory (MB)")
+    for axis, column, title in zip(axes, columns, titles, strict=True):
+        for engine in ENGINES:
+            points = [(row["size"], row[column]) for row in rows if row["engine"] == engine]
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=engine)
+        axis.set(xscale="log", xlabel="pairs kept", title=title)
+        axis.set_yscale("symlog", linthresh=1e-7) if "error" in column else axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    lines = [
+        "| kept | engine | pairs/s | × paper | gain error mean | p99 | max | peak MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        base = [r for r in rows if r["size"] == row["size"] and r["engine"] == "paper"]
+        ratio = f"{float(row['pairs_per_s']) / float(base[0]['pairs_per_s']):.1f}" if base else ""
+        lines.append(
+            f"| {row['size']:,} | {row['engine']} | {row['pairs_per_s']:,.0f} | {ratio} | "
+            f"{row['gain_error_mean']:.1e} | {row['gain_error_p99']:.1e} | "
+            f"{row['gain_error_max']:.1e} | {row['peak_rss_mb']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=lambda text: [int(x) for x in text.split(",")])
+    parser.add_argument("--dimension", type=int, default=256)
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=list(ENGINES))
+    parser.add_argument("--embeddings", help="real features instead: a .npy of (N, D)")
+    parser.add_argument("--offered", type=int, help="pairs offered to our engines, all rounds")
+    parser.add_argument("--large", action="store_true", help="a million kept")
+    parser.add_argument("--cuda", action="store_true", help="CC3M's size on a GPU")
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--plot", help="draw the rows into this PNG")
+    parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cuda:
+        return cuda(options)
+    if options.large:
+        options.sizes = [MILLION]
+    options.sizes = options.sizes or [20_000, 100_000]
+    if options.embeddings:
+        options.dimension = np.load(options.embeddings, mmap_mode="r").shape[1]
+    if options.worker:
+        return measure(options.worker[0], Path(options.worker[1]), options.sizes[0], options)
+    rows = compare(options)
+    print(table(rows))
+    if options.json:
+        os.makedirs(os.path.dirname(options.json) or ".", exist_ok=True)
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
