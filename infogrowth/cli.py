@@ -83,3 +83,5 @@ def _configure_logging(quiet: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
     )
+    for chatty in ("faiss", "httpx"):  # libraries that tell at INFO what only they care about
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -5,16 +5,17 @@ against the planted truth. Prints each command before it runs it; everything goe
 """
 
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from infogrowth.growth.ledger import read_growth
 
 from infogrowth.evaluation.truth import auroc, detection, share_in_lowest_decile
 from infogrowth.files import atomic_write_json, read_json
+from infogrowth.growth.ledger import read_growth
 
 SAMPLE = Path("processed_data/sample")
 TRUTH = Path("processed_data/sample_truth.json")
@@ -31,16 +32,19 @@ python -m infogrowth grow --features {OUTPUT}/features --seed-ids {SEEDS} --min-
     --recaptions {OUTPUT}/recaptions --growth {OUTPUT}/growth --output {OUTPUT}/sample_grown.json
 python -m infogrowth select --annotations {OUTPUT}/sample_grown.json --top 1000
     --output {OUTPUT}/sample_top1000.json
-python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml
+python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml --max_epoch 2
+    --annotations {OUTPUT}/sample_grown.json --output_dir {OUTPUT}/pretrain
 python train/train_retrieval.py --config train/configs/retrieval_sample.yaml
     --output_dir {OUTPUT}/retrieval --pretrained {OUTPUT}/pretrain/model --evaluate
-python -m infogrowth report {OUTPUT}/growth -o {OUTPUT}/report.html
+python -m infogrowth report {OUTPUT}/growth --training {OUTPUT}/pretrain
+    -o {OUTPUT}/report.html
 """
 
 
 def main() -> int:
     """Run the commands, score the result, print and save the summary."""
     started = time.monotonic()
+    shutil.rmtree(OUTPUT, ignore_errors=True)  # a demo starts afresh; real runs resume
     for command in COMMANDS.replace("\n    ", " ").strip().splitlines():
         print(f"\n$ {command}", flush=True)
         # The same interpreter, whatever `python` means in the caller's shell.
