@@ -22,6 +22,7 @@ Operation = Callable[[Image.Image, float], Image.Image]
 # that add up to 1024 is one multiplication and one addition for all three.
 _LANE = 21
 _EVERY_LANE = 1 + (1 << _LANE) + (1 << 2 * _LANE)
+_STRIP = 64  # rows
 
 
 def random_augment(image: Image.Image, random: np.random.Generator) -> Image.Image:
@@ -132,30 +133,60 @@ def _warped(image: Image.Image, inverse: list[list[float]]) -> Image.Image:
     """Sample ``image`` at ``inverse · (x, y, 1)`` for every pixel (x, y) of the result."""
     pixels_HWC = np.asarray(image)
     height, width = pixels_HWC.shape[:2]
-    (column_HW, right_HW), (row_HW, lower_HW) = (
-        _positions(coefficients, height, width) for coefficients in inverse
-    )
     # Two border pixels all around: whatever lies further outside is as good as the border.
-    stride = width + 4
-    lanes = np.full((height + 4, stride), BORDER * _EVERY_LANE, np.uint64)
-    red, green, blue = (pixels_HWC[..., c].astype(np.uint64) for c in range(3))
-    lanes[2 : height + 2, 2 : width + 2] = red | green << _LANE | blue << 2 * _LANE
-    flat = lanes.ravel()
-    at = (np.clip(row_HW, -2, height) + 2) * stride + (np.clip(column_HW, -2, width) + 2)
-    left_HW, upper_HW = 32 - right_HW, 32 - lower_HW
-    upper = flat.take(at) * left_HW + flat.take(at + 1) * right_HW
-    lower = flat.take(at + stride) * left_HW + flat.take(at + stride + 1) * right_HW
-    total = upper * upper_HW + lower * lower_HW + np.uint64(512 * _EVERY_LANE)
+    lanes = np.full((height + 4, width + 4), BORDER * _EVERY_LANE, np.uint64)
+    inner = lanes[2:-2, 2:-2]
+    inner[:] = pixels_HWC[..., 2]
+    for channel in (1, 0):
+        inner <<= _LANE
+        inner |= pixels_HWC[..., channel]
     result = np.empty_like(pixels_HWC)
-    for channel in range(3):
-        result[..., channel] = total >> (10 + _LANE * channel)  # the lower 8 bits stay
+    # In strips that stay in the processor's cache, which is four times quicker.
+    for top in range(0, height, _STRIP):
+        rows = np.arange(top, min(top + _STRIP, height))
+        total = _sampled(
+            lanes, *(_positions(coefficients, rows, width) for coefficients in inverse)
+        )
+        for channel in range(3):
+            result[rows[0] : rows[-1] + 1, :, channel] = total  # the lower 8 bits stay
+            total >>= _LANE
     return Image.fromarray(result)
 
 
-def _positions(coefficients: list[float], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole pixel and 32nds, ``(H, W)`` each, of one coordinate, in OpenCV's fixed point."""
+def _sampled(
+    lanes: np.ndarray,
+    columns: tuple[np.ndarray, np.ndarray],
+    rows: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """The weighted sums of four neighbouring pixels each, rounded, still in lanes."""
+    stride, flat = lanes.shape[1], lanes.ravel()
+    (column, right), (row, lower) = columns, rows
+    at = (np.clip(row, -2, lanes.shape[0] - 4) + 2) * stride
+    at += np.clip(column, -2, stride - 4) + 2
+    left = 32 - right
+    total = flat.take(at) * left
+    total += flat.take(at + 1) * right
+    if lower.any():
+        total *= 32 - lower
+        at += stride
+        below = flat.take(at) * left
+        below += flat.take(at + 1) * right
+        below *= lower
+        total += below
+    else:  # a shear along the rows
+        total <<= 5
+    total += np.uint64(512 * _EVERY_LANE)
+    total >>= 10
+    return total
+
+
+def _positions(
+    coefficients: list[float], rows: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whole pixel and 32nds, ``(rows, W)`` each, of one coordinate, in OpenCV's fixed point."""
     by_x, by_y, offset = coefficients
-    by_row = np.rint((by_y * np.arange(height) + offset) * 1024).astype(np.int64) + 16
+    by_row = np.rint((by_y * rows + offset) * 1024).astype(np.int64) + 16
     by_column = np.rint(by_x * np.arange(width) * 1024).astype(np.int64)
-    position_HW = (by_row[:, None] + by_column) >> 5
-    return position_HW >> 5, (position_HW & 31).astype(np.uint64)
+    position = by_row[:, None] + by_column
+    position >>= 5
+    return position >> 5, (position & 31).view(np.uint64)
