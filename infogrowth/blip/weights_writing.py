@@ -97,7 +97,19 @@ def _safetensors(state: dict[str, torch.Tensor], config: BlipConfig | None = Non
     metadata = {"format": "pt"}  # transformers refuses files without this
     if config is not None:
         metadata["config"] = json.dumps(config.as_dict())
-    return safetensors.torch.save(ready, metadata=metadata)
+    return _in_one_order(safetensors.torch.save(ready, metadata=metadata))
+
+
+def _in_one_order(file: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in a random order.
+
+    The header is as long as before, so nothing behind it moves, and equal weights are equal bytes.
+    """
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + text.ljust(length) + file[8 + length :]
 
 
 def _with_positions(model: nn.Module) -> dict[str, torch.Tensor]:

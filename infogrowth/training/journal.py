@@ -178,6 +178,7 @@ def versions(device: torch.device) -> dict[str, Any]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = None
+    found["torch"] = torch.__version__  # tells the build (+cpu, +cu…) too
     is_gpu = device.type == "cuda"
     found["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.machine()
     found["world_size"] = distributed.world_size()

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from infogrowth import distributed
+from infogrowth.blip.momentum import MomentumBlip
 from infogrowth.errors import UserError
 from infogrowth.randomness import torch_generator
 from infogrowth.training.checkpointing import Checkpoints
@@ -84,7 +85,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MomentumBlip,
         forward: Forward,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
@@ -125,6 +126,7 @@ class Trainer:
         return {
             **self.extra_state,
             "model": self.model.state_dict(),
+            "config": self.model.config.as_dict(),  # the shape, where official files have it
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "sampler": self.batches.state_dict(self.progress.batch),

@@ -12,7 +12,7 @@ from infogrowth.blip.checkpoint import load_weights, save_folder
 from infogrowth.blip.config import BlipConfig, preset
 from infogrowth.blip.initialize import initialize
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import training_transform
 from infogrowth.errors import UserError
@@ -53,6 +53,8 @@ def pretrain(config: PretrainConfig) -> int:
             settings=loop_settings(config),
             after_epoch=lambda trainer: _save_model(trainer, config.output_dir, tokenizer),
         )
+        if distributed.is_main():  # beside the checkpoints, so that each is a whole model
+            save_vocabulary(tokenizer, trainer.checkpoints.directory)
         carry_out(trainer, config)
     return 0
 

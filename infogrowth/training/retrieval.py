@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from infogrowth import distributed
-from infogrowth.blip.checkpoint import load_blip, open_state, save_folder
-from infogrowth.blip.config import BlipConfig, infer_config, preset
+from infogrowth.blip.checkpoint import load_blip, open_state, save_folder, shape_of
+from infogrowth.blip.config import BlipConfig, preset
 from infogrowth.blip.hub import download
 from infogrowth.blip.retrieval import BlipRetrieval
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
 from infogrowth.data.transforms import evaluation_transform, training_transform
 from infogrowth.errors import UserError
@@ -85,6 +85,8 @@ def _fine_tune(
         ),
         after_epoch=partial(_keep_best, evaluation=evaluation, tokenizer=tokenizer),
     )
+    if distributed.is_main():  # beside the checkpoints, so that each is a whole model
+        save_vocabulary(tokenizer, trainer.checkpoints.directory)
     carry_out(trainer, config)
     best = trainer.progress.best
     if best:
@@ -126,18 +128,16 @@ def open_model(config: RetrievalConfig, pretrained: str) -> tuple[BlipRetrieval,
 
 
 def checkpoint_shape(pretrained: str, vit: str | None = None) -> BlipConfig:
-    """The shape of a checkpoint: from its config.json, the named preset, or its weights.
-
-    A checkpoint inside one of our output folders has its config.json two folders up.
-    """
+    """The shape of a checkpoint: its own where it tells it, else the preset's, else inferred."""
     path = Path(pretrained)
     if path.is_dir():
         return BlipConfig.from_folder(path)
     if not path.exists():
         return BlipConfig.from_folder(download(pretrained, "config.json").parent)
-    if vit is not None:
+    weights = open_state(path)
+    if vit is not None and weights.config is None:
         return preset(vit)
-    return infer_config(open_state(path).tensors)
+    return shape_of(weights)
 
 
 def open_batches(config: RetrievalConfig, image_size: int, device: torch.device) -> EpochBatches:

@@ -29,10 +29,10 @@ def carry_out(trainer: Trainer, config: RunOptions) -> None:
     if found is not None:
         state = load_checkpoint(found)
         trainer.load_state_dict(state)
-        _tell_changes(state["config"], config)
+        _tell_changes(state["run"], config)
         progress = trainer.progress
         log.info("resumed %s: epoch %d, step %d", found, progress.epoch, progress.step)
-    trainer.extra_state = {"config": config_as_dict(config)}
+    trainer.extra_state = {"run": config_as_dict(config)}
     save_circumstances(config.output_dir, config, trainer.device)
     journal = Journal(
         config.output_dir,

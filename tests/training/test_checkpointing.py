@@ -54,7 +54,9 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
             finished = True
         except Killed:
             finished = False
-    assert load_checkpoint(checkpoints.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
+    assert load_checkpoint(checkpoints.latest())["progress"]["step"] in (
+        (2,) if finished else (1, 2)
+    )
     assert Checkpoints(tmp_path).find("auto") == checkpoints.latest()
     assert not list(tmp_path.glob("*.tmp-*"))  # leftovers go when a run starts
 
