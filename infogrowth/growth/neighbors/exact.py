@@ -22,10 +22,10 @@ from infogrowth.growth.rows import fold_sum
 
 log = logging.getLogger(__name__)
 
-GROUP = 64  # columns whose maximum is taken before the best are sought
+GROUP = 32  # columns whose maximum is taken before the best are sought
 EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 12}
 QUERY_ROWS = 4096  # queries looked up at once
-TAIL_ROWS = 1024  # block size where queries of one batch see different numbers of rows
+TAIL_ROWS = 2048  # block size where queries of one batch see different numbers of rows
 PATIENCE = 0.5  # share of rows without certificate above which half precision does not pay
 SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
 HALF_QUERIES = 256  # fewer are looked up in float32: preparing the product costs more than it
@@ -317,37 +317,32 @@ def _take_best(
     """Merge a block of scores, whose first column is row `start`, into the running best C.
 
     The C best columns lie in the C groups with the highest maxima, so only those are sorted; and
-    queries whose best so far no group beats are left alone.
+    queries whose best so far no group beats are left alone. A group is made of GROUP columns that
+    lie W / GROUP apart: such maxima are the cheapest, being taken lane by lane.
     """
     count, wanted = scores_NC.shape
-    groups_NGW = scores_NW.view(count, -1, GROUP)
-    if groups_NGW.shape[1] > wanted:
-        maxima_NG = groups_NGW.amax(2)
-        hot = None
-        if scores_NC.device.type == "cpu":  # elsewhere asking costs more than it saves
-            hot = (maxima_NG.amax(1) > scores_NC[:, -1]).nonzero()[:, 0]
-            if len(hot) == 0:
-                return
-            if len(hot) < 0.7 * count:
-                maxima_NG, groups_NGW = maxima_NG[hot], groups_NGW
-            else:
-                hot = None
-        group_NC = maxima_NG.topk(wanted, sorted=False).indices
-        if hot is None:
-            picked = groups_NGW.gather(1, group_NC[:, :, None].expand(-1, -1, GROUP))
-        else:
-            picked = groups_NGW[hot[:, None], group_NC]
-        new_NC, at_NC = picked.flatten(1).topk(wanted, sorted=False)
-        columns_NC = group_NC.gather(1, at_NC // GROUP) * GROUP + at_NC % GROUP
-    else:
-        hot = None
+    members_NMG = scores_NW.view(count, GROUP, -1)
+    groups = members_NMG.shape[2]
+    hot: slice | torch.Tensor = slice(None)
+    if groups <= wanted:
         new_NC, columns_NC = scores_NW.topk(min(wanted, scores_NW.shape[1]), sorted=False)
-    rows = slice(None) if hot is None else hot
-    all_scores = torch.cat([scores_NC[rows], new_NC.float()], 1)
-    all_positions = torch.cat([positions_NC[rows], columns_NC + start], 1)
+    else:
+        maxima_NG = members_NMG.amax(1)
+        if scores_NC.device.type == "cpu":  # elsewhere asking costs more than it saves
+            beaten = (maxima_NG.amax(1) > scores_NC[:, -1]).nonzero()[:, 0]
+            if len(beaten) == 0:
+                return
+            if len(beaten) < 0.7 * count:
+                hot, maxima_NG, members_NMG = beaten, maxima_NG[beaten], members_NMG[beaten]
+        group_NC = maxima_NG.topk(wanted, sorted=False).indices
+        picked = members_NMG.gather(2, group_NC[:, None].expand(-1, GROUP, -1))
+        new_NC, at_NC = picked.flatten(1).topk(wanted, sorted=False)
+        columns_NC = at_NC // wanted * groups + group_NC.gather(1, at_NC % wanted)
+    all_scores = torch.cat([scores_NC[hot], new_NC.float()], 1)
+    all_positions = torch.cat([positions_NC[hot], columns_NC + start], 1)
     scores, order = all_scores.topk(wanted)
-    scores_NC[rows] = scores
-    positions_NC[rows] = all_positions.gather(1, order)
+    scores_NC[hot] = scores
+    positions_NC[hot] = all_positions.gather(1, order)
 
 
 def _order(products_NC: torch.Tensor, positions_NC: torch.Tensor) -> torch.Tensor:
