@@ -150,36 +150,31 @@ def test_killed_with_sigkill_it_resumes_to_the_same_bits(
         ).read_bytes()
 
 
-def test_two_ranks_agree_with_each_other_and_see_what_one_process_sees(
-    repository, world, tmp_path, uninterrupted
-):
-    """Batches of 2 on each of 2 ranks are the batches of 4: contrastive losses must be the same.
+def test_two_ranks_train_on_what_one_process_trains_on(repository, world, tmp_path):
+    """Batches of 2 on each of 2 ranks hold the rows of one process's batch of 4.
 
-    Matching negatives come from each rank's own rows, and dropout differs by rank, so that only
-    the first contrastive loss without dropout is comparable number by number.
+    Contrastive candidates and matching negatives come from a rank's own rows, as in BLIP, so those
+    losses differ. The language loss (all captions are three words), the rate and the queue do not.
     """
-    common = {"text_dropout": 0.0, "max_steps": 5, "sampler": "uniform"}
+    common = {"text_dropout": 0.0, "max_steps": 1, "sampler": "uniform"}
     values = options(world, tmp_path / "two", batch_size=2, **common)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = program(repository, "pretrain_gain.py", values, launcher)
     assert done.returncode == 0, done.stderr
-    alone = options(world, tmp_path / "one", batch_size=4, **common)
-    assert pretrain(PretrainConfig(**alone)) == 0
-    two, one = (
-        [r for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "step"]
+    pretrain(PretrainConfig(**options(world, tmp_path / "one", batch_size=4, **common)))
+    two, one = (read_log(tmp_path / name / "log.jsonl") for name in ("two", "one"))
+    assert len(two) == len(one) == 1  # one line, although two ranks ran
+    for key in ("epoch", "step", "samples_seen", "lr"):
+        assert two[0][key] == one[0][key]
+    assert two[0]["loss_lm"] == pytest.approx(one[0]["loss_lm"], rel=1e-5)
+    both, alone = (
+        load_checkpoint(Checkpoints(tmp_path / name / "checkpoints").latest())["model"]
         for name in ("two", "one")
     )
-    assert [r["samples_seen"] for r in two] == [r["samples_seen"] for r in one]
-    assert [r["lr"] for r in two] == [r["lr"] for r in one]
-    assert two[0]["loss_ita"] == pytest.approx(one[0]["loss_ita"], rel=1e-5)
-    assert two[0]["loss_lm"] == pytest.approx(one[0]["loss_lm"], rel=0.05)
-    # One file each although two ranks ran, and the queue holds both ranks' rows in their order.
-    assert len(list((tmp_path / "two" / "checkpoints").glob("*.pth"))) <= 2
-    saved = [
-        load_checkpoint(Checkpoints(tmp_path / name / "checkpoints").latest())
-        for name in ("two", "one")
-    ]
-    assert saved[0]["model"]["queue_ptr"].equal(saved[1]["model"]["queue_ptr"])
+    assert both["queue_ptr"] == alone["queue_ptr"] == 4
+    ranks_first = [0, 2, 1, 3]  # rank 0 takes places 0 and 2
+    for queue in ("image_queue", "text_queue"):
+        assert torch.allclose(both[queue][:, :4], alone[queue][:, ranks_first], atol=1e-6)
     assert json.loads((tmp_path / "two" / "versions.json").read_text())["world_size"] == 2
 
 
