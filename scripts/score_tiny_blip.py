@@ -8,21 +8,24 @@ and counts those that the encoder finds well aligned.
 
 import json
 import sys
-import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.images import decode_image
+from infogrowth.data.sources import open_source
 from infogrowth.encoders.loading import load_captioner, load_encoder
+from infogrowth.encoders.protocols import DualEncoder
 from infogrowth.evaluation.truth import auroc, detection
 from infogrowth.files import read_json
-from infogrowth.growth.cleaning import automatic_min_align
+from infogrowth.growth.cleaning import choose_min_align
 
 BATCH = 100
 
@@ -38,81 +41,60 @@ class ScoreConfig:
 
 def score(config: ScoreConfig) -> int:
     """Print how well an encoder's alignment tells the sample's right captions from swapped ones."""
-    pictures, captions = read_sample(Path(config.data) / "sample")
-    truth = read_json(Path(config.data) / "sample_truth.json", "the truth file")
-    seeds = set(read_json(Path(config.data) / "sample_seeds.json", "the seed file"))
-    keys = sorted(captions)
-    swapped = np.array([truth[key]["swapped"] for key in keys])
-    encoder = load_encoder(config.encoder, "cpu")
-    images = encode_images(encoder, [pictures[key] for key in keys])
-    alignment = (images * encode_texts(encoder, [captions[key] for key in keys])).sum(axis=1)
-    min_align = automatic_min_align(alignment[[key in seeds for key in keys]])
+    data = Path(config.data)
+    samples = list(open_source(data / "sample"))
+    truth = read_json(data / "sample_truth.json", "the truth file")
+    seeds = set(read_json(data / "sample_seeds.json", "the seed file"))
+    swapped = np.array([truth[sample.id]["swapped"] for sample in samples])
+    trusted = np.array([sample.id in seeds for sample in samples])
+    encoder = load_encoder(config.encoder)
+    pictures = [decode_image(sample.data) for sample in samples if sample.data]
+    images = encode_images(encoder, pictures)
+    texts = in_batches([sample.caption for sample in samples], encoder.encode_texts)
+    alignment = (images * texts).sum(axis=1)
+    min_align = choose_min_align(images[trusted], texts[trusted])
     found = detection(alignment < min_align, swapped)
     result: dict[str, Any] = {
-        "pairs": len(keys),
+        "pairs": len(samples),
         "swapped": int(swapped.sum()),
         "auroc": round(auroc(alignment, ~swapped), 4),
         "min_align": round(float(min_align), 4),
-        "precision": round(found.precision, 4),
-        "recall": round(found.recall, 4),
+        "noise_precision": round(found.precision, 4),
+        "noise_recall": round(found.recall, 4),
     }
     if config.captioner:
-        rows = np.flatnonzero(swapped)
-        written = write_captions(config.captioner, [pictures[keys[row]] for row in rows])
-        again = (images[rows] * encode_texts(encoder, written)).sum(axis=1)
+        rows = np.flatnonzero(swapped).tolist()
+        written = write_captions(config.captioner, [pictures[row] for row in rows])
+        again = (images[rows] * in_batches(written, encoder.encode_texts)).sum(axis=1)
         result["recaptions_above_min_align"] = round(float((again >= min_align).mean()), 4)
         result["examples"] = {
-            truth[keys[row]]["true_caption"]: text
-            for row, text in list(zip(rows, written, strict=True))[:12]
+            truth[samples[row].id]["true_caption"]: text
+            for row, text in list(zip(rows, written, strict=True))[:20]
         }
     print(json.dumps(result, indent=1, ensure_ascii=False))
     return 0
 
 
-def read_sample(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Encoded pictures and captions by key."""
-    pictures, captions = {}, {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, ending = member.name.rpartition(".")
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if ending == "txt":
-                    captions[key] = data.decode()
-                elif ending != "json":
-                    pictures[key] = data
-    return pictures, captions
-
-
-def encode_images(encoder: Any, pictures: list[bytes]) -> np.ndarray:
-    """Unit features (N, D) float32 of encoded pictures."""
-    return _in_batches(
-        pictures,
-        lambda part: encoder.encode_images(
-            torch.stack([encoder.preprocess(decode_image(data)) for data in part])
-        ),
+def encode_images(encoder: DualEncoder, pictures: list[Image.Image]) -> np.ndarray:
+    """Unit features (N, D) float32 of RGB pictures."""
+    return in_batches(
+        [encoder.preprocess(picture) for picture in pictures],
+        lambda part: encoder.encode_images(torch.stack(part)),
     )
 
 
-def encode_texts(encoder: Any, captions: list[str]) -> np.ndarray:
-    """Unit features (N, D) float32 of captions."""
-    return _in_batches(captions, encoder.encode_texts)
-
-
-def write_captions(name: str, pictures: list[bytes]) -> list[str]:
+def write_captions(name: str, pictures: list[Image.Image]) -> list[str]:
     """A caption for every picture."""
-    captioner = load_captioner(name, "cpu")
-    written: list[str] = []
-    for start in range(0, len(pictures), BATCH):
-        part = pictures[start : start + BATCH]
-        images = torch.stack([captioner.preprocess(decode_image(data)) for data in part])
-        written += captioner.caption(images)
-    return written
+    captioner = load_captioner(name)
+    ready = [captioner.preprocess(picture) for picture in pictures]
+    starts = range(0, len(ready), BATCH)
+    return [text for i in starts for text in captioner.caption(ready[i : i + BATCH])]
 
 
-def _in_batches(items: list, encode: Any) -> np.ndarray:
+def in_batches(items: list, encode: Callable[[list], torch.Tensor]) -> np.ndarray:
+    """``encode`` over ``items``, some at a time, as one array."""
     parts = [encode(items[i : i + BATCH]) for i in range(0, len(items), BATCH)]
-    return torch.cat([torch.as_tensor(part) for part in parts]).numpy()
+    return torch.cat(parts).numpy()
 
 
 if __name__ == "__main__":

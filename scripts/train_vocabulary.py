@@ -46,7 +46,7 @@ def write_vocabulary(config: VocabularyConfig) -> int:
 
 def read_captions(annotations: str) -> list[str]:
     """Every caption of the file, as training sees it."""
-    texts = []
+    texts: list[str] = []
     for entry in load_annotations(annotations):
         caption = entry["caption"]
         texts += [caption] if isinstance(caption, str) else caption
@@ -63,7 +63,8 @@ def train_vocabulary(captions: list[str], size: int) -> list[str]:
     )
     # Often enough that its three words become whole tokens.
     tokenizer.train_from_iterator([*sorted(captions), *[ALWAYS] * len(captions)], trainer)
-    # The trainer's own order changes from run to run where frequencies are equal.
+    # The trainer's own order changes from run to run where frequencies are equal. (So may its
+    # choice of the very last pieces; a model's vocabulary is therefore kept with the model.)
     return [*SPECIALS, *sorted(tokenizer.get_vocab().keys() - set(SPECIALS))]
 
 

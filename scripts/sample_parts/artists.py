@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 from sample_parts.concepts import Concept, code_of
 from sample_parts.packages import PACKAGES, Package, read_member
@@ -50,6 +49,8 @@ def read_drawings(package: Package, concepts: dict[str, Concept], cache: Path) -
 
 def render(drawing: Drawing, size: int = RENDER_SIZE) -> Image.Image:
     """The drawing on white, RGB, ``size`` pixels square, with a small margin."""
+    import resvg_py  # not a requirement of the project: only whoever makes a sample needs it
+
     data = resvg_py.svg_to_bytes(
         svg_string=drawing.svg, width=size, background="#ffffff", skip_system_fonts=True
     )
