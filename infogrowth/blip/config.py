@@ -118,7 +118,7 @@ class BlipConfig:
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "image_size": 64,
-        "patch_size": 8,
+        "patch_size": 16,
         "vision_width": 128,
         "vision_depth": 4,
         "vision_heads": 4,
