@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import lmdb
 import pytest
 from drawn_pictures import drawn, encoded, jpeg
 from layouts import LAYOUTS, add_member, write_files, write_flat, write_parquet, write_webdataset
+from tqdm import tqdm
 
 import infogrowth.data.lmdb_store as lmdb_store
 from infogrowth.annotations import load_annotations
@@ -205,6 +207,9 @@ def test_ids_too_long_for_a_key_are_skipped(tmp_path, pictures):
 def _run_and_die(arguments: list[object], moment: int | None, count) -> None:
     """In a child process: run, and be killed at the ``moment``-th function call."""
     lmdb_store._MAX_BATCH_COUNT = 5  # many commits for few pictures
+    # The progress bar's lock is shared with the parent: a child killed under it would leave it
+    # locked for all that follow.
+    tqdm.set_lock(threading.RLock())
     calls = 0
 
     def on_call(frame, event, argument):
