@@ -18,18 +18,24 @@ import numpy as np
 import torch
 
 from infogrowth.growth.neighbors.base import GrowingRows, Neighbors
+from infogrowth.growth.neighbors.selection import (
+    GROUP,
+    NOTHING,
+    best_first,
+    keep_best_ties,
+    take_best,
+    whole_groups,
+)
 from infogrowth.growth.rows import fold_sum
 
 log = logging.getLogger(__name__)
 
-GROUP = 32  # columns whose maximum is taken before the best are sought
 EXTRA_CANDIDATES = {torch.float32: 4, torch.float16: 12, torch.bfloat16: 12}
 QUERY_ROWS = 4096  # queries looked up at once
 TAIL_ROWS = 2048  # block size where queries of one batch see different numbers of rows
 PATIENCE = 0.5  # share of rows without certificate above which half precision does not pay
 SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
 HALF_QUERIES = 256  # fewer are looked up in float32: preparing the product costs more than it
-NOTHING = -torch.inf
 
 
 class ExactIndex:
@@ -201,7 +207,7 @@ class ExactIndex:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (N, K) and float64 cosines of the best K of all candidates given."""
         products_NC = self._exact_products(queries_ND, positions_NC)
-        order_NC = _order(products_NC, positions_NC)[:, : self.k]
+        order_NC = best_first(products_NC, positions_NC)[:, : self.k]
         return positions_NC.gather(1, order_NC), products_NC.gather(1, order_NC)
 
     def _summation_error(self) -> float:
@@ -229,7 +235,7 @@ class ExactIndex:
         scores_NC = torch.full((len(queries_ND), wanted), NOTHING, device=self.device)
         positions_NC = torch.full_like(scores_NC, -1, dtype=torch.int64)
         for first, start, scores_MW in self._blocks(queries_ND, visible_N, first_row):
-            _take_best(scores_NC[first:], positions_NC[first:], scores_MW, start)
+            take_best(scores_NC[first:], positions_NC[first:], scores_MW, start)
         positions_NC[scores_NC == NOTHING] = -1
         return scores_NC, positions_NC
 
@@ -249,11 +255,11 @@ class ExactIndex:
         steps += [(at, min(at + width, some_see)) for at in range(all_see, some_see, width)]
         widest = max((stop - start for start, stop in steps), default=0)
         scratch = torch.empty(
-            len(queries_ND) * _whole_groups(widest), dtype=precision, device=self.device
+            len(queries_ND) * whole_groups(widest), dtype=precision, device=self.device
         )
         for start, stop in steps:
             first = int(torch.searchsorted(visible_N, start, right=True)) if start else 0
-            seeing, padded = len(queries_ND) - first, _whole_groups(stop - start)
+            seeing, padded = len(queries_ND) - first, whole_groups(stop - start)
             scores_MW = scratch[: seeing * padded].view(seeing, padded)
             scores_MW[:, stop - start :] = NOTHING
             torch.mm(queries_ND[first:], rows_PD[start:stop].T, out=scores_MW[:, : stop - start])
@@ -307,87 +313,13 @@ class ExactIndex:
                 part = slice(at, at + step)
                 rows = self._rows.filled[position[part]].double()
                 product[part] = fold_sum(rows.mul_(queries_ND[query[part]]))
-            _keep_best_ties(best_NK, positions_NK, query, position, product)
+            keep_best_ties(best_NK, positions_NK, query, position, product)
         return positions_NK, best_NK
-
-
-def _take_best(
-    scores_NC: torch.Tensor, positions_NC: torch.Tensor, scores_NW: torch.Tensor, start: int
-) -> None:
-    """Merge a block of scores, whose first column is row `start`, into the running best C.
-
-    The C best columns lie in the C groups with the highest maxima, so only those are sorted; and
-    queries whose best so far no group beats are left alone. A group is made of GROUP columns that
-    lie W / GROUP apart: such maxima are the cheapest, being taken lane by lane.
-    """
-    count, wanted = scores_NC.shape
-    members_NMG = scores_NW.view(count, GROUP, -1)
-    groups = members_NMG.shape[2]
-    hot: slice | torch.Tensor = slice(None)
-    if groups <= wanted:
-        new_NC, columns_NC = scores_NW.topk(min(wanted, scores_NW.shape[1]), sorted=False)
-    else:
-        maxima_NG = members_NMG.amax(1)
-        if scores_NC.device.type == "cpu":  # elsewhere asking costs more than it saves
-            beaten = (maxima_NG.amax(1) > scores_NC[:, -1]).nonzero()[:, 0]
-            if len(beaten) == 0:
-                return
-            if len(beaten) < 0.7 * count:
-                hot, maxima_NG, members_NMG = beaten, maxima_NG[beaten], members_NMG[beaten]
-        group_NC = maxima_NG.topk(wanted, sorted=False).indices
-        picked = members_NMG.gather(2, group_NC[:, None].expand(-1, GROUP, -1))
-        new_NC, at_NC = picked.flatten(1).topk(wanted, sorted=False)
-        columns_NC = at_NC // wanted * groups + group_NC.gather(1, at_NC % wanted)
-    all_scores = torch.cat([scores_NC[hot], new_NC.float()], 1)
-    all_positions = torch.cat([positions_NC[hot], columns_NC + start], 1)
-    scores, order = all_scores.topk(wanted)
-    scores_NC[hot] = scores
-    positions_NC[hot] = all_positions.gather(1, order)
-
-
-def _order(products_NC: torch.Tensor, positions_NC: torch.Tensor) -> torch.Tensor:
-    """Columns by descending product; equal products by position, absent ones last."""
-    by_position = positions_NC.masked_fill(positions_NC < 0, torch.iinfo(torch.int64).max)
-    by_position = by_position.argsort(dim=1, stable=True)
-    by_product = products_NC.gather(1, by_position).argsort(dim=1, stable=True, descending=True)
-    return by_position.gather(1, by_product)
-
-
-def _keep_best_ties(
-    best_NK: torch.Tensor,
-    positions_NK: torch.Tensor,
-    query: torch.Tensor,
-    position: torch.Tensor,
-    product: torch.Tensor,
-) -> None:
-    """Merge (query, position, product) triples, in order of query and position, into the best K."""
-    k = best_NK.shape[1]
-    order = product.argsort(stable=True, descending=True)
-    order = order[query[order].argsort(stable=True)]
-    query, position, product = query[order], position[order], product[order]
-    concerned, sizes = torch.unique_consecutive(query, return_counts=True)
-    offsets = torch.cumsum(sizes, 0) - sizes
-    place = torch.arange(len(query), device=query.device) - offsets.repeat_interleave(sizes)
-    line = torch.arange(len(concerned), device=query.device).repeat_interleave(sizes)
-    first_k = place < k
-    new_products = torch.full((len(concerned), k), NOTHING, dtype=product.dtype).to(query.device)
-    new_positions = torch.full_like(new_products, -1, dtype=torch.int64)
-    new_products[line[first_k], place[first_k]] = product[first_k]
-    new_positions[line[first_k], place[first_k]] = position[first_k]
-    products = torch.cat([best_NK[concerned], new_products], 1)
-    positions = torch.cat([positions_NK[concerned], new_positions], 1)
-    best = _order(products, positions)[:, :k]
-    best_NK[concerned] = products.gather(1, best)
-    positions_NK[concerned] = positions.gather(1, best)
 
 
 def _rounding(rows_ND: torch.Tensor, halves_ND: torch.Tensor) -> torch.Tensor:
     """Length of what rounding took from each row (N,)."""
     return torch.linalg.vector_norm(rows_ND - halves_ND.float(), dim=1) * (1 + 1e-5)
-
-
-def _whole_groups(columns: int) -> int:
-    return -(-columns // GROUP) * GROUP
 
 
 def _fast_precision(device: torch.device) -> torch.dtype:
