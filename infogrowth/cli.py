@@ -18,12 +18,15 @@ from infogrowth.config import add_flags, config_from_args
 from infogrowth.errors import UserError
 
 VERBS = ("embed", "recaption", "grow", "select", "report", "explain", "sweep", "compare")
+SHARED_WORK = ("embed", "recaption", "grow")  # under the launcher rank 0 does the others alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (2 for bad input, told in one sentence)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser(arguments).parse_args(arguments)
+    if args.verb not in SHARED_WORK and not _on_rank_zero():
+        return 0
     command = import_module(f"infogrowth.commands.{args.verb}")
     return _run(command.Config, command.run, args)
 
@@ -79,9 +82,14 @@ def _with_options(
 
 def _configure_logging(quiet: bool) -> None:
     """Messages to stderr, from rank 0 only unless they are warnings."""
-    silent = quiet or os.environ.get("RANK", "0") != "0"
+    silent = quiet or not _on_rank_zero()
     logging.basicConfig(
         level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
     )
     for chatty in ("faiss", "httpx"):  # libraries that tell at INFO what only they care about
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _on_rank_zero() -> bool:
+    """What distributed.is_main tells, without importing torch for it."""
+    return os.environ.get("RANK", "0") == "0"

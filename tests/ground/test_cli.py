@@ -1,0 +1,50 @@
+"""The command line: one door, one sentence for bad input, one rank for work that is not shared."""
+
+import subprocess
+import sys
+
+import pytest
+
+from infogrowth.annotations import load_annotations, save_annotations
+from infogrowth.cli import VERBS, main
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    path = tmp_path / "grown.json"
+    gains = [0.1, 0.9, 0.5]
+    save_annotations(path, [{"image": f"{g}", "caption": "c", "gains": [g, g]} for g in gains])
+    return path
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys):
+    arguments = ["select", "--annotations", str(tmp_path / "no.json"), "--top", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "o.json")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "no.json does not exist" in told
+    assert told.count("\n") == 1 and "Traceback" not in told
+
+
+def test_a_config_file_gives_what_the_flags_do_not(tmp_path, annotations):
+    output, config = tmp_path / "o.json", tmp_path / "select.yaml"
+    config.write_text(f"annotations: {annotations}\noutput: {output}\ntop: 1\n")
+    assert main(["select", "--config", str(config), "--top", "2"]) == 0
+    assert {entry["image"] for entry in load_annotations(output)} == {"0.9", "0.5"}
+
+
+def test_under_the_launcher_one_rank_writes_what_is_not_shared(tmp_path, annotations, monkeypatch):
+    output = tmp_path / "o.json"
+    arguments = ["select", "--annotations", str(annotations), "--top", "1"]
+    monkeypatch.setenv("RANK", "1")
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert not output.exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert len(load_annotations(output)) == 1
+
+
+def test_help_names_every_verb():
+    told = subprocess.run(
+        [sys.executable, "-m", "infogrowth", "--help"], capture_output=True, text=True, check=True
+    )
+    assert [verb for verb in VERBS if verb not in told.stdout] == []
