@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from infogrowth import distributed
@@ -136,7 +135,7 @@ def run(config: Config) -> int:
         scores[name] = evaluate()
         seconds[name] = time.perf_counter() - started
     both = zip(scores["ours"], scores["row by row"], strict=True)
-    largest = max(float(np.abs(a - b).max()) for a, b in both)
+    largest = max(float((a - b).abs().max()) for a, b in both)
     pairs = config.k_test * (len(texts) + config.images)
     print(f"{config.images} images, {len(texts)} captions, k_test {config.k_test}, {config.vit}")
     print(f"{device.type} {precision.name}, {torch.get_num_threads()} threads")

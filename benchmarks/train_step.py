@@ -5,9 +5,10 @@
         --queue_size 57600 --precision bf16 --num_workers 12          # ViT-B/16 on a GPU
 
 The straightforward step is the paper's way of doing the same work: float32, negatives drawn row by
-row with ``.item()``, the image projected again for each text that it meets, momentum updated
-parameter by parameter, an unfused optimizer, one loader worker. On a GPU the share of its peak is
-printed too: what the matrix products of the step need, over what the device could do meanwhile.
+row with ``.item()``, texts padded to their full length, the image projected again for each text
+that it meets, momentum updated parameter by parameter, an unfused optimizer, one loader worker. On
+a GPU the share of its peak is printed too: what the matrix products of the step need, over what
+the device could do meanwhile.
 """
 
 import copy
@@ -64,18 +65,24 @@ class Config:
 
 
 class NumberForward:
-    """The step's inputs without a tokenizer: captions of twelve tokens, padded as in training."""
+    """The step's inputs without a tokenizer: captions of 9 to 22 tokens, 13 on average.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Padded to the longest of the batch, as our training does, or to the full length.
+    """
+
+    def __init__(self, device: torch.device, longest: bool = True) -> None:
+        self.device, self.longest = device, longest
+        self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, PAIRS).astype(int).clip(0, 13)
 
     def __call__(
         self, model: torch.nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
     ) -> Any:
         rows = batch["index"]
-        ids = torch.zeros(len(rows), TEXT_LENGTH, dtype=torch.int64)
-        ids[:, 0], ids[:, 11] = 101, 102
-        ids[:, 1:11] = 1000 + (rows[:, None] * 10 + torch.arange(10)) % 20_000
+        lengths = torch.from_numpy(self.lengths)[rows][:, None]
+        place = torch.arange(int(lengths.max()) if self.longest else TEXT_LENGTH)
+        ids = 1000 + (rows[:, None] * 30 + place) % 20_000
+        ids[:, 0] = 101
+        ids = ids.where(place < lengths - 1, 102).where(place < lengths, 0)
         inputs = (batch["image"], ids, (ids > 0).long(), rows)
         images, ids, mask, rows = (x.to(self.device, non_blocking=True) for x in inputs)
         return model(images, ids, mask, alpha, sample_ids=rows, generator=negatives)
@@ -142,7 +149,7 @@ def ours(config: Config, pictures: Path, model: BlipPretrain, device: torch.devi
     batches = open_batches(config, pictures, config.num_workers, device)
     trainer = Trainer(
         model=model,
-        forward=NumberForward(device),
+        forward=NumberForward(device, longest=not config.compile),
         optimizer=adamw(model, 1e-4, 0.05),
         schedule=Schedule("step", 1e-4, 1e-6, 1),
         batches=batches,
@@ -161,7 +168,8 @@ def straightforward(config: Config, pictures: Path, model: BlipPretrain, device:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, foreach=False)
-    forward, stream = NumberForward(device), endless(open_batches(config, pictures, 1, device))
+    forward = NumberForward(device, longest=False)
+    stream = endless(open_batches(config, pictures, 1, device))
     negatives = torch.Generator(device=device).manual_seed(0)
 
     def step() -> float:
@@ -181,7 +189,8 @@ def flops_per_step(model: BlipPretrain, config: Config, device: torch.device) ->
         "index": torch.arange(config.batch_size),
     }
     with FlopCounterMode(display=False) as counter:
-        losses = NumberForward(device)(model, batch, 0.4, torch.Generator(device=device))
+        negatives = torch.Generator(device=device)
+        losses = NumberForward(device)(model, batch, 0.4, negatives)
         losses.total.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()

@@ -11,15 +11,28 @@ from infogrowth.training.loading import Batch
 
 
 class _Inputs:
-    """Images, token ids and mask, and one row of numbers, on the device."""
+    """Images, token ids and mask, and one row of numbers, on the device.
+
+    Args:
+        longest: pad texts to the longest of the batch instead of ``max_length``: the same losses
+            for less work, where nothing needs one shape in all batches (a compiler) or on all
+            ranks (texts that are gathered).
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        device: torch.device,
+        longest: bool = True,
     ) -> None:
-        self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.device, self.longest = device, longest
 
     def on_device(self, batch: Batch, numbers: str) -> list[torch.Tensor]:
-        ids_BT, mask_BT = tokenize(self.tokenizer, batch["caption"], self.max_length)
+        ids_BT, mask_BT = tokenize(
+            self.tokenizer, batch["caption"], self.max_length, longest=self.longest
+        )
         inputs = (batch["image"], ids_BT, mask_BT, batch[numbers])
         return [tensor.to(self.device, non_blocking=True) for tensor in inputs]
 

@@ -42,7 +42,9 @@ def pretrain(config: PretrainConfig) -> int:
             model.compile_encoders()
         trainer = Trainer(
             model=model,
-            forward=PretrainForward(tokenizer, config.max_length, device),
+            forward=PretrainForward(
+                tokenizer, config.max_length, device, longest=not config.compile
+            ),
             optimizer=adamw(model, config.init_lr, config.weight_decay),
             schedule=schedule(config),
             batches=batches,

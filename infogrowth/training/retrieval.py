@@ -63,9 +63,11 @@ def _fine_tune(
     device = precision.device
     if config.compile:
         model.compile_encoders()
+    gathers_texts = config.negative_all_rank and distributed.world_size() > 1
+    lengths_may_differ = not (gathers_texts or config.compile)
     trainer = Trainer(
         model=model,
-        forward=RetrievalForward(tokenizer, config.max_length, device),
+        forward=RetrievalForward(tokenizer, config.max_length, device, longest=lengths_may_differ),
         optimizer=adamw(model, config.init_lr, config.weight_decay),
         schedule=Schedule("cosine", config.init_lr, config.min_lr, config.max_epoch),
         batches=open_batches(config, model.config.image_size, device),

@@ -137,6 +137,18 @@ def test_each_accumulated_pass_writes_the_queue_and_moves_the_momentum(make_trai
     assert torch.allclose(trainer.model.vision_proj_m.weight, expected, atol=1e-6)
 
 
+def test_padding_to_the_longest_caption_of_the_batch_gives_the_same_losses(make_trainer):
+    short, full = make_trainer("a", dropout=0.0), make_trainer("b", dropout=0.0)
+    full.forward.longest = False
+    batch = next(short.batches.epoch(0))
+    for trainer in (short, full):
+        trainer.losses = trainer._forward_backward(batch, 0, 1, 5)
+    assert torch.allclose(short.losses, full.losses, rtol=1e-5)
+    for one, other in zip(short.model.parameters(), full.model.parameters(), strict=True):
+        if one.grad is not None:
+            assert torch.allclose(one.grad, other.grad, atol=1e-4)
+
+
 def test_batch_of_one_trains(make_trainer, run):
     trainer = run(make_trainer(batch_size=1, max_steps=3))
     assert all(math.isfinite(record["loss"]) for record in lines(trainer))
