@@ -105,8 +105,6 @@ class ExactIndex:
         products = np.full((len(queries), self.k), -np.inf, np.float64)
         if self.count == 0:  # nothing was kept yet: no neighbors
             return Neighbors(positions, products)
-        if self.count == 0:
-            return Neighbors(positions, products)
         work = len(queries) * self.count * self.dimension
         with _full_float32(), _threads_worth(work):
             for start in range(0, len(queries), QUERY_ROWS):
