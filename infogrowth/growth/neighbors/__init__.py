@@ -34,13 +34,16 @@ def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: floa
     rows; on a CPU exact up to `AUTO_EXACT_ROWS`, then approximate."""
     import torch
 
-    from infogrowth.growth.neighbors.exact import ExactIndex
+    if torch.device(device).type != "cpu":
+        from infogrowth.growth.neighbors.exact import ExactIndex
 
-    on_cpu = torch.device(device).type == "cpu"
-    if kind == "approximate" and not on_cpu:
-        log.info("The approximate index is for CPUs; on %s exact search is faster.", device)
-    if kind == "exact" or not on_cpu:
+        if kind == "approximate":
+            log.info("The approximate index is for CPUs; on %s exact search is faster.", device)
         return ExactIndex(dimension, k, device, memory_mb)
+    if kind == "exact":
+        from infogrowth.growth.neighbors.pruned import PrunedIndex
+
+        return PrunedIndex(dimension, k, memory_mb)
 
     from infogrowth.growth.neighbors.approximate import ApproximateIndex
 

@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from infogrowth.growth.neighbors.base import Neighbors, merge_neighbors
-from infogrowth.growth.neighbors.exact import ExactIndex
+from infogrowth.growth.neighbors.pruned import PrunedIndex
 from infogrowth.growth.rows import row_products
 from infogrowth.randomness import generator
 
@@ -48,7 +48,8 @@ class ApproximateIndex:
         self.dimension = dimension
         self.k = k
         self.gain_error: tuple[float, float, float] | None = None
-        self._all = ExactIndex(dimension, k, "cpu", memory_mb)
+        self._exact = PrunedIndex(dimension, k, memory_mb)
+        self._all = self._exact.dense
         self._first_training = -(-first_training // SEGMENT_ROWS) * SEGMENT_ROWS
         self._probes = probes
         self._lists: faiss.IndexIVFFlat | None = None
@@ -64,10 +65,10 @@ class ApproximateIndex:
         return f"approximate search (faiss IVF, {self._lists.nlist} lists, {self._probes} read)"
 
     def extend(self, rows: np.ndarray) -> None:
-        self._all.extend(rows)
+        self._exact.extend(rows)
 
     def truncate(self, count: int) -> None:
-        self._all.truncate(count)
+        self._exact.truncate(count)
         if self._lists is not None and count < self._lists.ntotal:
             self._lists, self._trained_at = None, 0  # built again from the rows when next needed
 
@@ -91,7 +92,7 @@ class ApproximateIndex:
     def _search_segment(self, queries: np.ndarray, visible: np.ndarray, listed: int) -> Neighbors:
         """Look up queries that see the first `listed` rows in the lists, the rest in the tail."""
         if listed < self._first_training:
-            return self._all.search(queries, visible)
+            return self._exact.search(queries, visible)
         self._bring_lists_to(listed)
         tail = self._all.search(queries, visible, first_row=listed)
         return merge_neighbors([self._search_lists(queries), tail], self.k)
@@ -133,6 +134,7 @@ class ApproximateIndex:
         inverted.nprobe = self._probes
         inverted.train(self._all.take(np.sort(chosen)))
         self._lists, self._trained_at, self.gain_error = inverted, rows, None
+        self._exact.release()
 
     def _measure(self, listed: int) -> None:
         """Gain error against exact search, on a random probe of the listed rows themselves (each

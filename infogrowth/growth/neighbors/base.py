@@ -30,6 +30,10 @@ class Neighbors:
         """1 − cosine, at least 0: rounding may not bring a copy nearer than itself."""
         return np.where(self.positions >= 0, np.maximum(1 - self.products, 0), np.nan)
 
+    def part(self, rows: slice) -> Neighbors:
+        """Those of some queries: views, which can be filled."""
+        return Neighbors(self.positions[rows], self.products[rows])
+
 
 class NeighborIndex(Protocol):
     """Rows that can be added at the end, taken off the end, and searched."""

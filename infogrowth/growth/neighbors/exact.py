@@ -93,6 +93,11 @@ class ExactIndex:
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self._rows.filled[start:stop].cpu().numpy().copy()
 
+    @property
+    def filled(self) -> torch.Tensor:
+        """All rows held, (count, D), a view."""
+        return self._rows.filled
+
     def take(self, positions: np.ndarray) -> np.ndarray:
         """The rows at `positions` (M,), as (M, D) float32."""
         at_M = torch.from_numpy(positions).to(self.device)
@@ -193,7 +198,7 @@ class ExactIndex:
         """
         k = self.k
         positions_NK, products_NK = self._best_exact(queries_ND, positions_NC[:, :k])
-        clear = 2 * self._summation_error()
+        clear = 2 * self.summation_error
         unsettled = (~(scores_NC[:, k - 1] - scores_NC[:, k] > clear)).nonzero()[:, 0]
         if len(unsettled):
             found = self._best_exact(queries_ND[unsettled], positions_NC[unsettled])
@@ -208,7 +213,8 @@ class ExactIndex:
         order_NC = best_first(products_NC, positions_NC)[:, : self.k]
         return positions_NC.gather(1, order_NC), products_NC.gather(1, order_NC)
 
-    def _summation_error(self) -> float:
+    @property
+    def summation_error(self) -> float:
         """How far a float32 dot product of unit rows can be off, summed in any order (Higham)."""
         unit = 2.0**-24
         return self.dimension * unit / (1 - self.dimension * unit) * (1 + 1e-5)
@@ -218,7 +224,7 @@ class ExactIndex:
     ) -> torch.Tensor:
         """How far a true cosine can lie above its score: float32 summation, plus the rounding of
         rows, queries and scores to half precision."""
-        bound_N = torch.full_like(scores_N, self._summation_error())
+        bound_N = torch.full_like(scores_N, self.summation_error)
         if precision != torch.float32:
             queries_rounding_N = _rounding(queries_ND, queries_ND.to(precision)).double()
             bound_N += (self._rounding + queries_rounding_N * (1 + self._rounding)) * (1 + 1e-5)
@@ -286,6 +292,18 @@ class ExactIndex:
             rows_ND.view(*at_NC.shape, -1).mul_(queries_ND[start : start + step, None])
             products_NC[start : start + step] = fold_sum(rows_ND).view(at_NC.shape)
         return products_NC.masked_fill_(positions_NC < 0, NOTHING)
+
+    def products(
+        self, queries_ND: torch.Tensor, query: np.ndarray, position: np.ndarray
+    ) -> np.ndarray:
+        """Cosines in float64 of query `query[i]` with row `position[i]` (H,)."""
+        products = np.empty(len(query))
+        step = self._rows_at_once(8)
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            rows = self._rows.filled[torch.from_numpy(position[part])].double()
+            products[part] = fold_sum(rows.mul_(queries_ND[torch.from_numpy(query[part])]))
+        return products
 
     def _search_ties(
         self,
