@@ -10,6 +10,7 @@ from infogrowth.growth.neighbors import approximate, create_index
 from infogrowth.growth.neighbors.approximate import ApproximateIndex
 from infogrowth.growth.neighbors.exact import ExactIndex
 from infogrowth.growth.rows import unit_rows
+from infogrowth.randomness import generator
 
 DIMENSION = 24
 COUNT = 7000
@@ -58,6 +59,39 @@ def test_answers_do_not_depend_on_batches_and_are_close_to_exact(rows, caplog):
     assert index.gain_error is not None and index.gain_error[0] == pytest.approx(
         error[4096:].mean(), abs=0.005
     )
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_measured_error_is_that_of_a_brute_force_in_float64(rows, k):
+    index = ApproximateIndex(DIMENSION, k, first_training=1024, probes=1)
+    index.extend(rows[:1024])
+    index.search(rows[2000:2001], np.array([1024]))
+    chosen = generator(0, "approximate index probe", 1024).choice(1024, 256, replace=False)
+    held = rows[:1024].astype(np.float64)
+    products = held[np.sort(chosen)] @ held.T
+    products[np.arange(256), np.sort(chosen)] = -np.inf
+    truth = 1 - np.sort(products, axis=1)[:, -k:].mean(axis=1)
+    chosen = np.sort(chosen)
+    found = index._search_lists(rows[chosen], itself=chosen).distances
+    error = np.where(np.isnan(found), 2, found).mean(axis=1) - truth  # nothing found: farthest
+    assert index.gain_error is not None and error.max() > 0.01  # one list is too few
+    assert index.gain_error == pytest.approx(
+        (error.mean(), np.quantile(error, 0.99), error.max()), abs=1e-6
+    )
+
+
+def test_as_many_lists_are_read_as_the_tolerable_error_needs(rows, monkeypatch):
+    monkeypatch.setattr(approximate, "PROBES", (1, 4, 16, 64))
+
+    def read(tolerable):
+        monkeypatch.setattr(approximate, "TOLERABLE_ERROR", tolerable)
+        index = ApproximateIndex(DIMENSION, 4, first_training=1024)
+        index.extend(rows)
+        index.search(rows[-1:], np.array([COUNT - 1]))
+        assert index.gain_error is not None and index.gain_error[0] <= tolerable
+        return index._lists.nprobe
+
+    assert read(1.0) == 1 < read(1e-4)
 
 
 def test_a_batch_sees_the_earlier_samples_of_its_own(rows):
