@@ -130,7 +130,8 @@ def test_a_restored_approximate_dataset_grows_on_as_if_never_interrupted(rows, m
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("auto", "exact search below 524288 rows"), ("exact", "exact search"),
+    [("auto", "exact search below 524288 rows, then approximate (faiss IVF), because on a CPU"),
+     ("exact", "exact search, skipping what is too far to matter"),
      ("approximate", "exact search below 65536 rows, then approximate")],
 )  # fmt: skip
 def test_the_choice_of_index_is_told(kind, words, caplog):

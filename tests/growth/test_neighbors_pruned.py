@@ -187,4 +187,5 @@ def test_rows_without_structure_are_told_and_searched_whole(caplog):
 
 
 def test_exact_on_a_cpu_means_this_index():
-    assert isinstance(create_index("exact", 8, 4, "cpu", 64, sharded=False), PrunedIndex)
+    index = create_index("exact", 8, 4, "cpu", 64, sharded=False)
+    assert index.describe() == PrunedIndex(8, 4, 64).describe()

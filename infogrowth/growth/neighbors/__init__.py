@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from infogrowth.growth.neighbors.base import NeighborIndex, Neighbors
+from infogrowth.growth.neighbors.distinct import DistinctIndex, LocalIndex
 
 __all__ = ["INDEX_KINDS", "NeighborIndex", "Neighbors", "create_index"]
 
@@ -13,8 +14,8 @@ log = logging.getLogger(__name__)
 
 INDEX_KINDS = ("auto", "exact", "approximate")
 AUTO_EXACT_ROWS = 524288
-"""Where "auto" leaves exact search on a CPU: by then a lookup takes some ten times longer than in
-the approximate index (benchmarks/README.md)."""
+"""Where "auto" leaves exact search on a CPU, whose lookups take longer the more rows there are,
+unlike those of the approximate index (benchmarks/README.md)."""
 
 
 def create_index(
@@ -24,12 +25,13 @@ def create_index(
 
     `kind` is one of `INDEX_KINDS`; `sharded` spreads it over the ranks of `torch.distributed`.
     """
-    local = _local_index(kind, dimension, k, device, memory_mb)
-    log.info("Neighbors (%d columns): %s.", dimension, local.describe())
+    local = DistinctIndex(_local_index(kind, dimension, k, device, memory_mb))
+    reason = _reason_of_auto(device) if kind == "auto" else ""
+    log.info("Neighbors (%d columns): %s%s.", dimension, local.describe(), reason)
     return _spread(local, device) if sharded else local
 
 
-def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: float) -> NeighborIndex:
+def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: float) -> LocalIndex:
     """What this rank searches. "auto": exact on a GPU, where it is fast up to tens of millions of
     rows; on a CPU exact up to `AUTO_EXACT_ROWS`, then approximate."""
     import torch
@@ -50,6 +52,14 @@ def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: floa
     if kind == "approximate":
         return ApproximateIndex(dimension, k, memory_mb)
     return ApproximateIndex(dimension, k, memory_mb, first_training=AUTO_EXACT_ROWS)
+
+
+def _reason_of_auto(device: Any) -> str:
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return ", because on a CPU exact lookups take longer the more rows there are"
+    return ", because a GPU searches tens of millions of rows exactly"
 
 
 def _spread(local: NeighborIndex, device: Any) -> NeighborIndex:

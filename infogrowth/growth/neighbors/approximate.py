@@ -79,6 +79,10 @@ class ApproximateIndex:
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self._all.rows(start, stop)
 
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` (M,), as (M, D) float32."""
+        return self._all.take(positions)
+
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         """As `NeighborIndex.search`; queries that see different segments are looked up apart."""
         if len(queries) == 0:

@@ -69,6 +69,10 @@ class PrunedIndex:
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.dense.rows(start, stop)
 
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` (M,), as (M, D) float32."""
+        return self.dense.take(positions)
+
     @torch.inference_mode()
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         """As `NeighborIndex.search`."""
