@@ -103,12 +103,10 @@ def find_shards(directory: Path, spaces: Sequence[str], extra: Sequence[str]) ->
     Raises:
         UserError: a space or file is missing, or row counts do not agree, each named.
     """
-    found = {
-        part: _numbered(directory, names, "parquet" if part == "metadata" else "npy")
-        for part, names in _NAMES.items()
-    }
+    found = {space: _numbered(directory, _NAMES[space], "npy") for space in ("image", "text")}
     if not (found["image"] or found["text"]):
-        return []
+        return []  # DataComp's metadata/ has names without numbers: it is not looked at here
+    found["metadata"] = _numbered(directory, _NAMES["metadata"], "parquet")
     for part in (*spaces, "metadata"):
         if not found[part]:
             raise UserError(_missing_part(directory, part, found))

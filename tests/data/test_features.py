@@ -231,6 +231,14 @@ def test_datacomp_pairs_of_parquet_and_npz(tmp_path, place):
     assert stream.row(12).captions == ["caption 12"]
 
 
+def test_datacomp_uids_need_not_end_in_a_number(tmp_path):
+    datacomp(tmp_path / "metadata")
+    for path in sorted((tmp_path / "metadata").iterdir()):
+        path.rename(path.with_stem(path.stem[:-1] + "ab"[int(path.stem[-1])]))
+    stream = open_features(tmp_path, key="b32")
+    assert (stream.layout, stream.rows) == ("DataComp", 23)
+
+
 def test_datacomp_with_one_kind_of_features_needs_no_key(tmp_path):
     datacomp(tmp_path, keys=("b32",))
     assert open_features(tmp_path).encoder == {"name": "DataComp b32"}
