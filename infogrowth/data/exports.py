@@ -147,11 +147,12 @@ def _write_table(path: str | os.PathLike[str], tables: Iterator[pa.Table]) -> No
 
 
 def _sample_table(samples: Iterable[Annotation]) -> pa.Table:
+    """The samples as a table; where one caption is a list, all are (a column has one type)."""
     rows = list(samples)
-    columns: dict[str, Any] = {
-        "image": [row["image"] for row in rows],
-        "caption": [row["caption"] for row in rows],
-    }
+    captions = [row["caption"] for row in rows]
+    if any(isinstance(caption, list) for caption in captions):
+        captions = [c if isinstance(c, list) else [c] for c in captions]
+    columns: dict[str, Any] = {"image": [row["image"] for row in rows], "caption": captions}
     if rows and all("gains" in row for row in rows):
         columns["gain_image"] = [row["gains"][0] for row in rows]
         columns["gain_text"] = [row["gains"][1] for row in rows]

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from infogrowth.annotations import gains_array, load_annotations
@@ -69,6 +70,22 @@ def test_uid_repeats_follow_the_gain(infogrowth, tmp_path):
     # gain / 0.99-quantile (0.985), clipped: 0, 0.1015, 0.5076, 1 -> 1 + round(4 g)
     assert np.bincount([low for _, low in uids.tolist()]).tolist() == [1, 1, 3, 5]
     assert uids.dtype == np.dtype("u8,u8")
+
+
+def annotation_file(path, entries):
+    path.write_text(json.dumps([{"image": "a", "caption": "c", **entry} for entry in entries]))
+    return path
+
+
+def test_a_table_of_single_and_several_captions_holds_lists(infogrowth, tmp_path):
+    entries = [{"caption": "one", "gains": [1, 1]}, {"caption": ["two", "three"], "gains": [1, 1]}]
+    status, _ = infogrowth(
+        "select", "--annotations", annotation_file(tmp_path / "in.json", entries),
+        "--output", tmp_path / "out.parquet", "--top", "2",
+    )  # fmt: skip
+    assert status == 0
+    captions = pq.read_table(tmp_path / "out.parquet")["caption"].to_pylist()
+    assert captions == [["one"], ["two", "three"]]
 
 
 @pytest.mark.parametrize(
