@@ -88,9 +88,9 @@ class MetadataColumns:
                 raise UserError(f"{self._path} cannot be read: {_short(error)}") from error
         rows = self._table.slice(start, stop - start)
         return (
-            texts(rows[self._id].to_pylist()),
-            texts(rows[self._caption].to_pylist()),
-            {name: rows[name].to_pylist() for name in self._extra},
+            texts(_values(rows[self._id])),
+            texts(_values(rows[self._caption])),
+            {name: _values(rows[name]) for name in self._extra},
         )
 
     def release(self) -> None:
@@ -167,11 +167,49 @@ def file_tail(path: Path) -> bytes:
 
 
 def texts(values: Sequence[Any]) -> list[str]:
-    """Values as text; missing ones (None, NaN) become ``""``."""
-    return [
-        value if isinstance(value, str) else "" if value is None or value != value else str(value)
-        for value in values
-    ]
+    """Values as text; missing ones (None, NaN) become ``""``.
+
+    What is no Unicode text (half of a surrogate pair) becomes U+FFFD, the replacement character:
+    the features are as good as any, so the sample stays.
+    """
+    return [_text(value) for value in values]
+
+
+def mended(value: Any) -> Any:
+    """Text without lone surrogates, which no file can hold: U+FFFD instead; the rest as it is."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return mended(value)
+    return "" if value is None or value != value else str(value)
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python values; text that is not UTF-8 is mended (U+FFFD), see :func:`texts`."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in column]
+
+
+def _decoded(value: pa.Scalar) -> Any:
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        return None
+    if isinstance(value, pa.ListScalar):
+        return [_decoded(item) for item in value.values]
+    if isinstance(value, pa.BinaryScalar):  # text is one of these
+        return value.as_buffer().to_pybytes().decode("utf-8", "replace")
+    return value.as_py()
 
 
 def _numbered(directory: Path, names: Sequence[str], ending: str) -> dict[int, Path]:

@@ -16,6 +16,7 @@ from infogrowth.data.feature_shards import (
     MetadataColumns,
     checked_features,
     file_tail,
+    mended,
     same_rows,
     texts,
 )
@@ -141,7 +142,7 @@ def read_arrays(path: Path, spaces: Sequence[str], extra: Sequence[str]) -> Arra
     features = {space: checked_features(_part(path, content, space), str(path)) for space in spaces}
     ids = texts(_as_list(_part(path, content, "ids")))
     captions = texts(_as_list(_part(path, content, "captions")))
-    found = {name: _as_list(content[name]) for name in extra if name in content}
+    found = {n: [mended(v) for v in _as_list(content[n])] for n in extra if n in content}
     return ArraysShard(path, ids, captions, features, found)
 
 

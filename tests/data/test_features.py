@@ -258,3 +258,41 @@ def test_a_single_file_of_arrays_with_ids(tmp_path, ending):
     np.testing.assert_array_equal(np.concatenate([b.image for b in batches]), IMAGE)
     np.testing.assert_allclose(np.concatenate([b.text for b in batches]), TEXT, rtol=0.01)
     assert len(stream.fingerprint(23)) == 32
+
+
+HALF_A_PAIR = "fox \ud83d!"  # half of an emoji, as cutting UTF-16 text in two leaves it
+
+
+@pytest.mark.parametrize("ending", [".npz", ".pth"])
+def test_text_that_is_no_unicode_is_mended_and_its_sample_stays(tmp_path, ending):
+    path = tmp_path / f"features{ending}"
+    content = {"ids": [HALF_A_PAIR, "b"], "captions": ["\ud83e\udd8a", HALF_A_PAIR]}
+    if ending == ".npz":
+        np.savez(path, **content, image=IMAGE[:2], text=TEXT[:2])
+    else:
+        arrays = {"image": torch.tensor(IMAGE[:2]), "text": torch.tensor(TEXT[:2])}
+        torch.save({**content, **arrays}, path)
+    (batch,) = open_features(path).batches(10)
+    assert batch.ids == ["fox \ufffd!", "b"]
+    assert batch.captions == ["\U0001f98a", "fox \ufffd!"]  # both halves: the emoji itself
+
+
+def text_column(*values):
+    """Bytes as a column of text, checked by nobody (as a faulty writer leaves it)."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+def one_shard(folder, **columns):
+    writer = FeatureWriter(folder, 1)
+    rows = len(next(iter(columns.values())))
+    writer.write_shard(0, IDS[:rows], CAPTIONS[:rows], IMAGE[:rows], TEXT[:rows])
+    pq.write_table(pa.table(columns), folder / "metadata/metadata_0.parquet")
+    return folder
+
+
+def test_a_damaged_text_in_a_parquet_is_mended_and_its_sample_stays(tmp_path):
+    damaged = text_column(b"caf\xe9", "狐".encode(), None)
+    folder = one_shard(tmp_path, id=pa.array(list("abc")), caption=damaged, label=damaged)
+    (batch,) = open_features(folder, extra=("label",)).batches(10)
+    assert batch.captions == ["caf\ufffd", "狐", ""]
+    assert batch.extra == {"label": ["caf\ufffd", "狐", None]}
