@@ -115,6 +115,11 @@ class Layout:
     def kept(self, space: str, part: int) -> Path:
         return self.kept_folder / f"{space}_{part:06d}.npy"
 
+    def has_data(self) -> bool:
+        """Whether files of decisions or features are there, committed or not."""
+        files = (self.decisions_folder.glob("*.parquet"), self.kept_folder.glob("*.npy"))
+        return any(True for found in files for _ in found)
+
 
 @dataclass(frozen=True)
 class GrowthFolder:
@@ -234,8 +239,18 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
 
 
 def read_manifest(layout: Layout) -> Manifest:
-    """The commit point; an empty one when nothing was committed yet."""
+    """The commit point; an empty one when nothing was committed yet.
+
+    Raises:
+        UserError: it is damaged, or lost: data files lie there without it.
+    """
     if not layout.manifest.is_file():
+        # Looked for twice: a first commit may arrive between the two looks.
+        if layout.has_data() and not layout.manifest.is_file():
+            raise UserError(
+                f"{layout.directory} has lost its manifest.json, and its decisions cannot be told "
+                "from leftovers without it; put the file back, or give another --growth folder"
+            )
         return Manifest()
     content = read_json(layout.manifest, "the growth folder's file")
     try:

@@ -2,7 +2,9 @@
 
 A commit writes the part's features and decisions under their final names first and then replaces
 manifest.json: that rename is the commit. Files of a part that the manifest does not count are the
-leftovers of a killed run, and are removed when the folder is opened for writing again.
+leftovers of a killed run, and are removed when the folder is opened for writing again. A folder
+begins with growth.json, then a manifest of nothing, then data: where a later file is there without
+an earlier one, that one was lost, and the folder is refused as it is.
 """
 
 import fcntl
@@ -91,8 +93,10 @@ class GrowthLedger:
         if self.settings is None:
             self.settings = {"format": FORMAT, **settings}
             atomic_write_json(self.layout.settings, self.settings, indent=1)
-            return
-        check_settings(self.layout.directory, self.settings, settings)
+        else:
+            check_settings(self.layout.directory, self.settings, settings)
+        if not self.layout.manifest.is_file():
+            atomic_write_json(self.layout.manifest, Manifest().as_json(), indent=1)
 
     def record(self, source: int, decisions: pa.Table, kept: dict[str, np.ndarray]) -> None:
         """Take decisions in; they are on disk after the next :meth:`commit`.
@@ -141,6 +145,7 @@ class GrowthLedger:
 
     def _recover(self) -> None:
         """Read what is committed and remove what a killed run left beside it."""
+        _refuse_losses(self.layout)
         for folder in (
             self.layout.directory,
             self.layout.decisions_folder,
@@ -227,6 +232,16 @@ def _refuse_strangers(layout: Layout) -> None:
             f"{directory} is not a growth folder: it holds {strangers[0]!r}; "
             "give --growth an empty or a new folder"
         )
+
+
+def _refuse_losses(layout: Layout) -> None:
+    """A folder that lost growth.json or manifest.json must not be begun anew over its data."""
+    if not layout.settings.is_file() and (layout.manifest.is_file() or layout.has_data()):
+        raise UserError(
+            f"{layout.directory} has lost its growth.json, and its samples cannot be continued "
+            "without those settings; put the file back, or give another --growth folder"
+        )
+    read_manifest(layout)
 
 
 def _take_lock(path: Path) -> int:

@@ -165,6 +165,15 @@ def other_format(growth):
 
 
 BAD_GROWTH_FOLDERS = {
+    "a lost manifest": (
+        lambda g: (g / "manifest.json").unlink(),
+        r"growth has lost its manifest\.json",
+    ),
+    "lost settings": (lambda g: (g / "growth.json").unlink(), r"growth has lost its growth\.json"),
+    "settings lost with the manifest": (
+        lambda g: [(g / name).unlink() for name in ("growth.json", "manifest.json")],
+        r"growth has lost its growth\.json",
+    ),
     "a damaged manifest": (damaged_manifest, r"manifest\.json is damaged"),
     "an unknown format": (other_format, r"growth\.json has an unknown format"),
     "a manifest that is no JSON": (
@@ -229,6 +238,18 @@ BAD_ANNOTATIONS = {
     "one gain": (ENTRY.replace("[0.5, 0.5]", "[0.5]"), r"has gains \[0\.5\], not two numbers"),
     "gains of words": (ENTRY.replace("0.5, 0.5", '"much", "more"'), "has gains .*not two numbers"),
     "gains of NaN": (ENTRY.replace("0.5, 0.5", "NaN, 1"), "has gains that are not finite"),
+    "half of a surrogate pair in an id": (
+        ENTRY.replace('"a"', r'"a\ud83d"'),
+        r"sample 0 of .* \('a\\ud83d'\) has text that is not Unicode",
+    ),
+    "half of a surrogate pair in a caption": (
+        ENTRY.replace('"c"', r'["c", "\ud83d"]'),
+        r"sample 0 of .* \('a'\) has text that is not Unicode",
+    ),
+    "half of a surrogate pair in an extra key": (
+        ENTRY.replace("}", r', "page": {"\udc00": 1}}'),
+        r"sample 0 of .* \('a'\) has text that is not Unicode",
+    ),
     "gains that are all zero": (
         ENTRY.replace("0.5, 0.5", "0, 0"),
         "the total gain of the 1 samples is zero",

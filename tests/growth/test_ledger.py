@@ -220,3 +220,25 @@ def test_a_damaged_part_is_named(grown):
 def test_a_folder_that_is_no_growth_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="is not a growth folder"):
         read_growth(tmp_path)
+
+
+def test_a_folder_without_its_manifest_is_refused_by_readers_and_writers(grown):
+    directory, _ = grown
+    (directory / "manifest.json").unlink()
+    for opening in (read_growth, GrowthLedger):
+        with pytest.raises(UserError, match=r"has lost its manifest\.json"):
+            opening(directory)
+    assert len(list((directory / "decisions").iterdir())) == 2
+
+
+def test_a_folder_killed_right_after_its_settings_were_written_is_begun_again(tmp_path):
+    with GrowthLedger(tmp_path / "growth") as ledger:
+        ledger.settle(SETTINGS)
+    (tmp_path / "growth/manifest.json").unlink()
+    assert read_growth(tmp_path / "growth").totals["pairs"] == 0
+    with GrowthLedger(tmp_path / "growth") as ledger:
+        ledger.settle(SETTINGS)
+        ledger.manifest.sources.append(Source("stream", "features", rows=20, position=20))
+        record(ledger, InfoGrowth(device="cpu"), 20, 0)
+        ledger.commit()
+    assert read_growth(tmp_path / "growth").totals["pairs"] == 20
