@@ -79,9 +79,30 @@ def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotat
     captions = caption if isinstance(caption, list) else [caption]
     if not captions or not all(isinstance(text, str) for text in captions):
         raise UserError(f"{where} has no caption: the key 'caption' must be text or a list of text")
+    if fault := _unwritable(entry):
+        raise UserError(f"{where} has {fault}; correct it, or take the sample out")
     if "gains" not in entry:
         return entry
     return {**entry, "gains": _checked_gains(entry["gains"], where)}
+
+
+def _unwritable(value: Any) -> str | None:
+    """What in a JSON value could not be written again, at whatever depth; None if nothing."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"text that is not Unicode (half of a surrogate pair): {value!r:.60}"
+        return None
+    parts: list[Any] = []
+    if isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, list):
+        parts = value
+    try:
+        return next(filter(None, map(_unwritable, parts)), None)
+    except RecursionError:
+        return "values that are nested too deeply"
 
 
 def _checked_gains(gains: Any, where: str) -> list[float]:

@@ -149,6 +149,15 @@ def test_an_output_that_cannot_be_written_loses_no_decision(grow, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())) == 6
 
 
+@pytest.mark.parametrize("name", ["growth/growth.json", "growth/kept/more.npy", "link/o.json"])
+def test_an_output_inside_the_growth_folder_is_refused(grow, tmp_path, name):
+    assert grow("--quiet")[0] == 0
+    (tmp_path / "link").symlink_to(tmp_path / "growth")
+    before = contents(tmp_path / "growth")
+    refused(grow("--output", tmp_path / name), "lies inside the growth folder")
+    assert contents(tmp_path / "growth") == before
+
+
 def test_ids_that_are_no_datacomp_uids_cannot_become_a_subset(grow, tmp_path):
     answer = grow("--output", tmp_path / "uids.npy", "--quiet")
     refused(answer, "sample 's0' has no DataComp uid")
@@ -157,6 +166,10 @@ def test_ids_that_are_no_datacomp_uids_cannot_become_a_subset(grow, tmp_path):
 
 def damaged_manifest(growth):
     (growth / "manifest.json").write_text('{"format": 1, "parts": 1}')
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-20])
 
 
 def other_format(growth):
@@ -187,6 +200,30 @@ BAD_GROWTH_FOLDERS = {
     "a damaged array": (
         lambda g: (g / "kept/text_000000.npy").write_bytes(b"no"),
         r"text_000000\.npy of the growth folder is damaged",
+    ),
+    "an empty array file": (
+        lambda g: (g / "kept/image_000000.npy").write_bytes(b""),
+        r"image_000000\.npy of the growth folder is damaged",
+    ),
+    "an array cut off": (
+        lambda g: cut_off(g / "kept/image_000000.npy"),
+        r"image_000000\.npy of the growth folder is damaged",
+    ),
+    "an array cut off in its header": (
+        lambda g: (g / "kept/image_000000.npy").write_bytes(b"\x93NUMPY\x01\x00v"),
+        r"image_000000\.npy of the growth folder is damaged",
+    ),
+    "an array of another width": (
+        lambda g: np.save(g / "kept/image_000000.npy", np.eye(6, 7, dtype=np.float32)),
+        r"image_000000\.npy of the growth folder is damaged",
+    ),
+    "an array of no dimension": (
+        lambda g: np.save(g / "kept/image_000000.npy", np.float32(1)),
+        r"image_000000\.npy of the growth folder is damaged",
+    ),
+    "an array of text": (
+        lambda g: np.save(g / "kept/image_000000.npy", np.full((6, 8), "a")),
+        r"image_000000\.npy of the growth folder is damaged",
     ),
     "an array of fewer rows": (
         lambda g: np.save(g / "kept/text_000000.npy", np.eye(2, 8, dtype=np.float32)),
