@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,11 @@ def run(config: Config) -> int:
 
 def _check(config: Config) -> None:
     check_outputs(config.output)
+    for path in config.output:
+        if Path(realpath(path)).is_relative_to(realpath(config.growth)):
+            raise UserError(
+                f"--output {path} lies inside the growth folder {config.growth}; write it elsewhere"
+            )
     if config.seed_features and config.seed_ids:
         raise UserError("give --seed-features or --seed-ids, not both")
     if config.modality == "image" and config.recaptions:
