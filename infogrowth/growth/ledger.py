@@ -169,13 +169,24 @@ class GrowthFolder:
         return pa.concat_tables([empty, *self.decision_parts(wanted)])
 
     def kept_feature_parts(self, space: str) -> Iterator[np.ndarray]:
-        """``(n, D) float32`` unit rows of the kept samples, memory-mapped, one array per part."""
+        """``(n, D) float32`` unit rows of the kept samples, memory-mapped, one array per part.
+
+        Raises:
+            UserError: a part is missing or damaged, named by its file.
+        """
         for part in range(self.manifest.parts):
             path = Layout(self.directory).kept(space, part)
             try:
-                yield np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+                rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:  # EOFError: a file of 0 bytes
                 raise UserError(f"{path} of the growth folder is damaged: {error}") from error
+            width = self.settings["dimension"].get(space)
+            if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != np.float32:
+                raise UserError(
+                    f"{path} of the growth folder is damaged: it holds {rows.dtype} of shape "
+                    f"{rows.shape}, not float32 rows of {width} numbers"
+                )
+            yield rows
 
     def kept_features(self, space: str) -> np.ndarray:
         """All kept samples' unit features ``(N, D) float32`` in ``space``, in insertion order."""
