@@ -6,6 +6,7 @@ arrays:    a .npz or .pth with ids, captions, image and text, one row per sample
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from infogrowth.errors import UserError
 
 _DATACOMP_KEYS = ("b32", "l14")
 _DATACOMP_SUFFIX = {"image": "img", "text": "txt"}
+# What zipfile and numpy say of a damaged or encrypted archive.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 # Names under which people store each part of an array file; the first is the one to recommend.
 _ARRAY_NAMES = {
     "ids": ("ids", "id", "image_ids", "uids", "keys", "image_paths"),
@@ -68,7 +71,7 @@ class DataCompShard(FeatureShard):
         try:
             with np.load(self._npz, allow_pickle=False) as content:
                 return {space: content[name] for space, name in self._members.items()}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self._npz} cannot be read: {error}") from error
 
 
@@ -148,9 +151,12 @@ def read_arrays(path: Path, spaces: Sequence[str], extra: Sequence[str]) -> Arra
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as content:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise ValueError("it is a single array (.npy), not several with names")
+        with content:
             return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} cannot be read: {detail}; store plain arrays (ids and captions as text "
@@ -197,7 +203,7 @@ def _datacomp_key(archive: Path, key: str | None) -> str:
     try:
         with zipfile.ZipFile(archive) as content:
             members = {name.removesuffix(".npy") for name in content.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{archive} cannot be read: {error}") from error
     present = [k for k in _DATACOMP_KEYS if any(m.startswith(f"{k}_") for m in members)]
     if key is None and len(present) == 1:
@@ -225,7 +231,7 @@ def _npz_shape(archive: Path, member: str) -> tuple[int, int]:
             shape, _, dtype = read(file)
     except KeyError as error:
         raise UserError(f"{archive} has no array {member}; see --feature-key") from error
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{archive} cannot be read: {error}") from error
     if len(shape) != 2 or dtype.kind != "f":
         raise UserError(f"{archive}: {member} must be floats of shape (samples, dimension)")

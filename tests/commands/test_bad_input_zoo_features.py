@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,30 @@ def test_a_folder_of_no_samples_is_refused(feature_folder, infogrowth, tmp_path)
     assert_told("features hold no samples", refused(infogrowth, tmp_path, folder))
 
 
+def damaged_in_the_middle(path):
+    """A compressed npz whose members cannot be inflated; its table of contents is whole."""
+    with zipfile.ZipFile(path) as content:
+        members = content.infolist()
+    data = bytearray(path.read_bytes())
+    for member in members:
+        start = member.header_offset + 30 + len(member.filename) + 20  # 20: numpy's zip64 field
+        data[start : start + member.compress_size // 2] = b"\xff" * (member.compress_size // 2)
+    path.write_bytes(data)
+    return path
+
+
+def compressed_arrays(path):
+    noise = np.random.default_rng(0).normal(size=(3, 400)).astype(np.float32)
+    np.savez_compressed(path, ids=list("abc"), captions=list("xyz"), image=noise, text=noise)
+    return damaged_in_the_middle(path)
+
+
+def renamed_npy(path):
+    with open(path, "wb") as file:
+        np.save(file, np.ones((3, 4), np.float32))
+    return path
+
+
 class Unsafe:
     """Pickled, it would run code when loaded."""
 
@@ -220,6 +245,14 @@ BROKEN_FILES = {
     "npz of Python objects": (
         lambda d: arrays_file(d / "f.npz", captions=np.array([{}, 1, "x"], object)),
         r"f\.npz cannot be read: Object arrays .*store plain arrays",
+    ),
+    "compressed npz with damaged members": (
+        lambda d: compressed_arrays(d / "f.npz"),
+        r"f\.npz cannot be read: Error -3 while decompressing",
+    ),
+    "npy renamed npz": (
+        lambda d: renamed_npy(d / "f.npz"),
+        r"f\.npz cannot be read: it is a single array \(\.npy\)",
     ),
     "npz without ids": (
         lambda d: arrays_file(d / "f.npz", ids=None),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -242,6 +243,21 @@ def test_datacomp_uids_need_not_end_in_a_number(tmp_path):
 def test_datacomp_with_one_kind_of_features_needs_no_key(tmp_path):
     datacomp(tmp_path, keys=("b32",))
     assert open_features(tmp_path).encoder == {"name": "DataComp b32"}
+
+
+def test_a_compressed_npz_of_datacomp_that_is_damaged_is_named(tmp_path):
+    datacomp(tmp_path, keys=("b32",))
+    path = tmp_path / f"{0:032x}.npz"
+    noise = np.random.default_rng(0).normal(size=(10, 5000)).astype(np.float32)
+    np.savez_compressed(path, b32_img=noise[:, :6], b32_txt=noise[:, :6], padding=noise)
+    with zipfile.ZipFile(path) as content:
+        member = content.getinfo("b32_txt.npy")
+    data = bytearray(path.read_bytes())
+    end = member.header_offset + 30 + len(member.filename) + 20 + member.compress_size
+    data[end - 30 : end] = b"\xff" * 30
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"0{32}\.npz cannot be read: \S+"):
+        list(open_features(tmp_path).batches(10))
 
 
 @pytest.mark.parametrize("ending", [".npz", ".pth"])
