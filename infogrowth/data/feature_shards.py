@@ -75,7 +75,7 @@ class MetadataColumns:
             raise UserError(f"{path} is not a readable parquet file: {_short(error)}") from error
         self._id = _column(path, names, ID_COLUMNS, "sample id")
         self._caption = _column(path, names, CAPTION_COLUMNS, "caption")
-        self._extra = [name for name in extra if name in names]
+        self._extra = [_column(path, names, [name], name) for name in extra if name in names]
         self._table: pa.Table | None = None
 
     def read(self, start: int, stop: int) -> tuple[list[str], list[str], dict[str, list[Any]]]:
@@ -246,6 +246,10 @@ def _missing_part(directory: Path, part: str, found: dict[str, dict[int, Path]])
 def _column(path: Path, names: Sequence[str], wanted: Sequence[str], what: str) -> str:
     for name in wanted:
         if name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"{path} has {names.count(name)} columns named {name!r}; leave one of them"
+                )
             return name
     raise UserError(
         f"{path} has no column for the {what}: expected {wanted[0]!r} "

@@ -28,6 +28,11 @@ def metadata(folder, **columns):
     pq.write_table(pa.table(columns), first(folder, "metadata"))
 
 
+def metadata_with_twice(folder, name):
+    names = ["image_path", "caption", name]
+    pq.write_table(pa.table([list("abcdef")] * 3, names), first(folder, "metadata"))
+
+
 def rename_away(folder, name):
     (folder / name).rename(folder / f"old_{name}")
 
@@ -117,6 +122,14 @@ BROKEN_FOLDERS = {
     "metadata without captions": (
         lambda f: metadata(f, image_path=list("abcdef")),
         "no column for the caption: expected 'caption'",
+    ),
+    "metadata with two columns of captions": (
+        lambda f: metadata_with_twice(f, "caption"),
+        r"metadata_00\.parquet has 2 columns named 'caption'",
+    ),
+    "metadata with two columns of ids": (
+        lambda f: metadata_with_twice(f, "image_path"),
+        r"metadata_00\.parquet has 2 columns named 'image_path'",
     ),
     "embed not finished": (
         lambda f: describe(f, finished=False),
