@@ -11,6 +11,7 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -117,6 +118,8 @@ def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"the config file {path} is not valid YAML: {detail}") from error
+    except RecursionError as error:
+        raise UserError(f"the config file {path} is not valid: it is nested too deeply") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -125,12 +128,28 @@ def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, except that a key given twice is an error, not a silent last-one-wins."""
+    """The safe loader, except that a key given twice is an error, not a silent last-one-wins.
+
+    What the safe loader stumbles over (a date of month 13) is a YAMLError here, with its place.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.60} is no {kind}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a single value", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
