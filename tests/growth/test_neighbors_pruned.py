@@ -51,6 +51,7 @@ PILES = {
     "placeholders": lambda: placeholders(3000, 64),
     "no structure": lambda: isotropic(3000, 64),
     "few columns": lambda: clustered(3000, 5, 0.3),
+    "two bounds of the same columns": lambda: clustered(3000, 9, 0.3),
     "one direction": lambda: unit_rows(np.ones((900, 16)) * np.linspace(1, 2, 900)[:, None])[0],
 }
 
@@ -184,6 +185,38 @@ def test_rows_without_structure_are_told_and_searched_whole(caplog):
     for _ in range(2):
         index.search(rows, np.full(1200, 1200))
     assert sum("too little structure" in record.message for record in caplog.records) == 1
+
+
+def test_a_search_that_does_not_pay_is_given_up_on_the_way(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "infogrowth")
+    monkeypatch.setattr(pruned, "QUERY_ROWS", 100)
+    rows, visible = isotropic(1200, 64), np.arange(1200)
+    index = PrunedIndex(64, 4)
+    index.extend(rows)
+    assert_same(index.search(rows, visible), searched_all(rows, visible, 4))
+    assert sum("too little structure" in record.message for record in caplog.records) == 1
+
+
+def test_more_neighbors_than_nearby_blocks_hold_are_found_all_the_same(caplog):
+    caplog.set_level(logging.INFO, "infogrowth")
+    rows, visible = clustered(1200, 32, 0.5), np.arange(1200)
+    index = PrunedIndex(32, 300)
+    index.extend(rows)
+    assert_same(index.search(rows, visible), searched_all(rows, visible, 300))
+    assert "too little structure" in caplog.text  # they were all searched whole
+
+
+def test_what_training_set_for_its_own_products_does_not_reach_the_search():
+    rows, visible = clustered(1500, 32, 0.5), np.arange(1500)
+    truth = searched_all(rows, visible, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            index = PrunedIndex(32, 4)
+            index.extend(rows)
+            assert_same(index.search(rows, visible), truth)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_exact_on_a_cpu_means_this_index():

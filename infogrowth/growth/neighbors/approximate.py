@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from infogrowth.growth.neighbors.base import Neighbors, merge_neighbors
+from infogrowth.growth.neighbors.exact import full_float32
 from infogrowth.growth.neighbors.pruned import PrunedIndex
 from infogrowth.growth.rows import row_products
 from infogrowth.randomness import generator
@@ -177,10 +178,11 @@ class ApproximateIndex:
         """Mean distance of the rows at `chosen` (N,) to the k nearest other listed rows."""
         rows = self._all.filled[:listed]
         queries, itself = rows[torch.from_numpy(chosen)], torch.from_numpy(chosen)
-        best = torch.full((len(chosen), self.k), -torch.inf)
-        for start in range(0, listed, SEGMENT_ROWS):
-            products = queries @ rows[start : start + SEGMENT_ROWS].T
-            here = (itself >= start) & (itself < start + SEGMENT_ROWS)
-            products[here, itself[here] - start] = -torch.inf
-            best = torch.cat([best, products], 1).topk(self.k).values
+        best = torch.full((len(chosen), self.k), -torch.inf, dtype=torch.float32)
+        with full_float32():
+            for start in range(0, listed, SEGMENT_ROWS):
+                products = queries @ rows[start : start + SEGMENT_ROWS].T
+                here = (itself >= start) & (itself < start + SEGMENT_ROWS)
+                products[here, itself[here] - start] = -torch.inf
+                best = torch.cat([best, products], 1).topk(self.k).values
         return (1 - best.double()).mean(1).numpy()

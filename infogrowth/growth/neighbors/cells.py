@@ -9,7 +9,8 @@ The right side is a product of M + 1 columns, once q·c is known for the cell. A
 full product only in cells where this bound reaches its k-th best cosine so far. Few columns rule
 out most cells, some more columns most of the others; and where q₁·e₁ ≤ |q₁| max|e₁| suffices, a
 cell is ruled out without touching its rows. Every step errs upwards by more than float32 rounds,
-so no row is skipped that could be among the nearest.
+so no row is skipped that could be among the nearest (the margins are several times what rounding
+takes).
 
 Rows are visited in blocks: a cell is one block, or several if it is large.
 
@@ -31,7 +32,7 @@ SAMPLE_PER_CELL = 24  # rows from which each center is learned
 SAMPLE_ROWS = 16384  # rows from which the principal directions are learned
 LEADING_SHARES = (1 / 12, 1 / 4)  # of the columns: what the two bounds look at
 BLOCK_ROWS = 512  # of a block, at most
-LANES = 8  # products of widths that are multiples of it are almost twice as fast
+LANES = 8  # products with a multiple of so many rows are almost twice as fast
 CACHED_PRODUCTS = 1 << 18  # that stay in a core's cache
 PORTION = 65536  # rows handled at once while learning
 MOSTLY = 0.7  # share of queries from which on picking them out costs more than it saves
@@ -48,14 +49,14 @@ class SplitQueries:
 
 
 class Blocks:
-    """Which rows each block holds, given the `cell` (count,) of every row.
+    """Which rows each block holds, given the cell (count,) of every row.
 
     In memory the last row of a block is repeated up to a multiple of LANES.
     """
 
-    def __init__(self, cell: np.ndarray, cell_count: int) -> None:
-        by_cell = np.argsort(cell, kind="stable")
-        held = np.bincount(cell, minlength=cell_count)
+    def __init__(self, cell_of_row: np.ndarray, cell_count: int) -> None:
+        by_cell = np.argsort(cell_of_row, kind="stable")
+        held = np.bincount(cell_of_row, minlength=cell_count)
         blocks = -(-held // BLOCK_ROWS)
         self._cell = np.repeat(np.arange(cell_count), blocks)
         self.first_of_cell = np.cumsum(blocks) - blocks
@@ -98,8 +99,8 @@ class Cells:
     def __init__(self, rows_ND: torch.Tensor) -> None:
         count, dimension = rows_ND.shape
         random = np.random.default_rng(SEED)
-        self.widths = [max(8, round(dimension * share / 8) * 8) for share in LEADING_SHARES]
-        self.widths = [width for width in self.widths if width < dimension] or [dimension]
+        widths = sorted({max(8, round(dimension * share / 8) * 8) for share in LEADING_SHARES})
+        self.widths = [width for width in widths if width < dimension] or [dimension]
         sample = _sample(rows_ND, SAMPLE_ROWS, random)
         self._basis_DM = _principal_directions(sample, self.widths[-1])
         self.cell_count = max(1, count // ROWS_PER_CELL)
@@ -108,16 +109,16 @@ class Cells:
         # (x−c)·q is rounded in several sums of at most D terms; squares of norms likewise.
         self._slack = 4 * dimension * 2.0**-24
         self._tables = [GrowingRows(width + 1, torch.float32, "cpu") for width in self.widths]
-        self._leading_radius_J = torch.zeros(self.cell_count)
-        self._rest_radius_J = torch.zeros(self.cell_count)
-        self._cell = np.empty(0, np.int32)
+        self._leading_radius_J = torch.zeros(self.cell_count, dtype=torch.float32)
+        self._rest_radius_J = torch.zeros(self.cell_count, dtype=torch.float32)
+        self._cell_of_row = np.empty(0, np.int32)
         self._blocks: Blocks | None = None
-        parts = [self._place(part) for part in rows_ND.split(PORTION)]
-        self.centers_JD = _means(rows_ND, torch.cat([cell for _, cell in parts]), self.cell_count)
+        cell_N = torch.cat([self._place(part)[1] for part in rows_ND.split(PORTION)])
+        self.centers_JD = _means(rows_ND, cell_N, self.cell_count)
         self.half_squares_J = self.centers_JD.square().sum(1) / 2
         self._leading_centers_JM = self.centers_JD @ self._basis_DM
-        for rows_MD, placed in zip(rows_ND.split(PORTION), parts, strict=True):
-            self._append(rows_MD, *placed)
+        for part_ND, part_N in zip(rows_ND.split(PORTION), cell_N.split(PORTION), strict=True):
+            self._append(part_ND, part_ND @ self._basis_DM, part_N)
 
     @property
     def count(self) -> int:
@@ -128,7 +129,7 @@ class Cells:
         self._append(rows_MD, *self._place(rows_MD))
 
     def _append(self, rows_MD: torch.Tensor, leading: torch.Tensor, cell: torch.Tensor) -> None:
-        """Add rows that lie in `cell` (M,) and have the shares `leading` (M, L)."""
+        """Add rows that lie in `cell` (M,), given their shares in the leading directions."""
         whole_M = (rows_MD - self.centers_JD[cell]).square_().sum(1)
         leading = leading - self._leading_centers_JM[cell]
         for number, (width, table) in enumerate(zip(self.widths, self._tables, strict=True)):
@@ -140,20 +141,20 @@ class Cells:
                 inside_M = inside_M.add_(self._slack).sqrt_()
                 self._leading_radius_J.scatter_reduce_(0, cell, inside_M, "amax")
                 self._rest_radius_J.scatter_reduce_(0, cell, rest_M, "amax")
-        self._cell = np.concatenate([self._cell, cell.numpy().astype(np.int32)])
+        self._cell_of_row = np.concatenate([self._cell_of_row, cell.numpy().astype(np.int32)])
         self._blocks = None
 
     def truncate(self, count: int) -> None:
         """Forget all rows from `count` on (radii stay as they are: too large is never wrong)."""
         for table in self._tables:
             table.truncate(count)
-        self._cell = self._cell[:count]
+        self._cell_of_row = self._cell_of_row[:count]
         self._blocks = None
 
     def blocks(self) -> Blocks:
         """All rows, block by block."""
         if self._blocks is None:
-            self._blocks = Blocks(self._cell, self.cell_count)
+            self._blocks = Blocks(self._cell_of_row, self.cell_count)
         return self._blocks
 
     def split(self, queries_ND: torch.Tensor) -> SplitQueries:
@@ -201,7 +202,7 @@ class Cells:
         return alive
 
     def _place(self, rows_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares (N, L) in the leading directions, and the cells (N,) nearest in these."""
+        """The rows' shares in the leading directions, and the cells (N,) nearest in these."""
         leading = rows_ND @ self._basis_DM
         half_squares_J = self._learned_JM.square().sum(1) / 2
         cell = [
@@ -216,7 +217,7 @@ def _largest_products(
 ) -> torch.Tensor:
     """The largest product of each query with any of the rows (N,); so many queries at a time that
     the products stay in a core's cache."""
-    largest_N = torch.empty(len(queries_NM))
+    largest_N = torch.empty(len(queries_NM), dtype=torch.float32)
     step = max(1, CACHED_PRODUCTS // len(rows_WM))
     for start in range(0, len(queries_NM), step):
         part_NM = queries_NM[start : start + step]
@@ -228,7 +229,7 @@ def _largest_products(
 
 def _means(rows_ND: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
     """The mean of the rows of each cell (J, D)."""
-    sums_JD = torch.zeros(cells, rows_ND.shape[1]).index_add_(0, cell, rows_ND)
+    sums_JD = torch.zeros(cells, rows_ND.shape[1], dtype=torch.float32).index_add_(0, cell, rows_ND)
     return sums_JD / torch.bincount(cell, minlength=cells).clamp(min=1)[:, None]
 
 

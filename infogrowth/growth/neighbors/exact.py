@@ -111,7 +111,7 @@ class ExactIndex:
         if self.count == 0:  # nothing was kept yet: no neighbors
             return Neighbors(positions, products)
         work = len(queries) * self.count * self.dimension
-        with _full_float32(), _threads_worth(work):
+        with full_float32(), _threads_worth(work):
             for start in range(0, len(queries), QUERY_ROWS):
                 part = slice(start, start + QUERY_ROWS)
                 queries_ND = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
@@ -293,17 +293,17 @@ class ExactIndex:
             products_NC[start : start + step] = fold_sum(rows_ND).view(at_NC.shape)
         return products_NC.masked_fill_(positions_NC < 0, NOTHING)
 
-    def products(
-        self, queries_ND: torch.Tensor, query: np.ndarray, position: np.ndarray
-    ) -> np.ndarray:
-        """Cosines in float64 of query `query[i]` with row `position[i]` (H,)."""
-        products = np.empty(len(query))
+    def pair_products(
+        self, queries_ND: torch.Tensor, query_P: torch.Tensor, position_P: torch.Tensor
+    ) -> torch.Tensor:
+        """Cosines in float64 of pairs of a query and a row, given by their numbers (P,)."""
+        products_P = torch.empty(len(query_P), dtype=torch.float64, device=self.device)
         step = self._rows_at_once(8)
-        for start in range(0, len(query), step):
+        for start in range(0, len(query_P), step):
             part = slice(start, start + step)
-            rows = self._rows.filled[torch.from_numpy(position[part])].double()
-            products[part] = fold_sum(rows.mul_(queries_ND[torch.from_numpy(query[part])]))
-        return products
+            rows_PD = self._rows.filled[position_P[part]].double()
+            products_P[part] = fold_sum(rows_PD.mul_(queries_ND[query_P[part]]))
+        return products_P
 
     def _search_ties(
         self,
@@ -323,12 +323,7 @@ class ExactIndex:
             if len(hits) == 0:
                 continue
             query, position = hits[:, 0] + first, hits[:, 1] + start
-            product = torch.empty(len(hits), dtype=torch.float64, device=self.device)
-            step = self._rows_at_once(8)
-            for at in range(0, len(hits), step):
-                part = slice(at, at + step)
-                rows = self._rows.filled[position[part]].double()
-                product[part] = fold_sum(rows.mul_(queries_ND[query[part]]))
+            product = self.pair_products(queries_ND, query, position)
             keep_best_ties(best_NK, positions_NK, query, position, product)
         return positions_NK, best_NK
 
@@ -346,14 +341,15 @@ def _fast_precision(device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Float32 products in real float32: training may have allowed TF32 or bfloat16 for them."""
     allowed = torch.get_float32_matmul_precision()
     reduced = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(allowed)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = reduced

@@ -20,7 +20,7 @@ import torch
 
 from infogrowth.growth.neighbors.base import Neighbors
 from infogrowth.growth.neighbors.cells import BLOCK_ROWS, CACHED_PRODUCTS, Blocks, Cells
-from infogrowth.growth.neighbors.exact import ExactIndex
+from infogrowth.growth.neighbors.exact import ExactIndex, full_float32
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -32,7 +32,7 @@ NEAREST_CELLS = 3  # searched first, for the floor
 QUERY_ROWS = 8192
 RANGES_PER_THREAD = 8  # so that threads end at about the same time
 PATIENCE = 0.5  # share of full products above which skipping does not pay
-MOST_HITS = 1 << 19  # hits of one thread that are kept before they are thinned out
+MOST_HITS = 1 << 16  # hits of one range of blocks that are kept before they are thinned out
 
 
 class PrunedIndex:
@@ -78,16 +78,34 @@ class PrunedIndex:
         """As `NeighborIndex.search`."""
         if self.count < max(FIRST_ROWS, self._rest_until) or len(queries) < FEWEST_QUERIES:
             return self.dense.search(queries, visible)
-        cells = self._up_to_date_cells()
-        size = min(QUERY_ROWS, max(FEWEST_QUERIES, self._memory // (16 * cells.cell_count)))
         found = Neighbors(
             np.full((len(queries), self.k), -1, np.int64),
             np.full((len(queries), self.k), -np.inf, np.float64),
         )
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            self._search_cells(cells, queries[part], visible[part], found.part(part))
+        with full_float32():
+            done = self._search_while_it_pays(queries, visible, found)
+        if done < len(queries):
+            rest = self.dense.search(queries[done:], visible[done:])
+            found.positions[done:], found.products[done:] = rest.positions, rest.products
         return found
+
+    def _search_while_it_pays(
+        self, queries: np.ndarray, visible: np.ndarray, found: Neighbors
+    ) -> int:
+        """Fill `found` from its beginning on; tells for how many queries."""
+        cells = self._up_to_date_cells()
+        size = min(QUERY_ROWS, max(FEWEST_QUERIES, self._memory // (16 * cells.cell_count)))
+        looked_at = done = 0
+        while done < len(queries):
+            part = slice(done, done + size)
+            looked_at += self._search_cells(cells, queries[part], visible[part], found.part(part))
+            done = min(done + size, len(queries))
+            if done >= FEWEST_QUERIES and looked_at > PATIENCE * done * self.count:
+                log.info("These features have too little structure to skip any; searching all.")
+                self._rest_until = GROWTH_FACTOR * self.count
+                self.release()
+                break
+        return done
 
     def release(self) -> None:
         """Give the memory of the cells back; a later search learns them anew."""
@@ -103,8 +121,9 @@ class PrunedIndex:
 
     def _search_cells(
         self, cells: Cells, queries: np.ndarray, visible: np.ndarray, found: Neighbors
-    ) -> None:
-        """Fill `found` for queries that are few enough to be handled at once."""
+    ) -> int:
+        """Fill `found` for queries that are few enough to be handled at once; tells how many
+        products with whole rows it took."""
         asked = _Asked(
             torch.from_numpy(np.ascontiguousarray(queries)),
             torch.from_numpy(np.ascontiguousarray(visible)),
@@ -119,23 +138,20 @@ class PrunedIndex:
 
         def hits(some_blocks: range) -> tuple[_Hits, int]:
             parts, total, looked_at = [_Hits.none()], 0, 0
-            scratch = torch.empty(max(CACHED_PRODUCTS, len(queries) * BLOCK_ROWS))
+            scratch = torch.empty(CACHED_PRODUCTS, dtype=torch.float32)
             for block in some_blocks:
                 alive = cells.within_reach(block, split, center_products_JN, reach_N, scratch)
                 if len(alive) == 0:
                     continue
-                parts.append(self._hits(blocks, block, asked, alive, reach_N, scratch))
+                for some in alive.split(CACHED_PRODUCTS // BLOCK_ROWS):
+                    parts.append(self._hits(blocks, block, asked, some, reach_N, scratch))
+                    total += len(parts[-1])
                 looked_at += len(alive) * blocks.size(block)
-                total += len(parts[-1])
                 if total > MOST_HITS:
                     parts, total = [self._nearest(asked, _Hits.joined(parts))], 0
             return _Hits.joined(parts), looked_at
 
         found_hits, looked_at = zip(*_in_threads(hits, len(blocks)), strict=True)
-        if sum(looked_at) > PATIENCE * len(queries) * self.count:
-            log.info("These features have too little structure to skip any; searching them all.")
-            self._rest_until = GROWTH_FACTOR * self.count
-            self.release()
         nearest = self._nearest(asked, _Hits.joined(list(found_hits)))
         place = nearest.places()
         found.positions[nearest.query, place] = nearest.position
@@ -144,19 +160,20 @@ class PrunedIndex:
         if others.any():  # too few rows nearby that they may see
             dense = self.dense.search(queries[others], visible[others])
             found.positions[others], found.products[others] = dense.positions, dense.products
+        return sum(looked_at) + int(others.sum()) * self.count
 
     def _floors(
         self, cells: Cells, asked: _Asked, center_products_JN: torch.Tensor
     ) -> torch.Tensor:
-        """Of each query the k-th best float32 cosine in the cells nearest to it (N,), -inf where
-        those hold fewer rows that it may see."""
+        """Of each query the k-th best float32 cosine in the first blocks of the cells nearest to it
+        (N,), -inf where those hold fewer rows that it may see."""
         distance_NJ = cells.half_squares_J - center_products_JN.T
         count = min(NEAREST_CELLS, cells.cell_count)
         near_NT = distance_NJ.topk(count, largest=False, sorted=False).indices
         by_cell = near_NT.flatten().argsort(stable=True)
         ends = torch.bincount(near_NT.flatten(), minlength=cells.cell_count).cumsum(0).tolist()
         blocks = cells.blocks()
-        best_NTK = torch.full((near_NT.numel(), self.k), -torch.inf)
+        best_NTK = torch.full((near_NT.numel(), self.k), -torch.inf, dtype=torch.float32)
 
         def search_cells(some_cells: range) -> None:
             for cell in some_cells:
@@ -199,7 +216,8 @@ class PrunedIndex:
         hits = hits.take(hits.position < asked.visible_N.numpy()[hits.query]).best_first()
         kth = hits.kth_score(self.k, len(asked.queries_ND))
         hits = hits.take(hits.score >= kth[hits.query] - 2 * self.dense.summation_error)
-        products = self.dense.products(asked.queries_ND, hits.query, hits.position)
+        pairs = torch.from_numpy(hits.query), torch.from_numpy(hits.position)
+        products = self.dense.pair_products(asked.queries_ND, *pairs).numpy()
         hits = _Hits(hits.query, hits.position, products).best_first()
         return hits.take(hits.places() < self.k)
 
@@ -232,6 +250,7 @@ class _Hits:
 
     def places(self) -> np.ndarray:
         """The place of each hit within those of its query, given that they lie together."""
+        # the cut makes an empty column of none
         first = np.r_[True, self.query[1:] != self.query[:-1]][: len(self)]
         starts = np.flatnonzero(first)
         return np.arange(len(self)) - np.repeat(starts, np.diff(np.r_[starts, len(self)]))
