@@ -59,6 +59,7 @@ def run(config: Config) -> int:
     started = time.monotonic()
     spaces = ("image", "text") if config.modality == "pair" else ("image",)
     features = _open(config.features, spaces, config)
+    features.skipped  # noqa: B018 - a broken record is refused before anything is decided
     seeds = _open(config.seed_features, spaces, config) if config.seed_features else None
     recaptions = None
     if config.recaptions:

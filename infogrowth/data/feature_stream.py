@@ -151,11 +151,22 @@ class FeatureStream:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many samples got no features, by reason, as ``embed`` recorded it."""
+        """How many samples got no features, by reason, as ``embed`` recorded it.
+
+        Raises:
+            UserError: the record is damaged; the sentence names the file.
+        """
         told = self.description.get("skipped")
-        if isinstance(told, dict):
-            return dict(told)
-        return _count_skipped(Path(self.path) / "skipped.jsonl")
+        if told is None:
+            return _count_skipped(Path(self.path) / "skipped.jsonl")
+        counts = told if isinstance(told, dict) else {"": None}
+        for reason, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise UserError(
+                    f'"skipped" must be counts by reason in {Path(self.path) / "features.json"}, '
+                    f"not {(f'{count!r} for {reason!r}' if counts is told else repr(told))[:60]}"
+                )
+        return dict(counts)
 
     def batches(
         self,
@@ -237,11 +248,19 @@ def _count_skipped(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     counts: Counter[str] = Counter()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            counts[json.loads(line)["reason"]] += 1
-        except (ValueError, KeyError, TypeError) as error:
+            reason = json.loads(line)["reason"]
+            reason.encode("utf-8")  # half a surrogate pair could not be written again
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
+        counts[reason] += 1
     return dict(counts)
 
 

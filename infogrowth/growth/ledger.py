@@ -272,6 +272,7 @@ def read_manifest(layout: Layout) -> Manifest:
             Source(**{name: value for name, value in source.items() if name in names})
             for source in content.pop("sources")
         ]
+        sum(sum(source.skipped.values()) for source in sources)  # TypeError unless all are counts
         return Manifest(**content, sources=sources)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{layout.manifest} is damaged: {error!r}") from error
