@@ -15,13 +15,16 @@ from infogrowth.errors import UserError
 from infogrowth.files import atomic_write_json, read_json
 
 Annotation = dict[str, Any]
+# How far below zero float arithmetic may have put a gain. Above 2, the most that a mean cosine
+# distance can be, nothing is refused: golden/sampling_annotations.json has gains of 5.
+_ROUNDING = 1e-4
 
 
 def load_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
     """Read a result or annotation JSON.
 
-    ``gains`` may be absent (a plain annotation file), numbers, or strings; when present they come
-    back as two floats. Keys beyond the three are kept as they are.
+    ``gains`` may be absent (a plain annotation file), or two numbers, or strings of such;
+    they come back as two floats. Keys beyond the three are kept as they are.
 
     Raises:
         UserError: not JSON, or an entry that breaks the contract, named by its position and id.
@@ -79,7 +82,7 @@ def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotat
     captions = caption if isinstance(caption, list) else [caption]
     if not captions or not all(isinstance(text, str) for text in captions):
         raise UserError(f"{where} has no caption: the key 'caption' must be text or a list of text")
-    if fault := _unwritable(entry):
+    if fault := _unwritable({key: value for key, value in entry.items() if key != "gains"}):
         raise UserError(f"{where} has {fault}; correct it, or take the sample out")
     if "gains" not in entry:
         return entry
@@ -94,6 +97,8 @@ def _unwritable(value: Any) -> str | None:
         except UnicodeEncodeError:
             return f"text that is not Unicode (half of a surrogate pair): {value!r:.60}"
         return None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"a number that is not finite: {value}"
     parts: list[Any] = []
     if isinstance(value, dict):
         parts = [*value, *value.values()]
@@ -106,12 +111,23 @@ def _unwritable(value: Any) -> str | None:
 
 
 def _checked_gains(gains: Any, where: str) -> list[float]:
-    try:
-        image, text = (float(gain) for gain in gains)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{where} has gains {gains!r:.60}, not two numbers [image, text]"
-        ) from error
-    if not (math.isfinite(image) and math.isfinite(text)):
+    numbers = [_as_gain(gain) for gain in gains] if isinstance(gains, list) else []
+    if len(numbers) != 2 or None in numbers:
+        raise UserError(f"{where} has gains {gains!r:.60}, not two numbers [image, text]")
+    if not all(math.isfinite(gain) for gain in numbers):
         raise UserError(f"{where} has gains that are not finite: {gains!r:.60}")
-    return [image, text]
+    if min(numbers) < -_ROUNDING:
+        raise UserError(f"{where} has negative gains, but they are distances: {gains!r:.60}")
+    return numbers
+
+
+def _as_gain(gain: Any) -> Any:
+    """A float (infinity for a whole number beyond all floats); None for what is no number."""
+    if isinstance(gain, bool) or not isinstance(gain, int | float | str):
+        return None
+    try:
+        return float(gain)
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf

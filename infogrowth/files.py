@@ -74,7 +74,7 @@ def atomic_write_json(
 
 
 def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
-    """Parse the JSON at ``path``.
+    """Parse the JSON at ``path``; a whole number of thousands of digits comes back as infinity.
 
     Args:
         what: how the error names the file, for example ``"the annotation file"``.
@@ -83,7 +83,13 @@ def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
         UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a whole number of more digits than Python converts
+            return json.loads(text, parse_int=_int_or_infinity)
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
     except OSError as error:
@@ -95,3 +101,10 @@ def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
         raise UserError(f"{what} {path} is not valid JSON: {error.msg} at {where}") from error
     except RecursionError as error:
         raise UserError(f"{what} {path} is not valid: its JSON is nested too deeply") from error
+
+
+def _int_or_infinity(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)

@@ -65,6 +65,37 @@ def test_a_broken_file_is_one_sentence_that_names_the_place(tmp_path, content, m
     assert "broken.json" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("gains", "message"),
+    [
+        ("[1" + "0" * 400 + ", 1]", "not finite"),
+        ("[1" + "0" * 5000 + ", 1]", "not finite"),
+        ("[1e999, 1]", "not finite"),
+        ('"12"', "not two numbers"),
+        ('{"1": 0, "2": 0}', "not two numbers"),
+        ("[0.5, true]", "not two numbers"),
+        ("[-5, 1]", "negative gains"),
+        ('["-1", "1"]', "negative gains"),
+        ("null", "not two numbers"),
+        ('[1, 1], "score": NaN', "a number that is not finite"),
+        ('[1, 1], "scores": {"a": [1, -Infinity]}', "a number that is not finite"),
+        ('[1, 1], "views": 1' + "0" * 5000, "a number that is not finite"),
+    ],
+)
+def test_what_is_no_gain_or_no_json_number_is_refused(tmp_path, gains, message):
+    path = tmp_path / "broken.json"
+    path.write_text(f'[{{"image": "x", "caption": "c", "gains": {gains}}}]')
+    with pytest.raises(UserError, match=message) as error:
+        load_annotations(path)
+    assert r"sample 0 of" in str(error.value) and "('x')" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_gains_may_be_below_zero_by_a_rounding_error(tmp_path):
+    entry = {"image": "x", "caption": "c", "gains": [-1.2e-7, 1.0], "views": 10**400}
+    assert load_annotations(write(tmp_path / "a.json", [entry])) == [entry]
+
+
 def test_missing_gains_are_named():
     with pytest.raises(UserError, match=r"'b'\) has no gains"):
         gains_array([{"image": "a", "caption": "c", "gains": [1, 1]}, {"image": "b"}])
