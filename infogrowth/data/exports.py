@@ -43,14 +43,19 @@ class ExportChoices:
 
 
 def check_outputs(paths: Sequence[str]) -> None:
-    """Refuse outputs of unknown kind, or named twice, before any work is done."""
+    """Refuse no output, outputs of unknown kind, or named twice, before any work is done."""
+    if not paths:
+        raise UserError("output is empty: give --output at least one file")
+    seen: set[str] = set()
     for path in paths:
         if Path(path).suffix not in ENDINGS:
             raise UserError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
         if Path(path).is_dir():
             raise UserError(f"--output {path} is a folder; give a file")
-        if paths.count(path) > 1:
+        place = os.path.realpath(path)
+        if place in seen:
             raise UserError(f"--output {path} is given twice")
+        seen.add(place)
 
 
 def write_export(

@@ -104,3 +104,24 @@ def test_what_cannot_be_selected_is_told(grown, infogrowth, tmp_path, arguments,
     assert status == 2
     assert told in message
     assert not output.exists()
+
+
+@pytest.mark.parametrize("verb", ["select", "grow"])
+def test_an_empty_list_of_outputs_is_refused(infogrowth, tmp_path, verb):
+    required = {"select": "annotations: in.json\n", "grow": "features: f\ngrowth: g\n"}
+    (tmp_path / "run.yaml").write_text(required[verb] + "output: []\n")
+    status, told = infogrowth(verb, "--config", tmp_path / "run.yaml")
+    assert status == 2
+    assert told == "error: output is empty: give --output at least one file\n"
+
+
+def test_one_file_under_two_names_is_an_output_given_twice(
+    grown, infogrowth, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in ("./y.json", tmp_path / "y.json", "link/y.json"):
+        outputs = ("--output", "y.json", other)
+        status, told = infogrowth("select", "--annotations", grown, *outputs, "--top", "5")
+        assert status == 2
+        assert told == f"error: --output {other} is given twice\n"
