@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py --sizes 20000,100000 --json output/growth.json [--plot growth.png]
     python benchmarks/growth.py --large            # a million kept
+    python benchmarks/growth.py --measured a.json b.json --plot growth.png
     python benchmarks/growth.py --cuda             # CC3M on one GPU, against the matrix bound
 
 Measured is throughput at a given size: a dataset of that many kept pairs is put in place (ours:
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--embeddings", help="real features instead: a .npy of (N, 2, D)")
     parser.add_argument("--large", action="store_true", help="a million kept")
     parser.add_argument("--cuda", action="store_true", help="CC3M's size on a GPU")
+    parser.add_argument("--measured", nargs="+", help="rows of earlier runs instead of measuring")
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--plot", help="draw the rows into this PNG")
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
@@ -335,7 +337,10 @@ def main() -> None:
         options.dimension = np.load(options.embeddings, mmap_mode="r").shape[-1]
     if options.worker:
         return measure(options.worker[0], Path(options.worker[1]), options.sizes[0], options)
-    rows = compare(options)
+    if options.measured:
+        rows = [row for path in options.measured for row in json.loads(Path(path).read_text())]
+    else:
+        rows = compare(options)
     print(table(rows))
     if options.json:
         os.makedirs(os.path.dirname(options.json) or ".", exist_ok=True)
