@@ -15,6 +15,8 @@ from infogrowth.growth.decisions import SPACES
 from infogrowth.growth.neighbors import INDEX_KINDS, NeighborIndex, create_index
 from infogrowth.growth.rows import as_matrix, unit_rows
 
+MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, and tells nothing
+
 
 class GrownDataset:
     """Kept samples in order of insertion, with their gains, and one neighbor index per space.
@@ -212,6 +214,8 @@ def _check_settings(
 ) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise UserError(f"k must be a whole number of at least 1, not {k!r}.")
+    if k > MAX_K:
+        raise UserError(f"k must be at most {MAX_K}, not {k!r}: a gain is local.")
     if isinstance(min_align, str):
         if min_align != "auto":
             raise UserError(f"min_align must be a number or 'auto', not {min_align!r}.")

@@ -17,6 +17,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PROBES = json.loads((GOLDEN / "selection_edge_probes.json").read_text())
 
 
+@pytest.mark.parametrize("k", [1001, 99999999999999999999999])
+def test_a_k_that_is_not_local_is_refused(k):
+    with pytest.raises(UserError, match="k must be at most 1000, not "):
+        InfoGrowth(k=k, device="cpu")
+
+
 class Oracle:
     """Spec §2 word for word: one sample at a time, every distance in float64, no shortcuts."""
 
