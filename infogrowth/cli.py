@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.verb not in SHARED_WORK and not _on_rank_zero():
         return 0
     command = import_module(f"infogrowth.commands.{args.verb}")
-    return _run(command.Config, command.run, args)
+    return _run(command.Config, command.run, args, getattr(command, "POSITIONAL", ()))
 
 
 def run_script(
@@ -42,10 +42,15 @@ def run_script(
     return _run(config_class, run, _with_options(parser, config_class).parse_args(arguments))
 
 
-def _run(config_class: type, run: Callable[[Any], int | None], args: argparse.Namespace) -> int:
+def _run(
+    config_class: type,
+    run: Callable[[Any], int | None],
+    args: argparse.Namespace,
+    positional: tuple[str, ...] = (),
+) -> int:
     _configure_logging(quiet=args.quiet)
     try:
-        return run(config_from_args(config_class, args)) or 0
+        return run(config_from_args(config_class, args, positional)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,6 +60,11 @@ def _run(config_class: type, run: Callable[[Any], int | None], args: argparse.Na
     except BrokenPipeError:  # `infogrowth explain … | head` is not an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
         return 0
+    except OSError as error:
+        if error.filename is None:  # no file is to blame, so it is no matter of input
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

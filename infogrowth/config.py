@@ -43,15 +43,22 @@ def load_config(
     cls: type[C],
     path: str | os.PathLike[str] | None = None,
     overrides: dict[str, Any] | None = None,
+    positional: tuple[str, ...] = (),
 ) -> C:
     """Build ``cls`` from a YAML file and overrides; an override wins over the file.
+
+    Args:
+        positional: the options that the command line takes by position, for the errors.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest valid name), a value of
             the wrong type, or a required key that nobody gave.
     """
     given = {key: (value, f"key {key!r} in {path}") for key, value in _read_yaml(path).items()}
-    flags = {key: (value, f"--{_flag(key)}") for key, value in (overrides or {}).items()}
+    flags = {
+        key: (value, key.upper() if key in positional else f"--{_flag(key)}")
+        for key, value in (overrides or {}).items()
+    }
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, (_, where) in {**given, **flags}.items():
         if key not in fields:
@@ -61,7 +68,10 @@ def load_config(
     values = {key: _coerce(value, hints[key], where) for key, (value, where) in merged.items()}
     for name, field in fields.items():
         if name not in values and _is_required(field):
-            raise UserError(f"{name} is missing: give --{_flag(name)} or `{name}:` in --config")
+            how = f"--{_flag(name)}"
+            if name in positional:
+                how = f"{name.upper()} by its position ({' '.join(positional).upper()})"
+            raise UserError(f"{name} is missing: give {how} or `{name}:` in --config")
     return cls(**values)
 
 
@@ -94,11 +104,11 @@ def add_flags(
     return parser
 
 
-def config_from_args(cls: type[C], args: argparse.Namespace) -> C:
+def config_from_args(cls: type[C], args: argparse.Namespace, positional: tuple[str, ...] = ()) -> C:
     """Build ``cls`` from parsed arguments; flags win over ``--config``."""
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     overrides = {k: v for k, v in vars(args).items() if k in names and v != []}
-    return load_config(cls, getattr(args, "config", None), overrides)
+    return load_config(cls, getattr(args, "config", None), overrides, positional)
 
 
 def config_as_dict(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from infogrowth.annotations import load_annotations, save_annotations
@@ -23,6 +24,31 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "no.json does not exist" in told
     assert told.count("\n") == 1 and "Traceback" not in told
+
+
+@pytest.mark.parametrize("option", ["--growth", "--output", "--features"])
+def test_a_name_too_long_for_a_file_is_one_sentence(tmp_path, capsys, option):
+    np.savez(tmp_path / "f.npz", ids=["a"], captions=["a"], image=np.eye(1, 4), text=np.eye(1, 4))
+    given = {"--growth": "g", "--output": "o.json", "--features": "f.npz"}
+    given[option] = "n" * 300 + (".json" if option == "--output" else "")
+    arguments = [a for name, value in given.items() for a in (name, str(tmp_path / value))]
+    assert main(["grow", "--quiet", "--device", "cpu", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "File name too long" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["explain", "folder"], "id is missing: give ID by its position (GROWTH ID)"),
+        (["compare", "a"], "b is missing: give B by its position (A B)"),
+        (["sweep"], "growth is missing: give GROWTH by its position (GROWTH)"),
+    ],
+)
+def test_what_is_missing_by_position_is_told_by_position(capsys, arguments, expected):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_a_config_file_gives_what_the_flags_do_not(tmp_path, annotations):
