@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from infogrowth.cli import main
 from infogrowth.errors import UserError
 from infogrowth.growth.sampling import select_top
 from infogrowth.report.dataset import open_growth
@@ -109,3 +110,9 @@ def plain(alignments):
     ]
     kept = sum(value >= 0.4 for value in alignments)
     return rows, np.eye(kept, 4), np.eye(kept, 4)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1.5"])
+def test_a_threshold_that_is_no_cosine_is_refused(made, capsys, value):
+    assert main(["sweep", str(made.growth), "--min-align", "0.3", value]) == 2
+    assert "--min-align must lie between -1 and 1, not" in capsys.readouterr().err
