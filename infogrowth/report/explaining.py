@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from infogrowth.data.lmdb_store import image_key
+from infogrowth.data.lmdb_store import image_key, strip_ending
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import GrownDataset
 from infogrowth.report.numbers import expected_visits, ranks_in_percent
@@ -62,6 +62,9 @@ def explain(dataset: GrownDataset, sample_id: str) -> list[Explanation]:
         UserError: no such sample, with the nearest ids.
     """
     rows = [row for row, name in enumerate(dataset.ids) if name == sample_id]
+    if not rows:
+        stem = strip_ending(sample_id)
+        rows = [row for row, name in enumerate(dataset.ids) if strip_ending(name) == stem]
     if not rows:
         key = image_key(sample_id)
         rows = [row for row, name in enumerate(dataset.ids) if image_key(name) == key]

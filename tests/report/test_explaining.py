@@ -1,7 +1,8 @@
 import pytest
 
+from infogrowth.annotations import save_annotations
 from infogrowth.errors import UserError
-from infogrowth.report.dataset import open_growth
+from infogrowth.report.dataset import open_annotations, open_growth
 from infogrowth.report.explaining import as_text, explain, picture_strip
 from infogrowth.report.pictures import Pictures
 
@@ -91,3 +92,11 @@ def test_the_strip_shows_the_sample_and_its_neighbors(made, grown):
 def test_the_strip_says_where_a_picture_is_missing(grown):
     strip = picture_strip(one(grown, "000090"), Pictures(None))
     assert strip.getpixel((20, 20)) == (0xEE, 0xF0, 0xF4)
+
+
+@pytest.mark.parametrize("asked", ["x/b.jpg", "x/b", "x/b.png", "b"])
+def test_a_sample_in_a_folder_is_found_without_its_file_ending(tmp_path, asked):
+    names = ["x/a.jpg", "x/b.jpg"]
+    samples = [{"image": name, "caption": "c", "gains": [0.5, 0.25]} for name in names]
+    save_annotations(tmp_path / "grown.json", samples)
+    assert one(open_annotations(tmp_path / "grown.json"), asked).id == "x/b.jpg"
