@@ -7,6 +7,8 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from infogrowth.config import option
 from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
 from infogrowth.data.features import FeatureStream, open_features
@@ -160,15 +162,27 @@ def _write_outputs(config: Config, folder: GrowthFolder) -> None:
         write_export(path, samples, choices, folder.decision_tables)
 
 
+def _offered_again(folder: GrowthFolder) -> int:
+    """Decisions about samples that had been dropped before."""
+    retries = [n for n, source in enumerate(folder.manifest.sources) if source.kind == "retry"]
+    if not retries:
+        return 0
+    return sum(
+        int(np.isin(part["source"].to_numpy(), retries).sum())
+        for part in folder.decision_parts(["source"])
+    )
+
+
 def _summary(config: Config, folder: GrowthFolder, offered: int, seconds: float) -> str:
     """The table at the end: what became of all samples so far, and what this run did."""
     totals, reasons = folder.totals, dict(folder.totals["reasons"])
+    again = _offered_again(folder)
     lines: list[tuple[str, str]] = [
         ("pairs offered", f"{totals['pairs']:,}"),
         ("kept", f"{totals['kept']:,}"),
         ("  of these seeds", f"{reasons.pop('seed', 0):,}"),
         ("recaptioned", f"{totals['recaptioned']:,}"),
-        ("dropped", f"{totals['dropped']:,}"),
+        ("dropped offers" if again else "dropped", f"{totals['dropped']:,}"),
     ]
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         if reason not in _REASONS_TO_KEEP:
@@ -176,6 +190,8 @@ def _summary(config: Config, folder: GrowthFolder, offered: int, seconds: float)
     skipped = sum(sum(source.skipped.values()) for source in folder.manifest.sources)
     if skipped:
         lines.append(("skipped before (no features)", f"{skipped:,}"))
+    if again:  # the counts above are of offers: a sample that came again is in them twice
+        lines.append(("samples still out", f"{totals['pairs'] - again - totals['dataset']:,}"))
     settings = folder.settings
     rule = str(settings["min_align_rule"]).partition(":")[0]
     speed = f"{offered:,} pairs in {seconds:.1f} s ({offered / seconds:,.0f} pairs/s)"

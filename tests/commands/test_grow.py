@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth
     plain = [a["image"] for a in folder.annotations()]
 
     retry = flags(selection, features=stream, recaptions=selection.recaptions())
-    assert infogrowth("grow", *retry)[0] == 0
+    status, message = infogrowth("grow", *retry)
+    assert status == 0
     folder = read_growth(selection.home / "growth")
     decisions = folder.decisions().to_pandas()
     offered_again = decisions[decisions["source"] == 1]
@@ -151,6 +153,7 @@ def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth
     assert list(offered_again[offered_again["verdict"] == "recaptioned"]["id"]) == joined
     assert set(offered_again["id"]) <= set(selection.told["recap_ids"])
     assert 0 < len(joined) < len(offered_again) <= dropped
+    assert re.search(rf"^samples still out +{600 - len(plain + joined)}$", message, re.MULTILINE)
     assert (offered_again["source_row"].diff().dropna() > 0).all()  # in their old order
 
     status, message = infogrowth("grow", *retry)
