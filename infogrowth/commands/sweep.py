@@ -37,6 +37,9 @@ def run(config: Config) -> int:
     suffix = Path(config.output).suffix.lower() if config.output else None
     if suffix not in (None, ".html", ".png"):
         raise UserError(f"--output {config.output} must end in .html or .png")
+    for value in config.min_align:
+        if not -1 <= value <= 1:  # NaN is refused too
+            raise UserError(f"--min-align must lie between -1 and 1, not {value!r}")
     dataset = open_growth(config.growth)
     found = sweep(dataset, config.min_align, config.tops)
     if config.output:
