@@ -90,7 +90,7 @@ class MetadataColumns:
         return (
             texts(_values(rows[self._id])),
             texts(_values(rows[self._caption])),
-            {name: _values(rows[name]) for name in self._extra},
+            {name: [mended(value) for value in _values(rows[name])] for name in self._extra},
         )
 
     def release(self) -> None:
@@ -167,16 +167,18 @@ def file_tail(path: Path) -> bytes:
 
 
 def texts(values: Sequence[Any]) -> list[str]:
-    """Values as text; missing ones (None, NaN) become ``""``.
+    """Values as text: bytes read as UTF-8, of a list its first; missing ones (None, NaN) as ``""``.
 
-    What is no Unicode text (half of a surrogate pair) becomes U+FFFD, the replacement character:
-    the features are as good as any, so the sample stays.
+    What is no Unicode text (half of a surrogate pair, a byte that is not UTF-8) becomes U+FFFD, the
+    replacement character: the features are as good as any, so the sample stays.
     """
     return [_text(value) for value in values]
 
 
 def mended(value: Any) -> Any:
-    """Text without lone surrogates, which no file can hold: U+FFFD instead; the rest as it is."""
+    """Bytes and text as text that every file can hold, see :func:`texts`; the rest as it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     if not isinstance(value, str) or value.isascii():
         return value
     try:
@@ -187,8 +189,11 @@ def mended(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return _text(value[0]) if value else ""
+    value = mended(value)
     if isinstance(value, str):
-        return mended(value)
+        return value
     return "" if value is None or value != value else str(value)
 
 

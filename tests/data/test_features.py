@@ -312,3 +312,27 @@ def test_a_damaged_text_in_a_parquet_is_mended_and_its_sample_stays(tmp_path):
     (batch,) = open_features(folder, extra=("label",)).batches(10)
     assert batch.captions == ["caf\ufffd", "狐", ""]
     assert batch.extra == {"label": ["caf\ufffd", "狐", None]}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())]
+)
+def test_binary_ids_in_a_parquet_are_text(tmp_path, kind):
+    ids = pa.array([b"x1", "狐".encode(), b"caf\xe9"], pa.binary()).cast(kind)
+    folder = one_shard(tmp_path, id=ids, caption=pa.array(list("abc")), label=ids)
+    (batch,) = open_features(folder, extra=("label",)).batches(10)
+    assert batch.ids == batch.extra["label"] == ["x1", "狐", "caf\ufffd"]
+
+
+def test_binary_ids_in_a_npz_are_text(tmp_path):
+    ids = np.array([b"x1", "狐".encode()])
+    np.savez(tmp_path / "f.npz", ids=ids, captions=ids, image=IMAGE[:2], text=TEXT[:2])
+    (batch,) = open_features(tmp_path / "f.npz").batches(10)
+    assert batch.ids == batch.captions == ["x1", "狐"]
+
+
+def test_of_several_captions_the_first_is_taken(tmp_path):
+    captions = pa.array([["one", "two"], ["three"], [], None])
+    folder = one_shard(tmp_path, id=pa.array(list("abcd")), caption=captions)
+    (batch,) = open_features(folder).batches(10)
+    assert batch.captions == ["one", "three", "", ""]
