@@ -143,9 +143,9 @@ def read_arrays(path: Path, spaces: Sequence[str], extra: Sequence[str]) -> Arra
     else:
         raise UserError(f"{path} is not a features folder nor a .npz or .pth file of arrays")
     features = {space: checked_features(_part(path, content, space), str(path)) for space in spaces}
-    ids = texts(_as_list(_part(path, content, "ids")))
-    captions = texts(_as_list(_part(path, content, "captions")))
-    found = {n: [mended(v) for v in _as_list(content[n])] for n in extra if n in content}
+    ids = texts(_as_list(path, "ids", _part(path, content, "ids")))
+    captions = texts(_as_list(path, "captions", _part(path, content, "captions")))
+    found = {n: [mended(v) for v in _as_list(path, n, content[n])] for n in extra if n in content}
     return ArraysShard(path, ids, captions, features, found)
 
 
@@ -170,21 +170,26 @@ def _read_torch(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or unsafe file makes the restricted loader say
-        detail = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} cannot be read as tensors and plain lists (weights_only): {detail}"
+            f"{path} cannot be read as tensors and plain lists (weights_only); save a dictionary "
+            "of these with torch.save, without other Python objects: ids and captions as lists"
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold a dictionary with ids, captions, image and text")
-    return {str(name): _as_array(value) for name, value in content.items()}
+    return {str(name): _as_array(path, name, value) for name, value in content.items()}
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(path: Path, name: Any, value: Any) -> Any:
     """A tensor as a numpy array (half precision and bfloat16 as float32); the rest as it is."""
     if not hasattr(value, "detach"):
         return value
     value = value.detach()
-    return (value.float() if value.is_floating_point() else value).numpy()
+    try:
+        return (value.float() if value.is_floating_point() else value).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, …
+        raise UserError(
+            f"{path}: {name!r} is a tensor that is no plain array ({value.layout}); save it dense"
+        ) from error
 
 
 def _part(path: Path, content: Mapping[str, Any], part: str) -> Any:
@@ -195,8 +200,11 @@ def _part(path: Path, content: Mapping[str, Any], part: str) -> Any:
     raise UserError(f"{path} has no {part!r} (one row per sample); it holds {names}")
 
 
-def _as_list(values: Any) -> list[Any]:
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+def _as_list(path: Path, name: str, values: Any) -> list[Any]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list | tuple):
+        raise UserError(f"{path}: {name!r} must have one row per sample, not be a single value")
+    return list(values)
 
 
 def _datacomp_key(archive: Path, key: str | None) -> str:

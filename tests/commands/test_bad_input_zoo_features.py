@@ -199,6 +199,13 @@ def test_a_folder_of_no_samples_is_refused(feature_folder, infogrowth, tmp_path)
     assert_told("features hold no samples", refused(infogrowth, tmp_path, folder))
 
 
+def torch_file(path, **change):
+    content = {"ids": list("abc"), "captions": list("xyz")}
+    features = {"image": torch.ones(3, 4), "text": torch.ones(3, 4)}
+    torch.save({**content, **features, **change}, path)
+    return path
+
+
 def damaged_in_the_middle(path):
     """A compressed npz whose members cannot be inflated; its table of contents is whole."""
     with zipfile.ZipFile(path) as content:
@@ -283,9 +290,21 @@ BROKEN_FILES = {
         lambda d: arrays_file(d / "f.pth"),
         r"f\.pth must hold floating-point features",
     ),
+    "pth of a sparse tensor": (
+        lambda d: torch_file(d / "f.pth", image=torch.ones(3, 4).to_sparse()),
+        r"f\.pth: 'image' is a tensor that is no plain array \(torch.sparse_coo\)",
+    ),
+    "pth of a single id": (
+        lambda d: torch_file(d / "f.pth", ids=torch.tensor(3)),
+        r"f\.pth: 'ids' must have one row per sample",
+    ),
+    "pth of Python objects": (
+        lambda d: torch_file(d / "f.pth", ids=Path("a")),
+        r"f\.pth cannot be read as tensors and plain lists \(weights_only\); save [^\x1b]+lists\n$",
+    ),
     "pth that is cut off": (
         lambda d: (d / "f.pth").write_bytes(b"\x80\x02") and d / "f.pth",
-        r"f\.pth cannot be read as tensors and plain lists \(weights_only\)",
+        r"f\.pth cannot be read as tensors and plain lists \(weights_only\); save [^\x1b]+lists\n$",
     ),
 }
 
