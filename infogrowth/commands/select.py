@@ -52,7 +52,11 @@ def run(config: Config) -> int:
     )
     if len(rows) == 0:
         raise UserError("no sample was drawn; give another --seed, or --top N")
-    _write(config, [annotations[row] for row in rows.tolist()], normalized_gains(gains)[rows])
+    # With --top all gains may be zero: then no uid is repeated.
+    probability = (
+        normalized_gains(gains) if (gains.mean(axis=1) > 0).any() else np.zeros(len(gains))
+    )
+    _write(config, [annotations[row] for row in rows.tolist()], probability[rows])
     log.info(
         "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
         f"{len(rows):,}",

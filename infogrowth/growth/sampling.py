@@ -38,15 +38,7 @@ def normalized_gains(gains: np.ndarray) -> np.ndarray:
     Raises:
         UserError: no samples, a gain that is not finite, or no positive gain at all.
     """
-    gains = np.asarray(gains, dtype=np.float64)
-    if gains.ndim not in (1, 2) or len(gains) == 0:
-        raise UserError(
-            f"gains must be N numbers or N pairs of numbers, N at least 1, not shape {gains.shape}"
-        )
-    mean = gains.mean(axis=1) if gains.ndim == 2 else gains
-    if not np.isfinite(mean).all():
-        row = int(np.flatnonzero(~np.isfinite(mean))[0])
-        raise UserError(f"the gain of sample {row} is not finite: {gains[row].tolist()}")
+    mean = _mean_gains(gains)
     if not (mean > 0).any():
         raise UserError(
             f"the total gain of the {len(mean)} samples is zero, so none can be drawn by gain; "
@@ -78,11 +70,9 @@ def select_top(gains: np.ndarray, count: int) -> np.ndarray:
         ascending row numbers, int64.
 
     Raises:
-        UserError: ``count`` is not in 1 … N.
+        UserError: no samples, a gain that is not finite, or ``count`` is not in 1 … N.
     """
-    normalized_gains(gains)  # the same checks
-    gains = np.asarray(gains, dtype=np.float64)
-    mean = gains.mean(axis=1) if gains.ndim == 2 else gains
+    mean = _mean_gains(gains)
     if not 1 <= count <= len(mean):
         raise UserError(f"cannot select the top {count} of {len(mean)} samples")
     return np.sort(np.argsort(-mean, kind="stable")[:count])
@@ -238,6 +228,20 @@ class GainSampler:
 
     def _fingerprint(self) -> str:
         return hashlib.blake2b(self._probability.tobytes(), digest_size=8).hexdigest()
+
+
+def _mean_gains(gains: np.ndarray) -> np.ndarray:
+    """The mean of both spaces, ``(N,) float64``, once the gains are checked."""
+    gains = np.asarray(gains, dtype=np.float64)
+    if gains.ndim not in (1, 2) or len(gains) == 0:
+        raise UserError(
+            f"gains must be N numbers or N pairs of numbers, N at least 1, not shape {gains.shape}"
+        )
+    mean = gains.mean(axis=1) if gains.ndim == 2 else gains
+    if not np.isfinite(mean).all():
+        row = int(np.flatnonzero(~np.isfinite(mean))[0])
+        raise UserError(f"the gain of sample {row} is not finite: {gains[row].tolist()}")
+    return mean
 
 
 def _one_pass(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -88,6 +88,19 @@ def test_a_table_of_single_and_several_captions_holds_lists(infogrowth, tmp_path
     assert captions == [["one"], ["two", "three"]]
 
 
+def test_the_top_of_gains_that_are_all_zero_is_the_first_rows(infogrowth, tmp_path):
+    entries = [{"image": f"{row:032x}", "gains": [0, 0]} for row in range(3)]
+    source = annotation_file(tmp_path / "in.json", entries)
+    outputs = (tmp_path / "out.json", tmp_path / "out.npy")
+    arguments = ("--annotations", source, "--top", "2", "--uid-repeats", "3", "--output", *outputs)
+    assert infogrowth("select", *arguments)[0] == 0
+    assert [entry["image"][-1] for entry in load_annotations(outputs[0])] == ["0", "1"]
+    assert [low for _, low in np.load(outputs[1]).tolist()] == [0, 1]  # no gain, no repeats
+    status, told = infogrowth("select", "--annotations", source, "--bernoulli", *arguments[4:])
+    assert status == 2
+    assert "the total gain of the 3 samples is zero" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
