@@ -56,9 +56,17 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(directory: str | os.PathLike[str]) -> int:
-    """Delete the temporary files that a killed run left in ``directory``; returns how many."""
-    leftovers = [p for p in Path(directory).glob(f"*{TEMPORARY_MARK}*") if p.is_file()]
+def remove_leftovers(directory: str | os.PathLike[str], name: str = "") -> int:
+    """Delete the temporary files that a killed run left in ``directory``; returns how many.
+
+    Args:
+        name: only those of the file of this name, where the folder may be others' too.
+    """
+    leftovers = [
+        path
+        for path in Path(directory).glob(f"*{TEMPORARY_MARK}*")
+        if path.is_file() and path.name.startswith(f"{name}{TEMPORARY_MARK}" if name else "")
+    ]
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)

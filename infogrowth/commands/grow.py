@@ -13,7 +13,7 @@ from infogrowth.config import option
 from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
 from infogrowth.data.features import FeatureStream, open_features
 from infogrowth.errors import UserError
-from infogrowth.files import read_json
+from infogrowth.files import read_json, remove_leftovers
 from infogrowth.growth.ledger import GrowthFolder
 
 HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
@@ -150,6 +150,7 @@ def _read_seed_ids(path: str) -> list[str]:
 
 def _write_outputs(config: Config, folder: GrowthFolder) -> None:
     for path in config.output:
+        remove_leftovers(Path(path).parent, Path(path).name)  # of a run killed while writing it
         repeats = None
         if config.uid_repeats > 1 and Path(path).suffix == ".npy":
             from infogrowth.annotations import gains_array

@@ -49,6 +49,15 @@ def test_the_golden_selection_at_any_batch_size(selection, infogrowth, batch_siz
     np.testing.assert_allclose([a["gains"] for a in annotations], expected, rtol=0, atol=1e-6)
 
 
+def test_what_a_run_killed_while_writing_its_result_left_is_cleared_away(selection, infogrowth):
+    inputs = flags(selection, features=selection.folder("stream", range(100, 160)))
+    mine, others = (selection.home / f"{name}.json.tmp-1-ab" for name in ("out", "other"))
+    mine.write_text("[half")
+    others.write_text("[half")
+    assert infogrowth("grow", *inputs)[0] == 0
+    assert not mine.exists() and others.exists()
+
+
 def test_new_data_later_continues_the_same_dataset(selection, infogrowth):
     table = selection.recaptions()
     first = selection.folder("first", range(100, 700))

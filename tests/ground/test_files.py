@@ -19,6 +19,13 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_leftover(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_leftovers_of_one_file_are_removed_where_others_work_too(tmp_path):
+    for name in ("a.json.tmp-123-abcd", "b.json.tmp-9-ef", "a.json"):
+        (tmp_path / name).write_text("half")
+    assert remove_leftovers(tmp_path, "a.json") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json.tmp-9-ef"]
+
+
 def test_a_disk_that_is_full_keeps_the_old_file_and_says_so(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")

@@ -8,6 +8,7 @@ import pytest
 
 from infogrowth.growth.decisions import DecisionBatch
 from infogrowth.growth.engine import InfoGrowth, Recaption
+from infogrowth.growth.neighbors import cells, pruned
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(GOLDEN / "selection_seed0.npz")
@@ -102,3 +103,13 @@ def test_planted_copies_of_kept_samples_have_a_neighbor_at_no_distance():
             assert decisions[row - SEEDS].image_neighbors[0][1] < 1e-3
             copies += 1
     assert copies > 10
+
+
+def test_skipping_rows_from_early_on_chooses_the_same(monkeypatch):
+    """As with many thousands of samples, where exact search on a CPU skips most of them."""
+    monkeypatch.setattr(pruned, "FIRST_ROWS", 150)
+    monkeypatch.setattr(pruned, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
+    growth = InfoGrowth(k=4, min_align=0.4, index="exact", device="cpu")
+    decisions = [growth.seed(*rows(0, SEEDS)), *grow(growth, SEEDS, ROWS, 64, RECAPTIONS)]
+    assert_golden(growth, DecisionBatch.concatenate(decisions), with_recaptions=True)
