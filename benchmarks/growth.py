@@ -288,7 +288,7 @@ def plot(rows: list[dict[str, float | str]], path: str) -> None:
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=engine)
         axis.set(xscale="log", xlabel="pairs kept", title=title)
-        axis.set_yscale("symlog", linthresh=1e-7) if "error" in column else axis.set_yscale("log")
+        axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()

