@@ -28,6 +28,7 @@ import torch
 from infogrowth.growth.neighbors.base import GrowingRows
 
 ROWS_PER_CELL = 192
+MOST_CELLS = 1024  # visiting more costs more than smaller cells save
 SAMPLE_PER_CELL = 24  # rows from which each center is learned
 SAMPLE_ROWS = 16384  # rows from which the principal directions are learned
 LEADING_SHARES = (1 / 12, 1 / 4)  # of the columns: what the two bounds look at
@@ -103,7 +104,7 @@ class Cells:
         self.widths = [width for width in widths if width < dimension] or [dimension]
         sample = _sample(rows_ND, SAMPLE_ROWS, random)
         self._basis_DM = _principal_directions(sample, self.widths[-1])
-        self.cell_count = max(1, count // ROWS_PER_CELL)
+        self.cell_count = min(max(1, count // ROWS_PER_CELL), MOST_CELLS)
         sample = _sample(rows_ND, self.cell_count * SAMPLE_PER_CELL, random) @ self._basis_DM
         self._learned_JM = _learn_centers(sample, self.cell_count)
         # (x−c)·q is rounded in several sums of at most D terms; squares of norms likewise.
