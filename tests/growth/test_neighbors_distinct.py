@@ -54,6 +54,31 @@ def test_a_truncated_index_counts_its_copies_anew():
     assert spared.count <= 80
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_rows_that_could_not_be_added_leave_no_trace(k, monkeypatch):
+    rows = pile(300, 40)
+    spared = ExactIndex(12, k)
+    distinct = DistinctIndex(spared)
+    distinct.extend(rows[:100])
+    original = ExactIndex.extend
+
+    def out_of_memory(self, added):
+        original(self, added[: len(added) // 2])
+        raise MemoryError
+
+    monkeypatch.setattr(ExactIndex, "extend", out_of_memory)
+    with pytest.raises(MemoryError):
+        distinct.extend(rows[100:])
+    monkeypatch.undo()
+    distinct.truncate(100)  # as the engine does when anything goes wrong
+    distinct.extend(rows[100:])
+    every = ExactIndex(12, k)
+    every.extend(rows)
+    expected, found = (index.search(rows, np.arange(300)) for index in (every, distinct))
+    np.testing.assert_array_equal(found.positions, expected.positions)
+    np.testing.assert_array_equal(distinct.rows(0, 300), rows)
+
+
 def test_each_rank_spares_its_own_copies():
     rows = pile(700, 15)
     every = ExactIndex(12, 4)

@@ -47,29 +47,37 @@ class DistinctIndex:
         held_before = len(self._held_at)
         to_hold: list[int] = []
         like = np.empty(len(rows), np.int64)
+        new_first: dict[int, int] = {}  # nothing is remembered of rows that could not be added
+        new_copies: dict[int, int] = {}
         for number, row in enumerate(rows):
             # k + 1 different rows would have to share 64 bits for one to be missed.
             next_held, digest = held_before + len(to_hold), hash(row.tobytes())
-            first = self._first.setdefault(digest, next_held)
-            copies = 0 if first == next_held else self._copies.get(digest, 1)
-            if copies == self.k:
+            first = self._first.get(digest, new_first.get(digest))
+            copies = new_copies.get(digest, self._copies.get(digest, 1))
+            if first is not None and copies == self.k:
                 like[number] = first
                 continue
-            if copies:
-                self._copies[digest] = copies + 1
+            if first is None:
+                new_first[digest] = next_held
+            else:
+                new_copies[digest] = copies + 1
             like[number] = next_held
             to_hold.append(number)
         self._held.extend(rows if len(to_hold) == len(rows) else rows[to_hold])
         at = len(self._like) + np.array(to_hold, np.int64)
         self._held_at = np.concatenate([self._held_at, at])
         self._like = np.concatenate([self._like, like])
+        self._first.update(new_first)
+        self._copies.update(new_copies)
 
     def truncate(self, count: int) -> None:
-        """As `NeighborIndex.truncate`."""
-        if count >= self.count:
+        """As `NeighborIndex.truncate`; also clears away what a failed `extend` left."""
+        held_count = int(np.searchsorted(self._held_at, count))
+        self._held.truncate(held_count)
+        if count >= self.count and held_count == len(self._held_at):
             return
-        held = self._held.rows(0, int(np.searchsorted(self._held_at, count)))
-        held_at, like = self._held_at[: len(held)], self._like[:count]
+        held = self._held.rows(0, held_count)
+        held_at, like = self._held_at[:held_count], self._like[:count]
         self._held.truncate(0)
         self._held_at = self._like = np.empty(0, np.int64)
         self._first, self._copies = {}, {}
