@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from usearch.index import Index
 
-from infogrowth.growth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.exact import ExactIndex
 
 QUERIES = 8192
 

@@ -12,6 +12,7 @@ GROUND = {"errors", "files", "annotations", "config", "randomness", "distributed
 # Lowest first; rooms in one layer may not import each other, except where a room is named below.
 LAYERS = [
     GROUND,
+    {"neighbors"},
     {"data", "growth"},
     {"blip"},
     {"encoders"},

@@ -13,7 +13,7 @@ from infogrowth.growth.admission import admit
 from infogrowth.growth.cleaning import choose_min_align, is_below
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.passes import WAITING_REASONS, waiting_ids
-from infogrowth.growth.rows import row_products
+from infogrowth.neighbors.rows import row_products
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import trouble_reasons
-from infogrowth.growth.rows import as_matrix, unit_rows
+from infogrowth.neighbors.rows import as_matrix, unit_rows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Reason, Recaption
-from infogrowth.growth.rows import Trouble, as_matrix, row_products, unit_rows
+from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
 
 _SWAPS = 32  # swapped partners tried per seed when min_align is chosen from the seeds
 

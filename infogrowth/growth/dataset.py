@@ -12,8 +12,8 @@ import numpy as np
 
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import SPACES
-from infogrowth.growth.neighbors import INDEX_KINDS, NeighborIndex, create_index
-from infogrowth.growth.rows import as_matrix, unit_rows
+from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
+from infogrowth.neighbors.rows import as_matrix, unit_rows
 
 MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, and tells nothing
 

@@ -33,7 +33,7 @@ from infogrowth.growth.decisions import (
     Verdict,
 )
 from infogrowth.growth.gain import mean_distance
-from infogrowth.growth.neighbors import Neighbors
+from infogrowth.neighbors import Neighbors
 
 __all__ = ["InfoGrowth", "Recaption"]
 

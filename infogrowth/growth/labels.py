@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infogrowth.growth.neighbors.base import Neighbors, merge_neighbors
-from infogrowth.growth.rows import row_products
+from infogrowth.neighbors.base import Neighbors, merge_neighbors
+from infogrowth.neighbors.rows import row_products
 
 BLOCK_ROWS = 512  # samples solved together: pairs within a block are compared directly
 

@@ -7,7 +7,7 @@ import torch
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import choose_min_align
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.rows import Trouble, fold_sum, row_products, unit_rows
+from infogrowth.neighbors.rows import Trouble, fold_sum, row_products, unit_rows
 
 
 def test_unit_rows_are_correctly_rounded_and_bringing_them_to_length_twice_changes_nothing():

@@ -8,7 +8,7 @@ import pytest
 
 from infogrowth.growth.decisions import DecisionBatch
 from infogrowth.growth.engine import InfoGrowth, Recaption
-from infogrowth.growth.neighbors import cells, pruned
+from infogrowth.neighbors import cells, pruned
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(GOLDEN / "selection_seed0.npz")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from infogrowth.growth.neighbors.base import NeighborIndex, Neighbors
+from infogrowth.neighbors.base import NeighborIndex, Neighbors
 
 
 class LocalIndex(NeighborIndex, Protocol):

@@ -18,9 +18,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from infogrowth.growth.neighbors.base import Neighbors
-from infogrowth.growth.neighbors.cells import BLOCK_ROWS, CACHED_PRODUCTS, Blocks, Cells
-from infogrowth.growth.neighbors.exact import ExactIndex, full_float32
+from infogrowth.neighbors.base import Neighbors
+from infogrowth.neighbors.cells import BLOCK_ROWS, CACHED_PRODUCTS, Blocks, Cells
+from infogrowth.neighbors.exact import ExactIndex, full_float32
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from infogrowth.growth.neighbors import exact
-from infogrowth.growth.neighbors.exact import ExactIndex
-from infogrowth.growth.rows import unit_rows
+from infogrowth.neighbors import exact
+from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.rows import unit_rows
 
 
 def brute_force(rows, queries, visible, k):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from infogrowth.growth.neighbors import cells as cells_module
-from infogrowth.growth.neighbors import create_index, pruned
-from infogrowth.growth.neighbors.cells import CACHED_PRODUCTS, Cells
-from infogrowth.growth.neighbors.exact import ExactIndex
-from infogrowth.growth.neighbors.pruned import PrunedIndex
-from infogrowth.growth.rows import unit_rows
+from infogrowth.neighbors import cells as cells_module
+from infogrowth.neighbors import create_index, pruned
+from infogrowth.neighbors.cells import CACHED_PRODUCTS, Cells
+from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.pruned import PrunedIndex
+from infogrowth.neighbors.rows import unit_rows
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from infogrowth.growth.neighbors.distinct import DistinctIndex
-from infogrowth.growth.neighbors.exact import ExactIndex
-from infogrowth.growth.neighbors.sharded import ShardedIndex
-from infogrowth.growth.rows import unit_rows
+from infogrowth.neighbors.distinct import DistinctIndex
+from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.rows import unit_rows
+from infogrowth.neighbors.sharded import ShardedIndex
 
 
 def pile(count, distinct, seed=0):

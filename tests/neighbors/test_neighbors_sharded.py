@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infogrowth.growth.neighbors.base import merge_neighbors
-from infogrowth.growth.neighbors.exact import ExactIndex
-from infogrowth.growth.neighbors.sharded import ShardedIndex
-from infogrowth.growth.rows import unit_rows
+from infogrowth.neighbors.base import merge_neighbors
+from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.rows import unit_rows
+from infogrowth.neighbors.sharded import ShardedIndex
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.neighbors import approximate, create_index
-from infogrowth.growth.neighbors.approximate import ApproximateIndex
-from infogrowth.growth.neighbors.exact import ExactIndex
-from infogrowth.growth.rows import unit_rows
+from infogrowth.neighbors import approximate, create_index
+from infogrowth.neighbors.approximate import ApproximateIndex
+from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.rows import unit_rows
 from infogrowth.randomness import generator
 
 DIMENSION = 24
@@ -115,7 +115,7 @@ def test_a_truncated_index_answers_as_if_it_had_never_held_more(rows):
 
 
 def test_a_restored_approximate_dataset_grows_on_as_if_never_interrupted(rows, monkeypatch):
-    monkeypatch.setattr("infogrowth.growth.neighbors.AUTO_EXACT_ROWS", 1000)
+    monkeypatch.setattr("infogrowth.neighbors.AUTO_EXACT_ROWS", 1000)
     ids = [f"s{number}" for number in range(COUNT)]
     whole = InfoGrowth(min_align=-1.0, device="cpu")
     whole.process(ids, ids, rows, rows[::-1])

@@ -25,7 +25,7 @@ import faiss
 import numpy as np
 import torch
 
-from infogrowth.growth.neighbors.base import GrowingRows
+from infogrowth.neighbors.base import GrowingRows
 
 ROWS_PER_CELL = 192
 MOST_CELLS = 1024  # visiting more costs more than smaller cells save

@@ -15,10 +15,10 @@ import faiss
 import numpy as np
 import torch
 
-from infogrowth.growth.neighbors.base import Neighbors, merge_neighbors
-from infogrowth.growth.neighbors.exact import full_float32
-from infogrowth.growth.neighbors.pruned import PrunedIndex
-from infogrowth.growth.rows import row_products
+from infogrowth.neighbors.base import Neighbors, merge_neighbors
+from infogrowth.neighbors.exact import full_float32
+from infogrowth.neighbors.pruned import PrunedIndex
+from infogrowth.neighbors.rows import row_products
 from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from infogrowth.growth.neighbors.base import GrowingRows, Neighbors
-from infogrowth.growth.neighbors.selection import (
+from infogrowth.neighbors.base import GrowingRows, Neighbors
+from infogrowth.neighbors.rows import fold_sum
+from infogrowth.neighbors.selection import (
     GROUP,
     NOTHING,
     best_first,
@@ -26,7 +27,6 @@ from infogrowth.growth.neighbors.selection import (
     take_best,
     whole_groups,
 )
-from infogrowth.growth.rows import fold_sum
 
 log = logging.getLogger(__name__)
 

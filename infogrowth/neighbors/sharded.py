@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from infogrowth.growth.neighbors.base import NeighborIndex, Neighbors, merge_neighbors
+from infogrowth.neighbors.base import NeighborIndex, Neighbors, merge_neighbors
 
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 """Brings each rank's array (first dimensions may differ) to all ranks, in rank order."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from infogrowth.growth.neighbors.base import NeighborIndex, Neighbors
-from infogrowth.growth.neighbors.distinct import DistinctIndex, LocalIndex
+from infogrowth.neighbors.base import NeighborIndex, Neighbors
+from infogrowth.neighbors.distinct import DistinctIndex, LocalIndex
 
 __all__ = ["INDEX_KINDS", "NeighborIndex", "Neighbors", "create_index"]
 
@@ -37,17 +37,17 @@ def _local_index(kind: str, dimension: int, k: int, device: Any, memory_mb: floa
     import torch
 
     if torch.device(device).type != "cpu":
-        from infogrowth.growth.neighbors.exact import ExactIndex
+        from infogrowth.neighbors.exact import ExactIndex
 
         if kind == "approximate":
             log.info("The approximate index is for CPUs; on %s exact search is faster.", device)
         return ExactIndex(dimension, k, device, memory_mb)
     if kind == "exact":
-        from infogrowth.growth.neighbors.pruned import PrunedIndex
+        from infogrowth.neighbors.pruned import PrunedIndex
 
         return PrunedIndex(dimension, k, memory_mb)
 
-    from infogrowth.growth.neighbors.approximate import ApproximateIndex
+    from infogrowth.neighbors.approximate import ApproximateIndex
 
     if kind == "approximate":
         return ApproximateIndex(dimension, k, memory_mb)
@@ -66,7 +66,7 @@ def _spread(local: NeighborIndex, device: Any) -> NeighborIndex:
     import torch
 
     from infogrowth import distributed
-    from infogrowth.growth.neighbors.sharded import ShardedIndex
+    from infogrowth.neighbors.sharded import ShardedIndex
 
     def gather(array: Any) -> list[Any]:
         tensor = torch.from_numpy(array).to(device)
