@@ -117,3 +117,21 @@ def test_the_writers_command_works_as_written(tmp_path):
         {"image": "b", "caption": "a teal b"},
     ]
     assert (tmp_path / "your_path/lmdb_val/data.mdb").exists()
+
+
+def test_every_section_that_the_code_cites_stands_in_the_contract():
+    contract = (ROOT / "docs/contract.md").read_text()
+    cited = {
+        section
+        for path in (ROOT / "infogrowth").rglob("*.py")
+        for section in re.findall(r"spec §(\d+)", path.read_text())
+    }
+    assert cited
+    assert [s for s in cited if not re.search(rf"^## {s}\. ", contract, re.MULTILINE)] == []
+
+
+def test_every_test_that_the_table_of_departures_names_exists():
+    table = (ROOT / "docs/contract.md").read_text().split("## 10. ")[1]
+    named = re.findall(r"`([\w/]+/test_\w+\.py)`", table)
+    assert len(named) >= 10
+    assert [name for name in named if not (ROOT / "tests" / name).exists()] == []
