@@ -15,6 +15,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import infogrowth.threads  # noqa: F401 - before torch
+
 import numpy as np
 import torch
 from tqdm import tqdm

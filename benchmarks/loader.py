@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import infogrowth.threads  # noqa: F401 - before torch
+
 import numpy as np
 import torch
 from PIL import Image

@@ -12,6 +12,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import infogrowth.threads  # noqa: F401 - before torch
+
 import torch
 
 from infogrowth import distributed

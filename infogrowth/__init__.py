@@ -8,12 +8,16 @@ The names below are loaded when first used, so that ``import infogrowth`` stays 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from infogrowth import threads
+
 if TYPE_CHECKING:
     from infogrowth.annotations import gains_array, load_annotations, save_annotations
     from infogrowth.errors import UserError
     from infogrowth.growth.decisions import Decision
     from infogrowth.growth.engine import InfoGrowth, Recaption
     from infogrowth.growth.sampling import GainSampler
+
+threads.set_defaults()  # here, for this runs before anything that loads torch
 
 __version__ = "0.1.0"
 __all__ = [

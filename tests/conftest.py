@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import infogrowth.threads  # noqa: F401 - before any test loads torch
+
 import pytest
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-GROUND = {"errors", "files", "annotations", "config", "randomness", "distributed"}
+GROUND = {"errors", "files", "annotations", "config", "randomness", "distributed", "threads"}
 # Lowest first; rooms in one layer may not import each other, except where a room is named below.
 LAYERS = [
     GROUND,
@@ -69,6 +69,29 @@ def test_only_the_launcher_room_of_the_package_is_imported_by_programs(repositor
     """Programs in scripts/ and train/ use the installed package: no path tricks."""
     for program in [*repository.glob("scripts/*.py"), *repository.glob("train/*.py")]:
         assert "sys.path" not in program.read_text(), f"{program.name} meddles with sys.path"
+
+
+LOADS_TORCH = {"torch", "torchvision", "timm", "transformers", "fairscale", "torchmetrics"}
+PROGRAMS = [
+    path
+    for folder in ("scripts", "train", "benchmarks")
+    for path in sorted((PACKAGE.parent / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(PACKAGE.parent)))
+def test_programs_import_the_package_before_torch(path):
+    """How threads wait is read when torch is loaded; `import infogrowth` sets it (threads.py)."""
+    body = ast.parse(path.read_text()).body
+    packages = [
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+        for node in body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    torch_at = [number for number, name in enumerate(packages) if name in LOADS_TORCH]
+    assert not torch_at or "infogrowth" in packages[: torch_at[0]], (
+        "put `import infogrowth.threads  # noqa: F401` first"
+    )
 
 
 @pytest.mark.parametrize(
