@@ -30,7 +30,7 @@ test: setup
 
 # The report's pages in a real browser; installs Chromium (Debian's package) and axe-core (npm).
 test-browser: setup
-	scripts/install_browser.sh
+	scripts/making/install_browser.sh
 	$(PYTHON) -m pytest -m browser
 
 check: setup

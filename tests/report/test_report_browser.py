@@ -30,7 +30,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert program and driver and AXE.is_file(), "run scripts/install_browser.sh first"
+    assert program and driver and AXE.is_file(), "run scripts/making/install_browser.sh first"
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for flag in FLAGS.split():

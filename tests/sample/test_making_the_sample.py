@@ -1,4 +1,4 @@
-"""The parts of scripts/make_sample.py that need no network: same seed, same bytes."""
+"""The parts of scripts/making/make_sample.py that need no network: same seed, same bytes."""
 
 import importlib
 import io
@@ -13,8 +13,8 @@ from infogrowth.randomness import generator
 
 @pytest.fixture
 def part(repository, monkeypatch):
-    """Import one module of scripts/ the way the scripts themselves do."""
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    """Import one module of scripts/making/ the way the scripts themselves do."""
+    monkeypatch.syspath_prepend(str(repository / "scripts" / "making"))
     return importlib.import_module
 
 

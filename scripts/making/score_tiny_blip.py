@@ -1,6 +1,6 @@
 """Score an encoder on the bundled sample: does alignment tell right captions from swapped ones?
 
-    python scripts/score_tiny_blip.py --encoder infogrowth/assets/tiny_blip
+    python scripts/making/score_tiny_blip.py --encoder infogrowth/assets/tiny_blip
 
 Prints one JSON object. With --captioner it also writes a caption for every swapped pair's picture
 and counts those that the encoder finds well aligned.
@@ -34,7 +34,7 @@ BATCH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Options of scripts/score_tiny_blip.py."""
+    """Options of scripts/making/score_tiny_blip.py."""
 
     encoder: str = option("tiny", "encoder to score: a BLIP folder, a checkpoint, or a name")
     captioner: str | None = option(None, "captioner to score as well")

@@ -1,6 +1,6 @@
 """Train a small lower-case WordPiece vocabulary on the captions of an annotation file.
 
-    python scripts/train_vocabulary.py --annotations FILE.json --size 2500 --output vocab.txt
+    python scripts/making/train_vocabulary.py --annotations FILE.json --size 2500 --output vocab.txt
 
 The special tokens stand first, as in BERT's; [DEC] and [ENC] are appended when it is loaded.
 """
@@ -27,7 +27,7 @@ ALWAYS = "a picture of"
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyConfig:
-    """Options of scripts/train_vocabulary.py."""
+    """Options of scripts/making/train_vocabulary.py."""
 
     annotations: str = option(help="annotation JSON whose captions are learned")
     output: str = option(help="vocab.txt to write")

@@ -1,8 +1,8 @@
 """Takes the README's picture of a report: the page at desktop width, in Debian's Chromium.
 
-    python scripts/report_picture.py output/demo/report.html docs/report.png
+    python scripts/making/report_picture.py output/demo/report.html docs/report.png
 
-Needs what scripts/install_browser.sh installs.
+Needs what scripts/making/install_browser.sh installs.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 # Installs what the browser tests of the report need: Chromium with its driver (Debian packages) and
 # axe-core, the accessibility checker (npm), in .browser/. Does nothing for what is there already.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 AXE=4.14.1
 

@@ -1,7 +1,7 @@
 """Make processed_data/sample and its companions, or the pictures that train the tiny BLIP.
 
-    python scripts/make_sample.py
-    python scripts/make_sample.py --training_set output/tiny_blip
+    python scripts/making/make_sample.py
+    python scripts/making/make_sample.py --training_set output/tiny_blip
 
 Needs npm (for the pinned packages) and `pip install resvg-py` (to draw them).
 The same seed gives the same bytes. Artists of the sample never appear in the training set, and
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from sample_parts.artists import Drawing, read_drawings, render
 from sample_parts.concepts import captions, read_concepts
 from sample_parts.lookalikes import SAME_PICTURE, nearest, signatures
@@ -30,12 +31,14 @@ from infogrowth.randomness import generator
 
 PAIRS, SEEDS, SHARD_SIZE = 2200, 220, 500
 SWAPPED_SHARE, COPIED_SHARE = 0.20, 0.08
+WORDINGS = 24  # captions of a training picture, at most; each visit reads one of them
+STORED_SIZE = 96  # pixels of a training picture: decoded quickly, and enough for 64 at any crop
 RETRIEVAL = {"train": 240, "val": 80, "test": 120}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Options of scripts/make_sample.py."""
+    """Options of scripts/making/make_sample.py."""
 
     output: str = option("processed_data", "folder for the sample and its companions")
     training_set: str | None = option(None, "folder for training pictures, to make them instead")
@@ -159,8 +162,12 @@ def write_retrieval(output: Path, drawings: list[Drawing], seed: int) -> None:
 
 
 def make_training_set(output: Path, cache: Path, seed: int) -> None:
-    """Other artists' pictures as shards, and train.json with several captions for each of them."""
+    """Other artists' pictures as shards, and train.json with many captions and a concept for each.
+
+    Symbols and flags are left out, as they are in the sample.
+    """
     drawings = artists_drawings("training pictures", cache)
+    drawings = [drawing for drawing in drawings if not drawing.concept.symbolic]
     images = [render(drawing) for drawing in drawings]
     near = looks_like_sample(images, cache)
     folder = output / "shards"
@@ -171,10 +178,18 @@ def make_training_set(output: Path, cache: Path, seed: int) -> None:
         if near[number]:
             continue
         key = key_of(len(pictures), 1000)
-        texts = captions(drawing.concept, generator(seed, "training", number), 8, drawing.own_name)
-        data = encode(image, "png")
+        rng = generator(seed, "training", number)
+        texts = captions(drawing.concept, rng, WORDINGS, drawing.own_name)
+        data = encode(image.resize((STORED_SIZE, STORED_SIZE), Image.Resampling.BOX), "png")
         pictures.append(Picture(key, texts[0], source_of(drawing), "png", data))
-        annotations.append({"image": key, "caption": texts})
+        annotations.append(
+            {
+                "image": key,
+                "caption": texts,
+                "concept": drawing.concept.code,
+                "artist": drawing.artist,
+            }
+        )
     write_shards(folder, pictures, 1000)
     write_lines(output / "train.json", annotations)
     artists = sorted({drawing.artist for drawing in drawings})
@@ -199,7 +214,8 @@ def source_of(drawing: Drawing) -> str:
     """Where a picture comes from, as a package URL."""
     package = by_artist(drawing.artist)
     name = package.name.replace("@", "%40")
-    return f"pkg:npm/{name}@{package.version}#icons.json/{drawing.icon}"
+    member = package.font or "icons.json"
+    return f"pkg:npm/{name}@{package.version}#{member}/{drawing.icon}"
 
 
 def write_sources(path: Path) -> None:
