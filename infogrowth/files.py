@@ -1,14 +1,18 @@
 """Files that are written whole or not at all, and JSON that says where it is broken."""
 
+import io
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from infogrowth.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEMPORARY_MARK = ".tmp-"
 
@@ -79,6 +83,17 @@ def atomic_write_json(
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     with atomic_write(path, "w") as file:
         file.write(text + "\n")
+
+
+def atomic_write_array(path: str | os.PathLike[str], rows: "np.ndarray") -> None:
+    """Write an array as a .npy file through :func:`atomic_write`."""
+    import numpy as np
+
+    # Through memory: numpy's own writing to a file reports a full disk without naming the reason.
+    content = io.BytesIO()
+    np.save(content, rows, allow_pickle=False)
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
 
 
 def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:

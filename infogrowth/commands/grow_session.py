@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth.commands.recaption_table import RecaptionTable
-from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
+from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.errors import UserError
 from infogrowth.growth.engine import InfoGrowth

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from infogrowth.data.feature_stream import FeatureStream
+from infogrowth.data.features import FeatureStream
 from infogrowth.growth.decisions import Recaption
 
 

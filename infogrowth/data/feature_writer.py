@@ -6,7 +6,6 @@
 A shard counts as finished once ``finished/{i}.json`` is there, which is written last.
 """
 
-import io
 import json
 import os
 from collections import Counter
@@ -19,7 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write, atomic_write_json, read_json, remove_leftovers
+from infogrowth.files import (
+    atomic_write,
+    atomic_write_array,
+    atomic_write_json,
+    read_json,
+    remove_leftovers,
+)
 
 _FOLDERS = ("img_emb", "text_emb", "metadata", "finished", "skipped")
 
@@ -89,7 +94,7 @@ class FeatureWriter:
             raise ValueError(f"shard {index}: lengths differ: {lengths}")
         for name, features in (("img_emb", image), ("text_emb", text)):
             if features is not None:
-                _write_array(self.directory / files[name], _half_unit_rows(features))
+                atomic_write_array(self.directory / files[name], _half_unit_rows(features))
         files["metadata"] = self._name("metadata", index)
         with atomic_write(self.directory / files["metadata"]) as file:
             pq.write_table(_metadata_table(columns), file)
@@ -103,7 +108,7 @@ class FeatureWriter:
         counts: Counter[str] = Counter()
         with atomic_write(self.directory / "skipped.jsonl", "w") as merged:
             for index in sorted(self.finished_shards()):
-                for line in self._skipped_file(index).read_text(encoding="utf-8").splitlines():
+                for line in self._skipped_file(index).read_bytes().splitlines():
                     entry = json.loads(line)
                     counts[entry["reason"]] += 1
                     merged.write(_json_line(entry))
@@ -122,8 +127,8 @@ class FeatureWriter:
         return f"{index:0{self.width}d}"
 
     def _name(self, kind: str, index: int) -> str:
-        ending = "parquet" if kind == "metadata" else "npy"
-        return f"{kind}/{kind}_{self._number(index)}.{ending}"
+        extension = "parquet" if kind == "metadata" else "npy"
+        return f"{kind}/{kind}_{self._number(index)}.{extension}"
 
     def _marker(self, index: int) -> Path:
         return self.directory / "finished" / f"{self._number(index)}.json"
@@ -150,11 +155,3 @@ def _half_unit_rows(features: np.ndarray) -> np.ndarray:
     norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1, keepdims=True))
     with np.errstate(invalid="ignore", over="ignore"):
         return (rows / np.where(norms > 0, norms, 1)).astype(np.float16)
-
-
-def _write_array(path: Path, rows: np.ndarray) -> None:
-    # Through memory: numpy's own writing to a file tells a full disk without saying so.
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())

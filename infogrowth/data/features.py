@@ -1,24 +1,90 @@
-"""The door to features: open any supported folder or file as one stream; write our own shards.
+"""Features of samples as one stream, whatever folder or file they lie in.
 
-Layouts: clip-retrieval / LAION shards (feature_shards.py), DataComp's pairs of parquet and npz,
-and single .npz / .pth files of arrays (feature_sources.py).
+Rows come as they are stored; the growth engine brings them to unit length.
 """
 
+import bisect
+import hashlib
+import itertools
+import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infogrowth.data.feature_shards import find_shards
-from infogrowth.data.feature_sources import find_datacomp, read_arrays
-from infogrowth.data.feature_stream import FeatureBatch, FeatureShard, FeatureStream
-from infogrowth.data.feature_writer import FeatureWriter
+import numpy as np
+
+from infogrowth.data.feature_files import reading
+from infogrowth.data.feature_layouts import (
+    FeatureShard,
+    arrays_shard,
+    find_datacomp,
+    find_shards,
+)
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
-__all__ = ["SPACES", "FeatureBatch", "FeatureStream", "FeatureWriter", "open_features"]
-
 SPACES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Some consecutive samples: ids and captions (``""`` where missing), features as stored.
+
+    ``image`` and ``text`` are ``(n, D) float32``, not cleaned and not unit length, or None for a
+    space that was not asked for; ``extra`` holds further metadata columns, n values each; ``rows``
+    are the samples' row numbers in the stream.
+    """
+
+    ids: list[str]
+    captions: list[str]
+    image: np.ndarray | None
+    text: np.ndarray | None
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "FeatureBatch":
+        """The samples at the given positions of this batch."""
+        chosen = rows.tolist()
+        return FeatureBatch(
+            [self.ids[row] for row in chosen],
+            [self.captions[row] for row in chosen],
+            None if self.image is None else self.image[rows],
+            None if self.text is None else self.text[rows],
+            {name: [column[row] for row in chosen] for name, column in self.extra.items()},
+            self.rows[rows],
+        )
+
+    def slice(self, start: int, stop: int) -> "FeatureBatch":
+        """The samples ``start … stop − 1``; the features are views, not copies."""
+        return FeatureBatch(
+            self.ids[start:stop],
+            self.captions[start:stop],
+            None if self.image is None else self.image[start:stop],
+            None if self.text is None else self.text[start:stop],
+            {name: column[start:stop] for name, column in self.extra.items()},
+            self.rows[start:stop],
+        )
+
+    @staticmethod
+    def join(batches: Sequence["FeatureBatch"]) -> "FeatureBatch":
+        """Consecutive batches as one."""
+        if len(batches) == 1:
+            return batches[0]
+        first = batches[0]
+        return FeatureBatch(
+            [sample for batch in batches for sample in batch.ids],
+            [caption for batch in batches for caption in batch.captions],
+            _joined([batch.image for batch in batches]),
+            _joined([batch.text for batch in batches]),
+            {name: [v for batch in batches for v in batch.extra[name]] for name in first.extra},
+            np.concatenate([batch.rows for batch in batches]),
+        )
 
 
 def open_features(
@@ -26,7 +92,7 @@ def open_features(
     spaces: Sequence[str] = SPACES,
     key: str | None = None,
     extra: Sequence[str] = (),
-) -> FeatureStream:
+) -> "FeatureStream":
     """Open a features folder or file of any supported layout.
 
     Args:
@@ -42,23 +108,178 @@ def open_features(
     """
     path = Path(path)
     if path.is_file():
-        return FeatureStream(path, "arrays", [read_arrays(path, spaces, extra)], {})
+        return FeatureStream(path, "arrays", [arrays_shard(path, spaces, extra)], {})
     if not path.is_dir():
         raise UserError(f"the features {path} do not exist; check the path")
     description = _describe(path)
-    shards: Sequence[FeatureShard]
     if shards := find_shards(path, spaces, extra):
         _refuse_missing(path, description, len(shards))
         return FeatureStream(path, "clip-retrieval", shards, description)
-    if description.get("shards") == 0:  # nothing wanted a caption, or nothing could be embedded
+    if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
         return FeatureStream(path, "clip-retrieval", [], description)
     if found := find_datacomp(path, spaces, key, extra):
-        shards, encoder = found
-        return FeatureStream(path, "DataComp", shards, {"encoder": {"name": encoder}})
+        shards, chosen = found
+        description = {"encoder": {"name": f"DataComp {chosen}"}}
+        return FeatureStream(path, "DataComp", shards, description)
     raise UserError(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
     )
+
+
+class FeatureStream:
+    """The samples of a features folder in shard order, then row order.
+
+    Attributes:
+        path: the folder or file, as given.
+        layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
+        rows: number of samples.
+        dimensions: feature width per space that is read.
+        description: features.json of a folder written by ``embed``, else what is known.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layout: str,
+        shards: Sequence[FeatureShard],
+        description: dict[str, Any],
+    ):
+        self.path = str(path)
+        self.layout = layout
+        self.shards = list(shards)
+        self.description = description
+        self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
+        self.rows = self._ends[-1] if self._ends else 0
+        self.dimensions = _common_dimensions(self.shards)
+        self._signatures: list[bytes] = []
+
+    @property
+    def dimension(self) -> int:
+        """The one width of all features.
+
+        Raises:
+            UserError: image and text features differ in width, so no cosine exists between them.
+        """
+        widths = set(self.dimensions.values())
+        if not widths:
+            raise UserError(f"the features {self.path} hold no samples")
+        if len(widths) > 1:
+            listed = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
+            raise UserError(
+                f"the features of {self.path} differ in dimension ({listed}); image and text "
+                "features must come from one dual encoder"
+            )
+        return widths.pop()
+
+    @property
+    def encoder(self) -> dict[str, Any] | None:
+        """``{"name", "fingerprint", …}`` of the encoder, when the folder records it."""
+        encoder = self.description.get("encoder")
+        return encoder if isinstance(encoder, dict) else None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many samples got no features, by reason, as ``embed`` recorded it.
+
+        Raises:
+            UserError: the record is damaged; the sentence names the file.
+        """
+        recorded = self.description.get("skipped")
+        if recorded is None:
+            return _count_skipped(Path(self.path) / "skipped.jsonl")
+        counts = recorded if isinstance(recorded, dict) else {"": None}
+        for reason, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                shown = f"{count!r} for {reason!r}" if counts is recorded else repr(recorded)
+                raise UserError(
+                    f'"skipped" must be counts by reason in {Path(self.path) / "features.json"}, '
+                    f"not {shown[:60]}"
+                )
+        return dict(counts)
+
+    def batches(
+        self,
+        batch_size: int,
+        start_row: int = 0,
+        stop_row: int | None = None,
+        choose: Callable[[FeatureBatch], np.ndarray] | None = None,
+    ) -> Iterator[FeatureBatch]:
+        """Batches of ``batch_size`` samples (the last may be smaller) of the given rows, in order.
+
+        Args:
+            choose: the samples to take of a batch, as ``(n,) bool``; the batches are filled up
+                with what follows, and ``rows`` gives the samples' row numbers. None takes all.
+        """
+        stop = self.rows if stop_row is None else stop_row
+        pieces: list[FeatureBatch] = []
+        missing = batch_size
+        for piece in self._pieces(batch_size, start_row, stop):
+            if choose is not None:
+                taken = np.flatnonzero(choose(piece))
+                piece = piece if len(taken) == len(piece) else piece.take(taken)
+            while len(piece) >= missing:
+                yield FeatureBatch.join([*pieces, piece.slice(0, missing)])
+                piece = piece.slice(missing, len(piece))
+                pieces, missing = [], batch_size
+            if len(piece):
+                pieces.append(piece)
+                missing -= len(piece)
+        if pieces:
+            yield FeatureBatch.join(pieces)
+
+    def row(self, number: int) -> FeatureBatch:
+        """One sample, as a batch of one."""
+        shard = bisect.bisect_right(self._ends, number)
+        return self._read(shard, number, number + 1)
+
+    def fingerprint(self, rows: int) -> str:
+        """A digest of the shards that hold the first ``rows`` samples: the same features again
+        (copied elsewhere, or with more shards added) have the same one."""
+        digest = hashlib.blake2b(digest_size=16)
+        first = 0
+        for number, shard in enumerate(self.shards):
+            if first >= rows:
+                break
+            if number == len(self._signatures):
+                self._signatures.append(shard.signature())
+            digest.update(self._signatures[number])
+            first += shard.rows
+        return digest.hexdigest()
+
+    def _pieces(self, size: int, start_row: int, stop_row: int) -> Iterator[FeatureBatch]:
+        """Slices of single shards, at most ``size`` samples each."""
+        first = 0
+        for number, end in enumerate(self._ends):
+            for start in range(max(start_row, first), min(stop_row, end), size):
+                yield self._read(number, start, min(start + size, stop_row, end))
+            first = end
+            self.shards[number].release()
+
+    def _read(self, shard: int, start: int, stop: int) -> FeatureBatch:
+        """Rows ``start … stop − 1`` of the stream, which lie in one shard."""
+        first = self._ends[shard] - self.shards[shard].rows
+        columns, features = self.shards[shard].read(start - first, stop - first)
+        return FeatureBatch(
+            columns.ids,
+            columns.captions,
+            features.get("image"),
+            features.get("text"),
+            columns.extra,
+            np.arange(start, stop),
+        )
+
+
+def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:
+    dimensions = dict(shards[0].dimensions) if shards else {}
+    for shard in shards:
+        for space, width in shard.dimensions.items():
+            if width != dimensions[space]:
+                raise UserError(
+                    f"{shard.name} has {space} features of dimension {width}, but "
+                    f"{shards[0].name} has {dimensions[space]}; one folder holds one encoder's"
+                )
+    return dimensions
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -80,6 +301,27 @@ def _refuse_missing(path: Path, description: dict[str, Any], found: int) -> None
     planned = description.get("shards")
     if isinstance(planned, int) and planned != found:
         raise UserError(
-            f"{path} has {found} feature shards, but its features.json tells of {planned}; "
+            f"{path} has {found} feature shards, but its features.json counts {planned}; "
             "files are missing, write them again with `python -m infogrowth embed`"
         )
+
+
+def _count_skipped(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        return {}
+    counts: Counter[str] = Counter()
+    with reading(path):
+        lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
+    for number, line in enumerate(lines, start=1):
+        try:
+            reason = json.loads(line)["reason"]
+            reason.encode("utf-8")  # half a surrogate pair could not be written again
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
+        counts[reason] += 1
+    return dict(counts)
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None

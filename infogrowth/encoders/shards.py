@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infogrowth import distributed
-from infogrowth.data.features import FeatureWriter
+from infogrowth.data.feature_writer import FeatureWriter
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write_json, read_json
 

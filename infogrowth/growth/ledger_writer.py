@@ -8,7 +8,6 @@ an earlier one, that one was lost, and the folder is refused as it is.
 """
 
 import fcntl
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write, atomic_write_json, remove_leftovers
+from infogrowth.files import (
+    atomic_write,
+    atomic_write_array,
+    atomic_write_json,
+    remove_leftovers,
+)
 from infogrowth.growth.ledger import (
     FORMAT,
     SCHEMA,
@@ -129,7 +133,7 @@ class GrowthLedger:
             for space, parts in self._features.items():
                 if parts:
                     rows = np.concatenate(parts)
-                    _write_array(self.layout.kept(space, manifest.parts), rows)
+                    atomic_write_array(self.layout.kept(space, manifest.parts), rows)
             with atomic_write(self.layout.decisions(manifest.parts)) as file:
                 pq.write_table(table, file, compression="zstd")
             manifest = Manifest(
@@ -208,14 +212,6 @@ def _added(totals: dict[str, Any], table: pa.Table) -> dict[str, Any]:
         reason = entry["values"]
         totals["reasons"][reason] = totals["reasons"].get(reason, 0) + entry["counts"]
     return totals
-
-
-def _write_array(path: Path, rows: np.ndarray) -> None:
-    # Through memory: numpy's own writing to a file tells a full disk without saying so.
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
 
 
 def _refuse_strangers(layout: Layout) -> None:

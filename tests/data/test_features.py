@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infogrowth.data.features import FeatureWriter, open_features
+from infogrowth.data.feature_writer import FeatureWriter
+from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -135,10 +136,13 @@ def test_a_killed_write_leaves_no_finished_shard(tmp_path, monkeypatch):
 def test_skipped_samples_are_joined_in_shard_order_and_counted(tmp_path):
     writer = FeatureWriter(tmp_path, shards=2)
     writer.write_shard(1, [], [], IMAGE[:0], TEXT[:0], skipped=[{"id": "z", "reason": "no image"}])
-    writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1], skipped=[{"id": "y", "reason": "x"}])
+    strange = "y\u2028\x85\n"  # where str.splitlines would break a line
+    writer.write_shard(
+        0, ["a"], ["b"], IMAGE[:1], TEXT[:1], skipped=[{"id": strange, "reason": "x"}]
+    )
     assert writer.merge_skipped() == {"x": 1, "no image": 1}
-    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["y", "z"]
+    lines = (tmp_path / "skipped.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [strange, "z"]
     assert open_features(tmp_path).skipped == {"x": 1, "no image": 1}
     assert writer.rows() == 1
 

@@ -1,0 +1,230 @@
+"""Layouts of feature folders: which files belong together, and in what order.
+
+clip-retrieval / LAION   img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy,
+                         metadata/metadata_{i}.parquet; row j is the same sample in all three
+DataComp                 {32-hex}.parquet (uid, text, …) and {32-hex}.npz (b32_img, b32_txt, …)
+arrays                   one .npz or .pth with ids, captions, image and text, one row per sample
+
+Other people's clip-retrieval folders are called images/, image_emb/, txt_emb/ …, number their files
+with or without zeros, or put all of them into one folder: all of that is read.
+"""
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from infogrowth.data.feature_files import (
+    Columns,
+    FeatureArray,
+    Metadata,
+    ParquetColumns,
+    file_tail,
+    open_array,
+    read_arrays,
+    reading,
+    same_rows,
+)
+from infogrowth.errors import UserError
+
+_FOLDERS = {
+    "image": ("img_emb", "image_emb", "img_embs", "image_embs", "img_embeddings", "images"),
+    "text": ("text_emb", "txt_emb", "text_embs", "txt_embs", "text_embeddings", "texts"),
+    "metadata": ("metadata", "meta"),
+}
+_PARTS = {"image": "image features", "text": "text features", "metadata": "metadata"}
+_DATACOMP_KEYS = ("b32", "l14")
+_DATACOMP_SUFFIX = {"image": "img", "text": "txt"}
+
+
+class FeatureShard:
+    """One file, or a few files side by side, that hold the same ``rows`` samples.
+
+    Args:
+        arrays: the features of each space.
+        metadata: their ids and captions.
+        sign: bytes that change when the shard's content does, found without reading all of it.
+
+    Raises:
+        UserError: row counts do not agree; the files are named.
+    """
+
+    def __init__(
+        self, arrays: Mapping[str, FeatureArray], metadata: Metadata, sign: Callable[[], bytes]
+    ):
+        self._arrays, self._metadata, self._sign = arrays, metadata, sign
+        self.name = next(iter(arrays.values())).name
+        self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
+        counts = {array.name: array.shape[0] for array in arrays.values()}
+        self.rows = same_rows({**counts, metadata.name: metadata.rows})
+
+    def read(self, start: int, stop: int) -> tuple[Columns, dict[str, np.ndarray]]:
+        """Columns and features by space of the samples ``start … stop − 1``."""
+        columns = self._metadata.read(start, stop)
+        return columns, {space: array.read(start, stop) for space, array in self._arrays.items()}
+
+    def signature(self) -> bytes:
+        """16 bytes that tell this content again, wherever it is copied to."""
+        return hashlib.blake2b(self._sign(), digest_size=16).digest()
+
+    def release(self) -> None:
+        """Forget what was loaded; called when the stream has moved on."""
+        self._metadata.release()
+        for array in self._arrays.values():
+            array.release()
+
+
+def find_shards(directory: Path, spaces: Sequence[str], extra: Sequence[str]) -> list[FeatureShard]:
+    """The folder's clip-retrieval shards in order of their numbers; empty if it has none.
+
+    Raises:
+        UserError: a space or file is missing, or row counts do not agree, each named.
+    """
+    found = {space: _numbered(directory, _FOLDERS[space], "npy") for space in ("image", "text")}
+    if not (found["image"] or found["text"]):
+        return []  # DataComp's metadata/ has names without numbers: it is not looked at here
+    found["metadata"] = _numbered(directory, _FOLDERS["metadata"], "parquet")
+    for part in (*spaces, "metadata"):
+        if not found[part]:
+            raise UserError(_missing_part(directory, part, found))
+    needed = {part: found[part] for part in (*spaces, "metadata")}
+    numbers = sorted(set().union(*needed.values()))
+    for part, files in needed.items():
+        missing = [number for number in numbers if number not in files]
+        if missing:
+            raise UserError(
+                f"shard {missing[0]} of {directory} has no {_PARTS[part]} file; "
+                "every number needs one file of each kind"
+            )
+    return [_npy_shard({part: needed[part][i] for part in needed}, extra) for i in numbers]
+
+
+def _npy_shard(files: dict[str, Path], extra: Sequence[str]) -> FeatureShard:
+    metadata = ParquetColumns(files["metadata"], extra)
+    spaces = {space: path for space, path in files.items() if space != "metadata"}
+
+    def sign() -> bytes:
+        parts = []
+        for space, path in spaces.items():
+            array = open_array(path)
+            parts += [f"{space} {array.shape} {array.dtype}".encode()]
+            parts += [array[:1].tobytes() + array[-1:].tobytes()]
+        return b"".join([*parts, file_tail(files["metadata"])])
+
+    arrays = {
+        space: FeatureArray(str(path), open_array(path).shape, partial(open_array, path))
+        for space, path in spaces.items()
+    }
+    return FeatureShard(arrays, metadata, sign)
+
+
+def find_datacomp(
+    directory: Path, spaces: Sequence[str], key: str | None, extra: Sequence[str]
+) -> tuple[list[FeatureShard], str] | None:
+    """DataComp's shards in order of their names, and which of its encoders they are from.
+
+    Returns None when the folder (or its ``metadata/``) is not DataComp's.
+
+    Raises:
+        UserError: a parquet without its npz or the other way, or ``key`` missing or ambiguous.
+    """
+    for folder in (directory, directory / "metadata"):
+        archives = {path.stem: path for path in folder.glob("*.npz")}
+        tables = {path.stem: path for path in folder.glob("*.parquet")}
+        if archives:
+            break
+    else:
+        return None
+    for stem in sorted(archives.keys() ^ tables.keys()):
+        missing = "parquet" if stem in archives else "npz"
+        raise UserError(f"{folder / stem}.{missing} is missing: DataComp's files come in pairs")
+    chosen = _datacomp_key(archives[min(archives)], key)
+    members = {space: f"{chosen}_{_DATACOMP_SUFFIX[space]}" for space in spaces}
+    stems = sorted(tables)
+    return [_datacomp_shard(archives[s], tables[s], members, extra) for s in stems], chosen
+
+
+def _datacomp_shard(
+    archive: Path, table: Path, members: dict[str, str], extra: Sequence[str]
+) -> FeatureShard:
+    def load(member: str) -> np.ndarray:
+        with reading(archive), np.load(archive, allow_pickle=False) as content:
+            return content[member]
+
+    arrays = {
+        space: FeatureArray(
+            f"{archive}:{member}", _npz_shape(archive, member), partial(load, member)
+        )
+        for space, member in members.items()
+    }
+    sign = lambda: repr(members).encode() + file_tail(archive) + file_tail(table)  # noqa: E731
+    return FeatureShard(arrays, ParquetColumns(table, extra), sign)
+
+
+def arrays_shard(path: Path, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
+    """A single ``.npz`` or ``.pth`` of arrays as a shard, see :func:`read_arrays`."""
+    arrays, metadata = read_arrays(path, spaces, extra)
+    return FeatureShard(arrays, metadata, lambda: file_tail(path))
+
+
+def _numbered(directory: Path, names: Sequence[str], extension: str) -> dict[int, Path]:
+    """Files by number: ``NAME/*{i}.extension``, or ``NAME_{i}.extension`` in the folder itself."""
+    for name in names:
+        files = sorted((directory / name).glob(f"*.{extension}"))
+        files = files or sorted(directory.glob(f"{name}*.{extension}"))
+        files = [path for path in files if ".tmp-" not in path.name]
+        if not files:
+            continue
+        by_number: dict[int, Path] = {}
+        for path in files:
+            match = re.search(r"(\d+)$", path.stem)
+            if match is None and len(files) > 1:
+                raise UserError(f"{path} has no shard number at the end of its name")
+            number = int(match[1]) if match else 0
+            if number in by_number:
+                raise UserError(f"{by_number[number]} and {path} both claim shard {number}")
+            by_number[number] = path
+        return by_number
+    return {}
+
+
+def _missing_part(directory: Path, part: str, found: dict[str, dict[int, Path]]) -> str:
+    have = " and ".join(_PARTS[space] for space in ("image", "text") if found[space])
+    advice = ""
+    if part == "text":
+        advice = "; add text_emb/, or grow in the image space alone with --modality image"
+    if part == "image":
+        advice = "; add img_emb/ (a folder of captions alone is a --recaptions table)"
+    return f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/){advice}"
+
+
+def _datacomp_key(archive: Path, key: str | None) -> str:
+    with reading(archive), zipfile.ZipFile(archive) as content:
+        members = {name.removesuffix(".npy") for name in content.namelist()}
+    present = [k for k in _DATACOMP_KEYS if any(m.startswith(f"{k}_") for m in members)]
+    if key is None and len(present) == 1:
+        return present[0]
+    if key is None and present:
+        raise UserError(f"{archive.parent} has features of b32 and l14; choose with --feature-key")
+    if key not in present:
+        have = ", ".join(sorted(members)) or "nothing"
+        raise UserError(f"{archive} has no features {key or 'b32_img, b32_txt'}: it holds {have}")
+    return key
+
+
+def _npz_shape(archive: Path, member: str) -> tuple[int, int]:
+    """The shape of an array inside a npz, from its header alone."""
+    with reading(archive), zipfile.ZipFile(archive) as content:
+        if f"{member}.npy" not in content.namelist():
+            raise UserError(f"{archive} has no array {member}; see --feature-key")
+        with content.open(f"{member}.npy") as file:
+            first = np.lib.format.read_magic(file) == (1, 0)
+            header = np.lib.format.read_array_header_1_0 if first else None
+            shape, _, dtype = (header or np.lib.format.read_array_header_2_0)(file)
+    if len(shape) != 2 or dtype.kind != "f":
+        raise UserError(f"{archive}: {member} must be floats of shape (samples, dimension)")
+    return shape
