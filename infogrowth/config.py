@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing
 
 C = TypeVar("C")
 
@@ -119,17 +119,9 @@ def config_as_dict(config: Any) -> dict[str, Any]:
 def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
+    errors = (yaml.YAMLError, UnicodeDecodeError)
+    with refusing(path, "the config file", *errors, fault="is not valid YAML"):
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError as error:
-        raise UserError(f"the config file {path} does not exist; check the path") from error
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"the config file {path} is not valid YAML: {detail}") from error
-    except RecursionError as error:
-        raise UserError(f"the config file {path} is not valid: it is nested too deeply") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
