@@ -1,28 +1,48 @@
-"""`infogrowth select`: a smaller dataset by gain, from a grown one."""
+"""`infogrowth select`: a smaller dataset, chosen by gain, by a condition, or by both."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.config import option
 from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
 from infogrowth.errors import UserError
+from infogrowth.growth.ledger import Layout, read_growth
 from infogrowth.growth.sampling import normalized_gains, select_bernoulli, select_top
 
-HELP = "select a subset of a grown dataset by gain: the top N, or at random by gain"
+if TYPE_CHECKING:
+    from infogrowth.data.sample_table import SampleTable
+
+HELP = "select by gain (the top N, or at random), by a condition in SQL, or both"
 log = logging.getLogger(__name__)
+
+# Columns that tell where a sample comes from and why it was kept, for tables and shards.
+_PROVENANCE = ("verdict", "reason", "alignment", "original_alignment", "original_caption")
 
 
 @dataclass(frozen=True)
 class Config:
     """Options of `select`."""
 
-    annotations: str = option(help="a result JSON of `grow`")
     output: list[str] = option(
         help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face metadata)"
+    )
+    annotations: str | None = option(None, help="select from a result JSON of `grow`")
+    growth: str | None = option(None, help="select from a growth folder: all columns of decisions")
+    scores: list[str] = option([], help="parquet files with ids and more columns for --where")
+    where: str | None = option(
+        None, help="condition in SQL: \"gain >= 0.05 and aesthetic > 4.5 and verdict = 'kept'\""
+    )
+    among: Literal["kept", "dropped", "all"] = option(
+        "kept", help="with --growth: which decisions to choose from"
     )
     top: int | None = option(None, help="take this many samples of highest gain")
     bernoulli: bool = option(
@@ -36,42 +56,157 @@ class Config:
 
 def run(config: Config) -> int:
     """Choose samples and write them in their order, extra keys and all."""
-    check_outputs(config.output)
-    if (config.top is None) != config.bernoulli:
-        raise UserError("give either --top N or --bernoulli (with --seed S)")
-    if config.uid_repeats < 1:
-        raise UserError(f"uid_repeats must be at least 1, not {config.uid_repeats}")
-    annotations = load_annotations(config.annotations)
-    if not annotations:
-        raise UserError(f"{config.annotations} holds no samples to select from")
-    gains = gains_array(annotations)
-    rows = (
-        select_top(gains, config.top)
-        if config.top is not None
-        else select_bernoulli(gains, config.seed)
-    )
-    if len(rows) == 0:
-        raise UserError("no sample was drawn; give another --seed, or --top N")
-    # With --top all gains may be zero: then no uid is repeated.
-    probability = (
-        normalized_gains(gains) if (gains.mean(axis=1) > 0).any() else np.zeros(len(gains))
-    )
-    _write(config, [annotations[row] for row in rows.tolist()], probability[rows])
-    log.info(
-        "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
-        f"{len(rows):,}",
-        f"{len(annotations):,}",
-        gains[rows].mean(),
-        gains.mean(),
-        ", ".join(config.output),
-    )
+    _check(config)
+    with ExitStack() as stack:
+        choice = _from_growth(config, stack) if config.growth else _from_annotations(config, stack)
+        before = choice.gains
+        if config.where is not None:
+            choice = _meeting_condition(config.where, choice)
+        rows = _by_gain(config, choice.gains)
+        probability = np.zeros(len(choice.gains))
+        # With --top all gains may be zero: then no uid is repeated.
+        if (choice.gains.mean(axis=1) > 0).any():
+            probability = normalized_gains(choice.gains)
+        _write(config, choice, choice.positions[rows], probability[rows])
+        log.info(
+            "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
+            f"{len(rows):,}",
+            f"{len(before):,}",
+            choice.gains[rows].mean(),
+            before.mean(),
+            ", ".join(config.output),
+        )
     return 0
 
 
-def _write(config: Config, chosen: list[Annotation], probability: np.ndarray) -> None:
+@dataclass
+class _Choice:
+    """Samples to choose from: their positions (N,) ascending and gains (N, 2), in order.
+
+    Attributes:
+        table: their columns; None when no condition asks for them.
+        entries: the samples of a result JSON; None for those of a growth folder.
+        extra: columns (SQL) that are written beside the samples.
+    """
+
+    positions: np.ndarray
+    gains: np.ndarray
+    table: "SampleTable | None" = None
+    entries: list[Annotation] | None = None
+    extra: list[str] = field(default_factory=list)
+
+    def samples(self, positions: np.ndarray) -> Iterable[Annotation]:
+        """The samples at these positions, as a result JSON has them."""
+        if self.entries is not None:
+            return [self.entries[position] for position in positions.tolist()]
+        return (_annotation(row) for table in self.rows(positions) for row in table.to_pylist())
+
+    def rows(self, positions: np.ndarray) -> Iterator[pa.Table]:
+        """The samples at these positions as a table, with the extra columns."""
+        assert self.table is not None
+        wanted = ["id AS image", "samples.caption AS caption", "gain_image", "gain_text"]
+        return self.table.rows(positions, [*wanted, *self.extra])
+
+
+def _annotation(row: dict[str, Any]) -> Annotation:
+    gains = [row["gain_image"], row["gain_text"]]
+    return {"image": row["image"], "caption": row["caption"], "gains": gains}
+
+
+def _check(config: Config) -> None:
+    check_outputs(config.output)
+    if (config.annotations is None) == (config.growth is None):
+        raise UserError("give either --annotations FILE.json or --growth DIR to select from")
+    if config.among != "kept" and config.growth is None:
+        raise UserError("--among goes with --growth: a result JSON holds only what was kept")
+    if config.top is not None and config.bernoulli:
+        raise UserError("give either --top N or --bernoulli (with --seed S), not both")
+    if config.top is None and not config.bernoulli and config.where is None:
+        raise UserError(
+            "give either --top N or --bernoulli (with --seed S), or a condition with --where"
+        )
+    if config.scores and config.where is None:
+        raise UserError("--scores brings columns for a condition: give --where")
+    if config.uid_repeats < 1:
+        raise UserError(f"uid_repeats must be at least 1, not {config.uid_repeats}")
+
+
+def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
+    annotations = load_annotations(str(config.annotations))
+    if not annotations:
+        raise UserError(f"{config.annotations} holds no samples to select from")
+    gains = gains_array(annotations)
+    choice = _Choice(np.arange(len(annotations)), gains, entries=annotations)
+    if config.where is not None:
+        from infogrowth.data.sample_table import SampleTable, columns_of
+
+        columns = columns_of(annotations, gains)
+        query = "SELECT * FROM {source}"
+        choice.table = stack.enter_context(SampleTable(columns, query, config.scores))
+    return choice
+
+
+def _from_growth(config: Config, stack: ExitStack) -> _Choice:
+    from infogrowth.data.sample_table import SampleTable
+
+    folder = read_growth(str(config.growth))
+    layout = Layout(folder.directory)
+    parts = [layout.decisions(part) for part in range(folder.manifest.parts)]
+    if not parts:
+        raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
+    query = (
+        "SELECT row AS sample_position, * REPLACE (coalesce(gain_text, gain_image) AS gain_text), "
+        "(gain_image + coalesce(gain_text, gain_image)) / 2 AS gain "
+        "FROM {source} WHERE gain_image IS NOT NULL AND "
+    )
+    if config.among == "kept":
+        query += "verdict <> 'dropped'"
+    else:  # decided several times: once kept is kept, else the last time counts
+        latest = "PARTITION BY id ORDER BY verdict <> 'dropped' DESC, row DESC"
+        query += f"true QUALIFY row_number() OVER ({latest}) = 1"
+        if config.among == "dropped":
+            query = f"SELECT * FROM ({query}) WHERE verdict = 'dropped'"
+    table = stack.enter_context(SampleTable(parts, query, config.scores))
+    if table.count == 0:
+        raise UserError(f"{config.growth} holds no samples that were {config.among}")
+    return _Choice(*table.gains(), table, extra=list(_PROVENANCE))
+
+
+def _meeting_condition(condition: str, choice: _Choice) -> _Choice:
+    """The samples that meet the condition; says what each clause keeps."""
+    assert choice.table is not None
+    for scores in choice.table.scores:
+        log.info("scores %s: %s", scores.name, scores.summary())
+    positions, clauses, used = choice.table.filter(condition)
+    width = max(len(clause.text) for clause in clauses)
+    log.info("%-*s  %12s %12s", width, "condition", "keeps alone", "leaves")
+    for clause in clauses:
+        unknown = f"  ({clause.unknown:,} without a value)" if clause.unknown else ""
+        counts = f"{clause.alone:>12,} {clause.left:>12,}{unknown}"
+        log.info("%-*s  %s", width, clause.text, counts)
+    if not len(positions):
+        raise UserError(f"no sample meets the condition {condition!r}")
+    _, gains = choice.table.gains(positions)
+    return _Choice(positions, gains, choice.table, choice.entries, [*choice.extra, *used])
+
+
+def _by_gain(config: Config, gains: np.ndarray) -> np.ndarray:
+    if config.top is not None:
+        return select_top(gains, config.top)
+    if not config.bernoulli:
+        return np.arange(len(gains))
+    rows = select_bernoulli(gains, config.seed)
+    if len(rows) == 0:
+        raise UserError("no sample was drawn; give another --seed, or --top N")
+    return rows
+
+
+def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: np.ndarray) -> None:
     for path in config.output:
         repeats = None
         if config.uid_repeats > 1 and Path(path).suffix == ".npy":
             repeats = uid_repeats(probability, config.uid_repeats)
         choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
-        write_export(path, chosen, choices)
+        # What a result JSON knows of its samples is in its entries, unless a condition added to it.
+        tables = partial(choice.rows, positions) if choice.entries is None or choice.extra else None
+        write_export(path, choice.samples(positions), choices, tables)

@@ -1,0 +1,349 @@
+"""Samples and the score tables that lie beside them, joined by id in duckdb, and filtered there.
+
+The database may read the given files and no others.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infogrowth.annotations import Annotation
+from infogrowth.data.conditions import Condition
+from infogrowth.data.feature_files import ID_COLUMNS
+from infogrowth.data.lmdb_store import ENDINGS
+from infogrowth.errors import UserError
+
+POSITION = "sample_position"  # the column that orders the samples
+_EXTENSION = "(?i)(" + "|".join(map(re.escape, ENDINGS)) + ")$"
+_CHUNK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One AND-clause: its text, how many samples it keeps by itself and after the clauses before
+    it, and for how many it is unknown, because a value is missing (these are not kept)."""
+
+    text: str
+    alone: int
+    left: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Score files of the same columns, what they are called in conditions, and how their ids met
+    those of the samples."""
+
+    name: str
+    files: list[str]
+    id_column: str
+    columns: list[str]
+    samples_without: int = 0
+    ids_without: int = 0
+    repeated_ids: int = 0
+
+    def summary(self) -> str:
+        """How the ids met, in one line."""
+        told = [f"{self.samples_without:,} samples have no row"]
+        told.append(f"{self.ids_without:,} ids are of no sample")
+        if self.repeated_ids:
+            told.append(f"{self.repeated_ids:,} ids come several times, of which the first counts")
+        return f"columns {', '.join(self.columns)}; {', '.join(told)}"
+
+
+class SampleTable:
+    """Samples in order, and score tables joined to them by id; a context manager.
+
+    Ids meet as they are, else without folder and image extension (``a/1.jpg`` meets ``1``) where
+    that is unique. Of an id that a score table has several times the first row counts.
+
+    Args:
+        samples: a table, or parquet files, which are read when needed.
+        query: SQL over ``{source}`` that brings the columns ``sample_position`` (ascending in
+            the order of the samples) and ``id``.
+        scores: parquet files, or folders of them. Files with the same columns are one table.
+
+    Raises:
+        UserError: a score table that cannot be read, has no id column, or meets no sample.
+    """
+
+    def __init__(self, samples: pa.Table | Sequence[Path], query: str, scores: Sequence[str] = ()):
+        tables = _score_tables(scores)
+        files = [] if isinstance(samples, pa.Table) else [str(path) for path in samples]
+        readable = [*files, *(file for table in tables for file in table.files)]
+        self._spill = tempfile.TemporaryDirectory(prefix="infogrowth-select-")
+        self._base = duckdb.connect(
+            config={
+                "temp_directory": self._spill.name,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            }
+        )
+        try:
+            self._base.execute(f"SET allowed_paths = {_literal(readable)}")
+            self._base.execute("SET enable_external_access = false")
+            self._base.execute("SET lock_configuration = true")
+            if isinstance(samples, pa.Table):
+                self._base.register("given", samples)
+            source = (
+                "given" if isinstance(samples, pa.Table) else f"read_parquet({_literal(files)})"
+            )
+            self._base.execute(f"CREATE VIEW samples AS {query.format(source=source)}")
+            self.columns = [name for name in self._names("samples") if name != POSITION]
+            self.count = self._numbers("SELECT count(*) FROM samples")[0]
+            self._scores = [self._meet(number, table) for number, table in enumerate(tables)]
+            self._joined = "samples"
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "SampleTable":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._base.close()
+        self._spill.cleanup()
+
+    @property
+    def scores(self) -> list[ScoreTable]:
+        """The score tables, with the counts of ids that met none."""
+        return list(self._scores)
+
+    def filter(self, condition: str) -> tuple[np.ndarray, list[Clause], list[str]]:
+        """The positions (n,) int64 of the samples that meet ``condition``, ascending; what each of
+        its clauses keeps; and the score columns that it names, as :meth:`rows` takes them.
+
+        Raises:
+            UserError: it is no single expression, names a column that is not there, or fails.
+        """
+        parsed = Condition(condition, self._base)
+        tables = {"samples": self.columns, **{t.name: t.columns for t in self._scores}}
+        named = parsed.columns(tables)
+        used = [(t, c) for t in self._scores for c in t.columns if (t.name, c) in named]
+        self._joined = self._join(used)
+        texts = parsed.clauses()
+        try:
+            found = self._base.execute(  # what was checked is what is run
+                f"SELECT {POSITION} FROM {self._joined} WHERE {' AND '.join(texts)} "
+                f"ORDER BY {POSITION}"
+            ).fetchnumpy()
+            clauses = self._count(texts)
+        except duckdb.Error as error:
+            raise UserError(f"the condition {condition!r} fails: {_first_line(error)}") from error
+        taken = [f"{_quoted(table.name)}.{_quoted(column)}" for table, column in used]
+        return np.asarray(found[POSITION], np.int64), clauses, taken
+
+    def gains(self, positions: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n,) and gains (n, 2) float64, of all samples or of those at ``positions``."""
+        columns = self._base.execute(
+            f"SELECT {POSITION}, gain_image, gain_text FROM {self._chosen(positions, 'samples')} "
+            f"ORDER BY {POSITION}"
+        ).fetchnumpy()
+        gains = np.stack([_floats(columns["gain_image"]), _floats(columns["gain_text"])], axis=1)
+        return np.asarray(columns[POSITION], np.int64), gains
+
+    def rows(self, positions: np.ndarray, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The given columns (SQL) of the samples at ``positions``, in their order."""
+        relation = self._base.sql(
+            f"SELECT {', '.join(columns)} FROM {self._chosen(positions, self._joined)} "
+            f"ORDER BY {POSITION}"
+        )
+        waiting: list[pa.RecordBatch] = []
+        for batch in relation.to_arrow_reader(_CHUNK_ROWS):
+            waiting.append(batch)
+            if sum(map(len, waiting)) >= _CHUNK_ROWS:  # the same chunks however many threads
+                table = pa.Table.from_batches(waiting)
+                yield table.slice(0, _CHUNK_ROWS).combine_chunks()
+                waiting = table.slice(_CHUNK_ROWS).to_batches()
+        if waiting:
+            yield pa.Table.from_batches(waiting).combine_chunks()
+
+    # --- underneath ------------------------------------------------------------------------------
+
+    def _count(self, texts: list[str]) -> list[Clause]:
+        kept = [f"count(*) FILTER (WHERE {text})" for text in texts]
+        unknown = [f"count(*) FILTER (WHERE ({text}) IS NULL)" for text in texts]
+        left = [
+            f"count(*) FILTER (WHERE {' AND '.join(texts[: n + 1])})" for n in range(len(texts))
+        ]
+        numbers = self._numbers(f"SELECT {', '.join([*kept, *left, *unknown])} FROM {self._joined}")
+        size = len(texts)
+        return [
+            Clause(text, numbers[n], numbers[size + n], numbers[2 * size + n])
+            for n, text in enumerate(texts)
+        ]
+
+    def _meet(self, number: int, table: ScoreTable) -> ScoreTable:
+        """Find each sample's row in a score table: table ``met_N``."""
+        self._base.execute(
+            "CREATE OR REPLACE TEMP MACRO stem(name) AS CASE "
+            f"WHEN regexp_matches(name, {_literal(_EXTENSION)}) THEN regexp_extract("
+            f"regexp_replace(name, {_literal(_EXTENSION)}, ''), '[^/]*$') ELSE name END"
+        )
+        kind = self._value(
+            f"SELECT typeof({_quoted(table.id_column)}) FROM {_numbered_rows(table)} LIMIT 1"
+        )
+        column = _quoted(table.id_column)
+        if kind in ("DOUBLE", "FLOAT"):  # whole numbers that pandas made floats of
+            column = f"TRY_CAST({column} AS BIGINT)"
+        elif kind == "BLOB":
+            column = f"decode({column})"
+        self._base.execute(
+            f"CREATE OR REPLACE TEMP TABLE theirs AS SELECT CAST({column} AS VARCHAR) AS id, "
+            f"min(score_row) AS score_row, count(*) AS times FROM {_numbered_rows(table)} "
+            f"WHERE {_quoted(table.id_column)} IS NOT NULL GROUP BY 1"
+        )
+        met = f"met_{number}"
+        self._base.execute(
+            f"CREATE TEMP TABLE {met} AS SELECT {POSITION}, score_row "
+            "FROM samples JOIN theirs USING (id)"
+        )
+        self._base.execute(
+            f"INSERT INTO {met} SELECT ours.{POSITION}, min(theirs.score_row) "
+            f"FROM (SELECT {POSITION}, id FROM samples ANTI JOIN {met} USING ({POSITION})) ours "
+            "JOIN theirs ON stem(ours.id) = stem(theirs.id) GROUP BY 1 HAVING count(*) = 1"
+        )
+        matched, used, ids, repeated = self._numbers(
+            f"SELECT (SELECT count(*) FROM {met}), (SELECT count(DISTINCT score_row) FROM {met}), "
+            "(SELECT count(*) FROM theirs), (SELECT count(*) FROM theirs WHERE times > 1)"
+        )
+        if matched == 0 and self.count:
+            theirs = self._value("SELECT min(id) FROM theirs")
+            ours = self._value("SELECT min(id) FROM samples")
+            raise UserError(
+                f"no id of {table.files[0]} (column {table.id_column!r}, for example "
+                f"{theirs!r}) is the id of a sample (for example {ours!r})"
+            )
+        return replace(
+            table,
+            samples_without=self.count - matched,
+            ids_without=ids - used,
+            repeated_ids=repeated,
+        )
+
+    def _join(self, used: Sequence[tuple[ScoreTable, str]]) -> str:
+        """The samples beside those score tables of which columns are used, as SQL."""
+        joined = "samples"
+        for number, table in enumerate(self._scores):
+            columns = [_quoted(column) for owner, column in used if owner.name == table.name]
+            if not columns:
+                continue
+            self._base.execute(
+                f"CREATE OR REPLACE TEMP TABLE {_quoted(table.name)} AS "
+                f"SELECT {POSITION}, {', '.join(columns)} "
+                f"FROM met_{number} JOIN {_numbered_rows(table)} USING (score_row)"
+            )
+            joined += f" LEFT JOIN {_quoted(table.name)} USING ({POSITION})"
+        return joined
+
+    def _chosen(self, positions: np.ndarray | None, joined: str) -> str:
+        if positions is None:
+            return joined
+        self._base.register("chosen_positions", pa.table({POSITION: np.sort(positions)}))
+        return f"{joined} SEMI JOIN chosen_positions USING ({POSITION})"
+
+    def _names(self, relation: str) -> list[str]:
+        return [row[0] for row in self._base.execute(f"DESCRIBE {relation}").fetchall()]
+
+    def _numbers(self, query: str) -> list[int]:
+        return [int(value) for value in self._base.execute(query).fetchall()[0]]
+
+    def _value(self, query: str, *parameters: str) -> Any:
+        rows = self._base.execute(query, list(parameters)).fetchall()
+        return rows[0][0] if rows else None
+
+
+def columns_of(annotations: Sequence[Annotation], gains: np.ndarray) -> pa.Table:
+    """The samples of a result JSON as a table for :class:`SampleTable`, extra keys and all; values
+    of one key that no column could hold together are there as JSON text."""
+    columns: dict[str, Any] = {
+        POSITION: np.arange(len(annotations)),
+        "id": [entry["image"] for entry in annotations],
+        "caption": _column([entry["caption"] for entry in annotations]),
+        "gain_image": gains[:, 0],
+        "gain_text": gains[:, 1],
+        "gain": gains.mean(axis=1),
+    }
+    for key in dict.fromkeys(key for entry in annotations for key in entry):
+        if key not in (*columns, "image", "gains"):
+            columns[key] = _column([entry.get(key) for entry in annotations])
+    return pa.table(columns)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values])
+
+
+def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
+    """The score files by their columns, in the order in which they are given."""
+    tables: dict[tuple[str, ...], ScoreTable] = {}
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"--scores {path} is a folder without parquet files")
+        for file in files:
+            names = _parquet_columns(file)
+            if names not in tables:
+                id_column = next((name for name in ID_COLUMNS if name in names), None)
+                if id_column is None:
+                    raise UserError(
+                        f"{file} has no column of ids: expected one of {', '.join(ID_COLUMNS)}, "
+                        f"found {', '.join(names)}"
+                    )
+                taken = {"samples", *(table.name for table in tables.values())}
+                name, number = path.stem, 1
+                while name.lower() in taken:
+                    name, number = f"{path.stem}_{number + 1}", number + 1
+                columns = [column for column in names if column not in (id_column, POSITION)]
+                tables[names] = ScoreTable(name.lower(), [], id_column, columns)
+            tables[names].files.append(str(file))
+    return list(tables.values())
+
+
+def _parquet_columns(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(pq.read_schema(file).names)
+    except FileNotFoundError as error:
+        raise UserError(f"--scores {file} does not exist; check the path") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"--scores {file} is no readable parquet file: {error}") from error
+
+
+def _numbered_rows(table: ScoreTable) -> str:
+    """The files' rows, numbered by file and row in the column ``score_row``."""
+    files = _literal(table.files)
+    return (
+        f"(SELECT *, list_position({files}, score_file) * (1::BIGINT << 40) + file_row_number "
+        f"AS score_row FROM read_parquet({files}, filename = 'score_file', file_row_number = true))"
+    )
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(value: str | Sequence[str]) -> str:
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return "[" + ", ".join(map(_literal, value)) + "]"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n\n")[0].replace("\n", " ")
+
+
+def _floats(column: Any) -> np.ndarray:
+    """A column as float64 with NaN for nulls."""
+    return np.ma.filled(np.ma.asarray(column, np.float64), np.nan)
