@@ -12,7 +12,7 @@ from infogrowth.files import atomic_write
 
 if TYPE_CHECKING:
     from infogrowth.report.comparing import Comparison
-    from infogrowth.report.dataset import GrownDataset
+    from infogrowth.report.dataset import GrowthTable
 
 HELP = "compare two grown datasets: overlap, gains, what only one kept"
 POSITIONAL = ("a", "b")
@@ -25,9 +25,9 @@ class Config:
 
     a: str = option(help="a result JSON or a growth folder")
     b: str = option(help="the other one")
-    most: int = option(10, "how many ids to list of what only one kept")
-    output: str | None = option(None, "also write a page with pictures: FILE.html", short="-o")
-    lmdb: str | None = option(None, "LMDB of the pictures for the page")
+    limit: int = option(10, "how many ids to list of what only one kept")
+    output: str | None = option(None, "also write a page with images: FILE.html", short="-o")
+    lmdb: str | None = option(None, "LMDB of the images for the page")
     json: bool = option(False, "print JSON instead of text")
 
 
@@ -35,12 +35,12 @@ def run(config: Config) -> int:
     """Print the comparison; write the page if asked to."""
     from infogrowth.report.comparing import compare
 
-    if config.most < 0:
-        raise UserError("--most counts ids: it cannot be negative")
+    if config.limit < 0:
+        raise UserError("--limit counts ids: it cannot be negative")
     if config.output and not config.output.endswith(".html"):
         raise UserError(f"--output {config.output} must end in .html")
     a, b = _open(config.a), _open(config.b)
-    found = compare(a, b, config.most)
+    found = compare(a, b, config.limit)
     if config.output:
         with atomic_write(config.output, "wb") as file:
             file.write(_page(a, b, found, config.lmdb))
@@ -52,7 +52,7 @@ def run(config: Config) -> int:
 
 def as_text(found: "Comparison") -> str:
     """The comparison for a terminal."""
-    from infogrowth.report.page import decimal, percent, shown
+    from infogrowth.report.formatting import decimal, percent, shown
 
     def row(name: str, count: int, image: float | None, text: float | None) -> str:
         return f"{name:<12} {count:>10} {decimal(image):>12} {decimal(text):>10}"
@@ -78,27 +78,26 @@ def as_text(found: "Comparison") -> str:
     return "\n".join(lines)
 
 
-def _open(path: str) -> "GrownDataset":
+def _open(path: str) -> "GrowthTable":
     from infogrowth.report.dataset import open_annotations, open_growth
 
     return open_growth(path) if Path(path).is_dir() else open_annotations(path)
 
 
-def _page(a: "GrownDataset", b: "GrownDataset", found: "Comparison", lmdb: str | None) -> bytes:
+def _page(a: "GrowthTable", b: "GrowthTable", found: "Comparison", lmdb: str | None) -> bytes:
     from infogrowth.report.charts import PAGE, to_page
-    from infogrowth.report.compare_figures import compare_figure, compare_galleries
-    from infogrowth.report.comparing import match
+    from infogrowth.report.comparing import compare_figure, compare_galleries, match
+    from infogrowth.report.galleries import open_thumbnails
     from infogrowth.report.page import render
-    from infogrowth.report.pictures import open_pictures
 
-    pictures, note = open_pictures(lmdb, a.images or b.images)
+    thumbnails, note = open_thumbnails(lmdb, a.images or b.images)
     matched = match(a, b)
     description = "Histograms of the mean gain of what only A, both, and only B kept."
     page = render(
         "compare.html.j2",
         found=found,
         notes=[note] if note else [],
-        galleries=compare_galleries(a, b, matched, pictures),
+        galleries=compare_galleries(a, b, matched, thumbnails),
         figure=to_page(compare_figure(a, b, matched, PAGE, 860), "gains", description),
         figure_narrow=to_page(compare_figure(a, b, matched, PAGE, 350), "narrow", description),
     )

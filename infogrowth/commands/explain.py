@@ -8,7 +8,7 @@ from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 
-HELP = "tell why a sample was kept, recaptioned or dropped, with its nearest neighbors"
+HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
 POSITIONAL = ("growth", "id")
 log = logging.getLogger(__name__)
 
@@ -18,27 +18,27 @@ class Config:
     """Options of ``infogrowth explain``."""
 
     growth: str = option(help="growth folder (GROWTH_DIR)")
-    id: str = option(help="id of the sample, with or without its file ending")
+    id: str = option(help="id of the sample, with or without its extension")
     json: bool = option(False, "print JSON: a list, as an id may have come several times")
-    picture: str | None = option(None, "also write the sample and its neighbors as a PNG strip")
-    lmdb: str | None = option(None, "LMDB of the pictures; by default the one the growth used")
+    image: str | None = option(None, "also write the sample and its neighbors as a PNG strip")
+    lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
 
 
 def run(config: Config) -> int:
     """Print the explanation; exit status 2 when there is no such sample."""
     from infogrowth.report.dataset import open_growth
-    from infogrowth.report.explaining import as_text, explain, picture_strip
-    from infogrowth.report.pictures import open_pictures
+    from infogrowth.report.explaining import as_text, explain, image_strip
+    from infogrowth.report.galleries import open_thumbnails
 
-    dataset = open_growth(config.growth)
-    found = explain(dataset, config.id)
-    if config.picture is not None:
-        pictures, note = open_pictures(config.lmdb, dataset.images)
+    table = open_growth(config.growth)
+    found = explain(table, config.id)
+    if config.image is not None:
+        thumbnails, note = open_thumbnails(config.lmdb, table.images)
         if note:
             raise UserError(note[:1].lower() + note[1:].rstrip("."))
-        with atomic_write(config.picture, "wb") as file:
-            picture_strip(found[-1], pictures).save(file, "PNG")
-        log.info("wrote %s", config.picture)
+        with atomic_write(config.image, "wb") as file:
+            image_strip(found[-1], thumbnails).save(file, "PNG")
+        log.info("wrote %s", config.image)
     if config.json:
         print(json.dumps([one.as_json() for one in found], indent=2, ensure_ascii=False))
     else:

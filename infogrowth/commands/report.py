@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from infogrowth.config import option
 from infogrowth.errors import UserError
@@ -19,12 +19,14 @@ class Config:
 
     growth: str | None = option(None, "growth folder (GROWTH_DIR) to show")
     annotations: str | None = option(None, "a result JSON to show instead of a growth folder")
-    lmdb: str | None = option(None, "LMDB of the pictures; by default the one the growth used")
+    lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
     output: str = option("report.html", "the page to write", short="-o")
     title: str | None = option(None, "title of the page; by default the folder's name")
-    duplicate_distance: float = option(
-        0.05, "pictures closer than this cosine distance count as near-duplicates"
+    duplicate_distance: float | Literal["auto"] = option(
+        "auto",
+        "images within this cosine distance are near-duplicates; auto: a fifth of the distance at "
+        "which a kept image usually finds its nearest",
     )
 
 
@@ -42,8 +44,7 @@ def run(config: Config) -> int:
         title = name
         context |= shown
     if config.training:
-        from infogrowth.report.assemble import training_context
-        from infogrowth.report.training_runs import read_runs
+        from infogrowth.report.training_runs import read_runs, training_context
 
         context |= training_context(read_runs(config.training))
     page = render("report.html.j2", title=config.title or title, **context).encode("utf-8")
@@ -61,21 +62,21 @@ def _check(config: Config) -> None:
             "nothing to report on: give a growth folder, --annotations FILE.json, "
             "or --training RUN_DIR …"
         )
-    if not 0 <= config.duplicate_distance <= 2:
-        raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2")
+    distance = config.duplicate_distance
+    if distance != "auto" and not 0 <= distance <= 2:
+        raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2, or auto")
 
 
 def _dataset(config: Config) -> tuple[str, dict[str, Any]]:
-    from infogrowth.report.assemble import dataset_context
     from infogrowth.report.dataset import open_annotations, open_growth
-    from infogrowth.report.pictures import open_pictures
+    from infogrowth.report.galleries import open_thumbnails
+    from infogrowth.report.page import dataset_context
 
-    if config.growth:
-        dataset = open_growth(config.growth)
-    else:
-        dataset = open_annotations(str(config.annotations))
-    if not dataset.ids:
+    table = (
+        open_growth(config.growth) if config.growth else open_annotations(str(config.annotations))
+    )
+    if not table.ids:
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
-    pictures, note = open_pictures(config.lmdb, dataset.images)
-    notes = [note] if note else []
-    return dataset.name, dataset_context(dataset, pictures, notes, config.duplicate_distance)
+    thumbnails, note = open_thumbnails(config.lmdb, table.images)
+    distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
+    return table.name, dataset_context(table, thumbnails, [note] if note else [], distance)

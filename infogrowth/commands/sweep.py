@@ -13,7 +13,7 @@ from infogrowth.files import atomic_write
 if TYPE_CHECKING:
     from infogrowth.report.sweeping import Sweep
 
-HELP = "tell what other thresholds and static selections would have kept"
+HELP = "report what other thresholds and static selections would have kept"
 POSITIONAL = ("growth",)
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run(config: Config) -> int:
 
 def as_text(found: "Sweep") -> str:
     """The sweep for a terminal; a star marks the threshold in force."""
-    from infogrowth.report.page import decimal
+    from infogrowth.report.formatting import decimal
 
     lines = [f"{'min_align':>10} {'kept':>16} {'recaptioned':>12} {'dropped':>9} {'mean gain':>10}"]
     for row in found.thresholds:
@@ -66,10 +66,10 @@ def as_text(found: "Sweep") -> str:
     if found.tops:
         lines += [
             "",
-            f"{'top N':>10} {'share':>16} {'least gain':>12} {'mean':>9} {'information':>12}",
+            f"{'top N':>10} {'share':>16} {'min gain':>12} {'mean':>9} {'information':>12}",
         ]
         lines += [
-            f"{row.count:>10} {100 * row.share:>15.1f}% {row.least_gain:>12.3f} "
+            f"{row.count:>10} {100 * row.share:>15.1f}% {row.min_gain:>12.3f} "
             f"{row.mean_gain:>9.3f} {100 * row.information:>11.1f}%"
             for row in found.tops
         ]
@@ -78,7 +78,7 @@ def as_text(found: "Sweep") -> str:
 
 def _plot(found: "Sweep") -> bytes:
     from infogrowth.report.charts import PAPER, to_png
-    from infogrowth.report.sweep_figures import sweep_figure
+    from infogrowth.report.sweeping import sweep_figure
 
     return to_png(sweep_figure(found, PAPER))
 
@@ -86,7 +86,7 @@ def _plot(found: "Sweep") -> bytes:
 def _page(name: str, found: "Sweep") -> bytes:
     from infogrowth.report.charts import PAGE, to_page
     from infogrowth.report.page import render
-    from infogrowth.report.sweep_figures import sweep_figure
+    from infogrowth.report.sweeping import sweep_figure
 
     description = "Samples kept by alignment threshold, and information kept by the top N."
     page = render(

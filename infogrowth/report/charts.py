@@ -1,4 +1,4 @@
-"""How charts look, on paper and on the page: one palette by role, one house style.
+"""How charts look, on paper and on the page: one palette by role, one style.
 
 A matplotlib figure is drawn once per purpose. For a page it becomes an inline SVG whose colors are
 CSS variables, so it follows the reader's light or dark theme; for a file it becomes a PNG.
@@ -15,6 +15,8 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from infogrowth.report.formatting import compact
 
 INCH = 72.0  # an SVG of matplotlib counts in points
 
@@ -52,7 +54,7 @@ PAGE = Palette(**_PLACEHOLDERS)
 
 
 @contextmanager
-def house_style(palette: Palette) -> Iterator[None]:
+def chart_style(palette: Palette) -> Iterator[None]:
     """Quiet axes, light horizontal grid, text left as text; restores matplotlib afterwards."""
     with mpl.rc_context(
         {
@@ -106,14 +108,6 @@ def compact_counts(axis_of: Axes, which: str) -> None:
     axis = axis_of.xaxis if which == "x" else axis_of.yaxis
     axis.set_major_locator(mpl.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(lambda value, _: compact(value))
-
-
-def compact(value: float) -> str:
-    """A count in few letters: 950, 12.5k, 3M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def legend_above(axes: Axes, columns: int = 4) -> None:

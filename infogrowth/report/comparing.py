@@ -4,9 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from infogrowth.data.lmdb_store import image_key
-from infogrowth.report.dataset import GrownDataset
+from infogrowth.report.charts import Palette, chart_style, compact_counts, legend_above, new_figure
+from infogrowth.report.dataset import GrowthTable
+from infogrowth.report.galleries import GALLERY_SIZE, SORT_KEYS, CardMaker, Gallery, Thumbnails
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` tells."""
+    """What ``compare`` reports."""
 
     name_a: str
     name_b: str
@@ -50,8 +53,8 @@ class Matched:
     only_b: np.ndarray
 
 
-def match(a: GrownDataset, b: GrownDataset) -> Matched:
-    """Match kept samples by id, with or without a file ending; the first of equal ids counts."""
+def match(a: GrowthTable, b: GrowthTable) -> Matched:
+    """Match kept samples by id, with or without a extension; the first of equal ids counts."""
     rows_a, rows_b = _rows_by_key(a), _rows_by_key(b)
     both = [key for key in rows_a if key in rows_b]
 
@@ -66,8 +69,8 @@ def match(a: GrownDataset, b: GrownDataset) -> Matched:
     )
 
 
-def compare(a: GrownDataset, b: GrownDataset, most: int = 10) -> Comparison:
-    """Compare what A and B kept; ``most`` ids are listed per part."""
+def compare(a: GrowthTable, b: GrowthTable, limit: int = 10) -> Comparison:
+    """Compare what A and B kept; ``limit`` ids are listed per part."""
     found = match(a, b)
     gain_a, gain_b = a.mean_gain[found.both_a], b.mean_gain[found.both_b]
     union = len(found.both_a) + len(found.only_a) + len(found.only_b)
@@ -80,9 +83,9 @@ def compare(a: GrownDataset, b: GrownDataset, most: int = 10) -> Comparison:
         name_b=b.name,
         count_a=len(found.both_a) + len(found.only_a),
         count_b=len(found.both_b) + len(found.only_b),
-        both=_part(a, found.both_a, most),
-        only_a=_part(a, found.only_a, most),
-        only_b=_part(b, found.only_b, most),
+        both=_part(a, found.both_a, limit),
+        only_a=_part(a, found.only_a, limit),
+        only_b=_part(b, found.only_b, limit),
         overlap=len(found.both_a) / union if union else 1.0,
         other_caption=other,
         gain_difference=_known(np.abs(gain_a - gain_b).mean()) if len(gain_a) else None,
@@ -90,25 +93,25 @@ def compare(a: GrownDataset, b: GrownDataset, most: int = 10) -> Comparison:
     )
 
 
-def by_gain(dataset: GrownDataset, rows: np.ndarray) -> np.ndarray:
+def by_gain(table: GrowthTable, rows: np.ndarray) -> np.ndarray:
     """``rows`` with the largest mean gain first, ties in stream order."""
-    return rows[np.argsort(-np.nan_to_num(dataset.mean_gain[rows]), kind="stable")]
+    return rows[np.argsort(-np.nan_to_num(table.mean_gain[rows]), kind="stable")]
 
 
-def _rows_by_key(dataset: GrownDataset) -> dict[str, int]:
+def _rows_by_key(table: GrowthTable) -> dict[str, int]:
     rows: dict[str, int] = {}
-    for row in np.flatnonzero(dataset.kept).tolist():
-        rows.setdefault(image_key(dataset.ids[row]), row)
+    for row in np.flatnonzero(table.kept).tolist():
+        rows.setdefault(image_key(table.ids[row]), row)
     return rows
 
 
-def _part(dataset: GrownDataset, rows: np.ndarray, most: int) -> Part:
-    means = dataset.gains[rows].mean(axis=0) if len(rows) else (np.nan, np.nan)
+def _part(table: GrowthTable, rows: np.ndarray, limit: int) -> Part:
+    means = table.gains[rows].mean(axis=0) if len(rows) else (np.nan, np.nan)
     return Part(
         count=len(rows),
         gain_image=_known(means[0]),
         gain_text=_known(means[1]),
-        most_novel=[dataset.ids[row] for row in by_gain(dataset, rows)[:most]],
+        most_novel=[table.ids[row] for row in by_gain(table, rows)[:limit]],
     )
 
 
@@ -120,3 +123,53 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def compare_figure(
+    a: GrowthTable, b: GrowthTable, found: Matched, palette: Palette, width: float = 1000
+) -> Figure:
+    """Histograms of the mean gain of what only A, both, and only B kept."""
+    with chart_style(palette):
+        figure = new_figure(width, 280)
+        axes = figure.subplots()
+        parts = [
+            ("only in A", a.mean_gain[found.only_a], palette.image),
+            ("in both", a.mean_gain[found.both_a], palette.kept),
+            ("only in B", b.mean_gain[found.only_b], palette.text),
+        ]
+        parts = [(name, gain[np.isfinite(gain)], color) for name, gain, color in parts]
+        everything = np.concatenate([gain for _, gain, _ in parts])
+        top = float(np.quantile(everything, 0.999)) if len(everything) else 1.0
+        edges = np.linspace(0, max(top, 1e-6), 41)
+        for name, gain, color in parts:
+            if len(gain):
+                heights, _ = np.histogram(np.clip(gain, 0, edges[-1]), bins=edges)
+                axes.stairs(heights, edges, fill=True, color=color, alpha=0.25, linewidth=0)
+                axes.stairs(heights, edges, color=color, linewidth=1.6, label=name)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, edges[-1])
+        axes.set_xlabel("mean gain")
+        axes.set_ylabel("samples")
+        compact_counts(axes, "y")
+        legend_above(axes)
+        return figure
+
+
+def compare_galleries(
+    a: GrowthTable, b: GrowthTable, found: Matched, thumbnails: Thumbnails
+) -> list[Gallery]:
+    """The most novel samples that only one of the two kept."""
+    made = []
+    for key, table, rows in (("A", a, found.only_a), ("B", b, found.only_b)):
+        made.append(
+            CardMaker(table, thumbnails).gallery(
+                f"only-{key.lower()}",
+                f"Only in {key}",
+                f"Samples of {table.name} that the other does not have, most novel first.",
+                rows,
+                by_gain(table, rows)[:GALLERY_SIZE],
+                SORT_KEYS,
+                largest_first=True,
+            )
+        )
+    return [gallery for gallery in made if gallery.cards]

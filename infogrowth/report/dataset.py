@@ -1,45 +1,45 @@
 """What a report looks at: a growth folder or a result JSON, read into columns in stream order.
 
-Everything else in this package works on :class:`GrownDataset` and knows no file layout.
+Everything else in this package works on :class:`GrowthTable` and knows no file layout.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from infogrowth.annotations import gains_array, load_annotations
 from infogrowth.errors import UserError
+from infogrowth.growth.decisions import Decision, Reason, Verdict
 from infogrowth.growth.ledger import read_growth
 
-Neighbors = list[tuple[str, float]]
-
+_NEIGHBORS = [
+    f"{space}_{what}" for space in ("image", "text") for what in ("neighbors", "distances")
+]
 _COLUMNS = [
-    "id",
-    "verdict",
-    "reason",
-    "alignment",
-    "original_alignment",
-    "gain_image",
-    "gain_text",
-    "image_neighbors",
-    "image_distances",
-    "text_neighbors",
-    "text_distances",
-    "caption",
-    "original_caption",
-    "source",
-    "source_row",
+    *("id", "verdict", "reason", "alignment", "original_alignment", "gain_image", "gain_text"),
+    *("caption", "original_caption", "source", "source_row"),
+    *_NEIGHBORS,
 ]
 
 
 @dataclass(frozen=True)
-class GrownDataset:
-    """One row per sample that was seen, in the order of the stream (N rows).
+class Neighbor:
+    """One of the nearest kept samples when a sample arrived, with the caption it is known by."""
+
+    id: str
+    distance: float  # cosine
+    caption: str
+
+
+@dataclass(frozen=True)
+class GrowthTable:
+    """Decisions as columns: a row per sample that was seen, in the order of the stream (N rows).
 
     A result JSON has kept samples only: its alignments are NaN, and it has neither neighbors nor
     features, so what needs them is left out of the report.
@@ -82,12 +82,12 @@ class GrownDataset:
 
     @property
     def has_text(self) -> bool:
-        """False for class-labeled pictures (modality "image"), which have one gain only."""
+        """False for class-labeled images (modality "image"), which have one gain only."""
         return self.settings.get("modality", "pair") != "image"
 
     @property
     def has_decisions(self) -> bool:
-        """False for a result JSON, which only tells what was kept."""
+        """False for a result JSON, which holds nothing but what was kept."""
         return self.neighbor_table is not None
 
     @property
@@ -98,29 +98,49 @@ class GrownDataset:
 
     @property
     def images(self) -> str | None:
-        """The path of the pictures, if the growth folder knows it."""
+        """The path of the images, if the growth folder knows it."""
         return self.settings.get("images")
 
-    def neighbors(self, row: int, space: str) -> Neighbors:
-        """The nearest kept samples of ``row`` when it arrived, nearest first.
+    def decision(self, row: int) -> Decision:
+        """The record of ``row``; unknown numbers are None."""
+        reason = str(self.reasons[row])
+        return Decision(
+            id=self.ids[row],
+            verdict=Verdict(str(self.verdicts[row])),
+            reason=cast(Reason, reason),  # a folder may hold reasons of the reader, too
+            alignment=_known(self.alignment[row]),
+            original_alignment=_known(self.original_alignment[row]),
+            gain_image=_known(self.gains[row, 0]),
+            gain_text=_known(self.gains[row, 1]) if self.has_text else None,
+            image_neighbors=self._nearest(row, "image"),
+            text_neighbors=self._nearest(row, "text"),
+            caption=self.captions[row],
+            original_caption=self.original_captions[row],
+        )
 
-        Args:
-            space: ``"image"`` or ``"text"``.
-        """
+    def neighbors(self, row: int, space: str) -> list[Neighbor]:
+        """The nearest kept samples in ``space`` when ``row`` arrived, nearest first."""
+        near = self._nearest(row, space)
+        return [
+            Neighbor(name, distance, self.known_captions.get(name, "")) for name, distance in near
+        ]
+
+    @cached_property
+    def known_captions(self) -> dict[str, str]:
+        """The caption under which each id is known; a kept row speaks for an id that came twice."""
+        known = dict(zip(self.ids, self.captions, strict=True))
+        known.update((self.ids[row], self.captions[row]) for row in np.flatnonzero(self.kept))
+        return known
+
+    def _nearest(self, row: int, space: str) -> list[tuple[str, float]]:
         if self.neighbor_table is None:
             return []
         names = self.neighbor_table[f"{space}_neighbors"][row].as_py() or []
         distances = self.neighbor_table[f"{space}_distances"][row].as_py() or []
         return list(zip(names, distances, strict=True))
 
-    def caption_by_id(self) -> dict[str, str]:
-        """The caption under which each id is known; a kept row speaks for an id that came twice."""
-        known = dict(zip(self.ids, self.captions, strict=True))
-        known.update((self.ids[row], self.captions[row]) for row in np.flatnonzero(self.kept))
-        return known
 
-
-def open_growth(directory: str | os.PathLike[str]) -> GrownDataset:
+def open_growth(directory: str | os.PathLike[str]) -> GrowthTable:
     """Read a growth folder.
 
     Raises:
@@ -132,7 +152,7 @@ def open_growth(directory: str | os.PathLike[str]) -> GrownDataset:
     if folder.settings.get("modality") == "image":
         gains[:, 1] = gains[:, 0]  # as in the result JSON: one gain in both columns
     names = np.array([_source_name(source) for source in folder.sources] or [""], dtype=np.str_)
-    return GrownDataset(
+    return GrowthTable(
         name=Path(directory).resolve().name,
         settings=dict(folder.settings),
         ids=_texts(table["id"]),
@@ -145,12 +165,12 @@ def open_growth(directory: str | os.PathLike[str]) -> GrownDataset:
         gains=gains,
         sources=names[table["source"].to_numpy()],
         skipped=_skipped(folder.sources),
-        neighbor_table=table.select([c for c in _COLUMNS if "_neighbors" in c or "_dist" in c]),
+        neighbor_table=table.select(_NEIGHBORS),
         kept_features=folder.kept_features,
     )
 
 
-def open_annotations(path: str | os.PathLike[str]) -> GrownDataset:
+def open_annotations(path: str | os.PathLike[str]) -> GrowthTable:
     """Read a result JSON: kept samples, captions and gains, nothing else.
 
     Raises:
@@ -162,7 +182,7 @@ def open_annotations(path: str | os.PathLike[str]) -> GrownDataset:
     count = len(annotations)
     captions = [_one_caption(entry["caption"]) for entry in annotations]
     unknown = np.full(count, np.nan)
-    return GrownDataset(
+    return GrowthTable(
         name=Path(path).name,
         settings={},
         ids=[entry["image"] for entry in annotations],
@@ -178,9 +198,9 @@ def open_annotations(path: str | os.PathLike[str]) -> GrownDataset:
 
 
 def _last_word(table: pa.Table, sources: list[dict[str, Any]]) -> pa.Table:
-    """One row per sample: one that was offered again is counted by its last decision.
+    """One row per sample: one that was processed again counts by its last decision.
 
-    Only dropped samples are offered again, so the order of the kept rows does not change.
+    Only dropped samples are processed again, so the order of the kept rows does not change.
     """
     origin = np.arange(len(sources) + 1)
     for number, source in enumerate(sources):  # a source retries an earlier one only
@@ -194,7 +214,7 @@ def _last_word(table: pa.Table, sources: list[dict[str, Any]]) -> pa.Table:
 
 
 def _source_name(source: dict[str, Any]) -> str:
-    kind = {"seed": "seeds from ", "retry": "offered again from "}.get(source["kind"], "")
+    kind = {"seed": "seeds from ", "retry": "processed again from "}.get(source["kind"], "")
     return kind + (Path(source["features"]).name or source["features"])
 
 
@@ -210,6 +230,10 @@ def _skipped(sources: list[dict[str, Any]]) -> dict[str, int]:
         for reason, count in counts.items():
             total[reason] = total.get(reason, 0) + count
     return total
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _one_caption(caption: str | list[str]) -> str:

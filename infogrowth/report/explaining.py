@@ -1,4 +1,4 @@
-"""Why one sample was kept, recaptioned or dropped, in words, numbers and pictures."""
+"""Why one sample was kept, recaptioned or dropped, in words, numbers and images."""
 
 import difflib
 from dataclasses import asdict, dataclass
@@ -11,111 +11,97 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from infogrowth.data.lmdb_store import image_key, strip_ending
 from infogrowth.errors import UserError
-from infogrowth.report.dataset import GrownDataset
+from infogrowth.growth.decisions import Decision
+from infogrowth.report.dataset import GrowthTable, Neighbor
+from infogrowth.report.formatting import decimal, percent, shown
+from infogrowth.report.galleries import Thumbnails
 from infogrowth.report.numbers import expected_visits, ranks_in_percent
-from infogrowth.report.page import decimal, percent, shown
-from infogrowth.report.pictures import Pictures
-
-
-@dataclass(frozen=True)
-class NeighborNote:
-    """One nearest neighbor at the time of arrival."""
-
-    id: str
-    distance: float
-    caption: str
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What is known of one decision. Numbers are None where they were not computed."""
 
-    id: str
-    row: int  # place in the stream, from 0
+    sample: Decision
+    row: int  # position in the stream, from 0
     source: str
-    verdict: str
-    reason: str
     why: str
-    caption: str
-    original_caption: str
-    alignment: float | None
-    original_alignment: float | None
     min_align: float | None
-    gain_image: float | None
-    gain_text: float | None
     gain_rank: float | None  # percent of the kept samples with a smaller mean gain
     visits: dict[str, float] | None  # expected visits per epoch by sampler, if it is kept
-    image_neighbors: list[NeighborNote]
-    text_neighbors: list[NeighborNote]
+    neighbors: dict[str, list[Neighbor]]  # by space, nearest first
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        return asdict(self)
+        found = asdict(self)
+        neighbors = {f"{space}_neighbors": near for space, near in found.pop("neighbors").items()}
+        return {**found.pop("sample"), **found, **neighbors}
 
 
-def explain(dataset: GrownDataset, sample_id: str) -> list[Explanation]:
+def explain(table: GrowthTable, sample_id: str) -> list[Explanation]:
     """Every decision about ``sample_id``, which may have come more than once, in stream order.
 
-    The id is found with or without its file ending, as everywhere.
+    The id is found with or without its extension, as everywhere.
 
     Raises:
         UserError: no such sample, with the nearest ids.
     """
-    rows = [row for row, name in enumerate(dataset.ids) if name == sample_id]
+    rows = [row for row, name in enumerate(table.ids) if name == sample_id]
     if not rows:
         stem = strip_ending(sample_id)
-        rows = [row for row, name in enumerate(dataset.ids) if strip_ending(name) == stem]
+        rows = [row for row, name in enumerate(table.ids) if strip_ending(name) == stem]
     if not rows:
         key = image_key(sample_id)
-        rows = [row for row, name in enumerate(dataset.ids) if image_key(name) == key]
+        rows = [row for row, name in enumerate(table.ids) if image_key(name) == key]
     if not rows:
         # difflib looks at every id; the first hundred thousand are enough for a hint
-        close = difflib.get_close_matches(sample_id, dataset.ids[:100_000], n=3)
+        close = difflib.get_close_matches(sample_id, table.ids[:100_000], n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UserError(
-            f"sample {sample_id!r} was never offered to {dataset.name!r}"
-            f"{hint or '; samples without features are listed by reason in the report'}"
+            f"sample {sample_id!r} was never processed in {table.name!r}"
+            f"{hint or '; samples without features are counted by reason in the report'}"
         )
-    kept_rows = np.flatnonzero(dataset.kept)
-    visits = expected_visits(dataset.gains[kept_rows]).per_epoch
-    ranks = ranks_in_percent(dataset.mean_gain[kept_rows])
-    place = {row: index for index, row in enumerate(kept_rows.tolist())}
-    captions = dataset.caption_by_id()
-    return [_explanation(dataset, row, captions, place.get(row), visits, ranks) for row in rows]
+    kept_rows = np.flatnonzero(table.kept)
+    visits = expected_visits(table.gains[kept_rows]).per_epoch
+    ranks = ranks_in_percent(table.mean_gain[kept_rows])
+    at = {row: index for index, row in enumerate(kept_rows.tolist()) if row in rows}
+    return [
+        Explanation(
+            sample=table.decision(row),
+            row=row,
+            source=str(table.sources[row]),
+            why=_why(table.decision(row), table.min_align),
+            min_align=table.min_align,
+            gain_rank=float(ranks[at[row]]) if row in at else None,
+            visits={name: float(v[at[row]]) for name, v in visits.items()} if row in at else None,
+            neighbors={space: table.neighbors(row, space) for space in ("image", "text")},
+        )
+        for row in rows
+    ]
 
 
 def as_text(found: Explanation) -> str:
     """The explanation for a terminal."""
-    numbers = [
-        f"alignment   {decimal(found.original_alignment)}"
-        + (f" → {decimal(found.alignment)}" if found.verdict == "recaptioned" else "")
-        + (f"   (threshold {found.min_align:g})" if found.min_align is not None else ""),
-        f"gain        image {decimal(found.gain_image)}, text {decimal(found.gain_text)}"
-        + (
-            f"   (more than {percent(found.gain_rank)} of the kept samples)"
-            if found.gain_rank is not None
-            else ""
-        ),
-    ]
+    sample = found.sample
+    alignment = decimal(sample.original_alignment)
+    if sample.verdict == "recaptioned":
+        alignment += f" → {decimal(sample.alignment)}"
+    if found.min_align is not None:
+        alignment += f"   (threshold {found.min_align:g})"
+    gain = f"image {decimal(sample.gain_image)}, text {decimal(sample.gain_text)}"
+    if found.gain_rank is not None:
+        gain += f"   (more than {percent(found.gain_rank)} of the kept samples)"
+    lines = [f"{shown(sample.id)}: {sample.verdict}", found.why, ""]
+    lines.append(f"caption     {shown(sample.caption)}")
+    if sample.original_caption != sample.caption:
+        lines.append(f"was         {shown(sample.original_caption)}")
+    lines += [f"alignment   {alignment}", f"gain        {gain}"]
     if found.visits:
-        each = ", ".join(
-            f"{name.replace('_', '-')} {value:.2f}" for name, value in found.visits.items()
-        )
-        numbers.append(f"visits      per epoch: {each}")
-    captions = [f"caption     {shown(found.caption)}"]
-    if found.original_caption != found.caption:
-        captions.append(f"was         {shown(found.original_caption)}")
-    lines = [
-        f"{shown(found.id)}: {found.verdict}",
-        found.why,
-        "",
-        *captions,
-        *numbers,
-        f"arrived     as number {found.row + 1:,}"
-        + (f", from {shown(found.source)}" if found.source else ""),
-    ]
-    for space in ("image", "text"):
-        neighbors = getattr(found, f"{space}_neighbors")
+        each = (f"{name.replace('_', '-')} {value:.2f}" for name, value in found.visits.items())
+        lines.append(f"visits      per epoch: {', '.join(each)}")
+    source = f", from {shown(found.source)}" if found.source else ""
+    lines.append(f"arrived     as number {found.row + 1:,}{source}")
+    for space, neighbors in found.neighbors.items():
         if neighbors:
             lines += ["", f"nearest in {space} space when it arrived (cosine distance)"]
             lines += [
@@ -125,10 +111,10 @@ def as_text(found: Explanation) -> str:
     return "\n".join(lines)
 
 
-def picture_strip(found: Explanation, pictures: Pictures, side: int = 224) -> Image.Image:
-    """The sample and its nearest pictures in a row, with captions and distances under them."""
-    entries = [(found.id, found.verdict, found.caption)]
-    entries += [(n.id, f"distance {n.distance:.3f}", n.caption) for n in found.image_neighbors]
+def image_strip(found: Explanation, thumbnails: Thumbnails, side: int = 224) -> Image.Image:
+    """The sample and its nearest images in a row, with captions and distances under them."""
+    entries = [(found.sample.id, str(found.sample.verdict), found.sample.caption)]
+    entries += [(n.id, f"distance {n.distance:.3f}", n.caption) for n in found.neighbors["image"]]
     margin, words = 16, 84
     width = margin + len(entries) * (side + margin)
     strip = Image.new("RGB", (width, side + words + 2 * margin), "white")
@@ -136,14 +122,14 @@ def picture_strip(found: Explanation, pictures: Pictures, side: int = 224) -> Im
     bold, small = _font("DejaVuSans-Bold.ttf", 13), _font("DejaVuSans.ttf", 12)
     for number, (name, label, caption) in enumerate(entries):
         left = margin + number * (side + margin)
-        picture = pictures.image(name, side)
-        if picture is None:
+        image = thumbnails.image(name, side)
+        if image is None:
             draw.rectangle((left, margin, left + side, margin + side), fill="#eef0f4")
-            draw.text((left + 12, margin + 12), "no picture", fill="#566070", font=small)
+            draw.text((left + 12, margin + 12), "no image", fill="#566070", font=small)
         else:
-            picture = ImageOps.contain(picture, (side, side))
-            at = (left + (side - picture.width) // 2, margin + (side - picture.height) // 2)
-            strip.paste(picture, at)
+            image = ImageOps.contain(image, (side, side))
+            at = (left + (side - image.width) // 2, margin + (side - image.height) // 2)
+            strip.paste(image, at)
         top = margin + side + 6
         draw.text((left, top), label, fill="#1c2430", font=bold)
         for line, text in enumerate(_wrapped(draw, shown(caption), small, side)[:3], start=1):
@@ -151,74 +137,33 @@ def picture_strip(found: Explanation, pictures: Pictures, side: int = 224) -> Im
     return strip
 
 
-def _explanation(
-    dataset: GrownDataset,
-    row: int,
-    captions: dict[str, str],
-    place: int | None,
-    visits: dict[str, np.ndarray],
-    ranks: np.ndarray,
-) -> Explanation:
-
-    def notes(space: str) -> list[NeighborNote]:
-        near = dataset.neighbors(row, space)
-        return [NeighborNote(name, distance, captions.get(name, "")) for name, distance in near]
-
-    return Explanation(
-        id=dataset.ids[row],
-        row=row,
-        source=str(dataset.sources[row]),
-        verdict=str(dataset.verdicts[row]),
-        reason=str(dataset.reasons[row]),
-        why=_why(dataset, row),
-        caption=dataset.captions[row],
-        original_caption=dataset.original_captions[row],
-        alignment=_known(dataset.alignment[row]),
-        original_alignment=_known(dataset.original_alignment[row]),
-        min_align=dataset.min_align,
-        gain_image=_known(dataset.gains[row, 0]),
-        gain_text=_known(dataset.gains[row, 1]) if dataset.has_text else None,
-        gain_rank=None if place is None else _known(ranks[place]),
-        visits=None
-        if place is None
-        else {name: float(values[place]) for name, values in visits.items()},
-        image_neighbors=notes("image"),
-        text_neighbors=notes("text"),
-    )
-
-
-def _why(dataset: GrownDataset, row: int) -> str:
+def _why(sample: Decision, min_align: float | None) -> str:
     """One sentence for the reader."""
-    verdict, reason = str(dataset.verdicts[row]), str(dataset.reasons[row])
-    before = decimal(dataset.original_alignment[row])
-    after = decimal(dataset.alignment[row])
-    threshold = f"{dataset.min_align:g}" if dataset.min_align is not None else "the threshold"
-    if reason == "seed":
-        return "It belongs to the trusted start set, which is never filtered."
-    if verdict == "recaptioned":
-        return (
-            f"Its own caption did not fit ({before} is under {threshold}), the new one does "
-            f"({after}), so it was kept with the new caption."
-        )
-    if verdict == "kept" and reason == "aligned":
-        return f"Picture and caption fit: {after} is not under {threshold}."
-    if verdict == "dropped" and reason == "alignment below min_align":
-        return f"Picture and caption do not fit: {before} is under {threshold}."
-    if verdict == "dropped" and reason == "alignment and recaption below min_align":
-        return (
-            f"Picture and caption do not fit ({before} is under {threshold}), "
-            "and neither does the new caption that was offered."
-        )
-    return f"{verdict.capitalize()}: {reason}."
+    before, after = decimal(sample.original_alignment), decimal(sample.alignment)
+    threshold = f"{min_align:g}" if min_align is not None else "the threshold"
+    match str(sample.verdict), str(sample.reason):
+        case _, "seed":
+            return "It belongs to the trusted start set, which is never filtered."
+        case "recaptioned", _:
+            return (
+                f"Its own caption did not fit ({before} is under {threshold}), the new one does "
+                f"({after}), so it was kept with the new caption."
+            )
+        case "kept", "aligned":
+            return f"Image and caption fit: {after} is not under {threshold}."
+        case "dropped", "alignment below min_align":
+            return f"Image and caption do not fit: {before} is under {threshold}."
+        case "dropped", "alignment and recaption below min_align":
+            return (
+                f"Image and caption do not fit ({before} is under {threshold}), "
+                "and neither does the new caption."
+            )
+    return f"{str(sample.verdict).capitalize()}: {sample.reason}."
 
 
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _cut(text: str, most: int = 90) -> str:
+def _cut(text: str, limit: int = 90) -> str:
     text = shown(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:

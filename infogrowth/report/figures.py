@@ -1,17 +1,23 @@
 """The report's charts, each a function of numbers and a palette; nothing here reads a file."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from infogrowth.report.charts import (
+    PAGE,
     Palette,
+    chart_style,
     compact_counts,
-    house_style,
     legend_above,
     new_figure,
+    to_page,
 )
-from infogrowth.report.numbers import GrowthCurve, Visits
+from infogrowth.report.dataset import GrowthTable
+from infogrowth.report.formatting import compact, decimal
+from infogrowth.report.numbers import GrowthCurve, Visits, headline
 
 SAMPLER_NAMES = {
     "uniform": "uniform",
@@ -22,7 +28,7 @@ SAMPLER_NAMES = {
 
 def growth_figure(curve: GrowthCurve, palette: Palette, width: float = 760) -> Figure:
     """Counts over the stream, and under them how much new each block of it brought."""
-    with house_style(palette):
+    with chart_style(palette):
         figure = new_figure(width, 380)
         counts, gains = figure.subplots(2, 1, sharex=True, height_ratios=[1.25, 1])
         seen = np.concatenate([[0], curve.seen])
@@ -87,7 +93,7 @@ def alignment_figure(
         alignment: (N,) NaN where unknown.
         verdicts: (N,) str.
     """
-    with house_style(palette):
+    with chart_style(palette):
         figure = new_figure(width, 260)
         axes = figure.subplots()
         finite = np.isfinite(alignment)
@@ -107,7 +113,7 @@ def alignment_figure(
             linewidth=0,
             rwidth=0.92,
         )
-        axes.set_xlabel("alignment: cosine of picture and caption")
+        axes.set_xlabel("alignment: cosine of image and caption")
         axes.set_ylabel("samples")
         compact_counts(axes, "y")
         legend_above(axes)
@@ -131,9 +137,9 @@ def gain_figure(gains: np.ndarray, has_text: bool, palette: Palette, width: floa
 
     Args:
         gains: (K, 2).
-        has_text: False draws the image gain alone (class-labeled pictures).
+        has_text: False draws the image gain alone (class-labeled thumbnails).
     """
-    with house_style(palette):
+    with chart_style(palette):
         figure = new_figure(width, 260)
         axes = figure.subplots()
         finite = gains[np.isfinite(gains)]
@@ -161,7 +167,7 @@ def gain_figure(gains: np.ndarray, has_text: bool, palette: Palette, width: floa
 
 def visits_figure(visits: Visits, palette: Palette, width: float = 350) -> Figure:
     """Expected visits per epoch under each sampler, over the kept samples ordered by gain."""
-    with house_style(palette):
+    with chart_style(palette):
         figure = new_figure(width, 260)
         axes = figure.subplots()
         order = np.argsort(visits.gains, kind="stable")
@@ -194,13 +200,13 @@ def _draw_phases(
     """The even and the odd epochs of two-phase, named where they are farthest apart."""
     even, odd = phases["even"], phases["odd"]
     inner = np.flatnonzero((share > 8) & (share < 80))
-    place = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
+    at = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
     for name, values, other in (("even", even, odd), ("odd", odd, even)):
         axes.plot(share, values, color=palette.recaptioned, linewidth=1.1, linestyle=(0, (4, 2)))
-        above = values[place] >= other[place]
+        above = values[at] >= other[at]
         axes.annotate(
             name,
-            (share[place], values[place]),
+            (share[at], values[at]),
             xytext=(0, 3 if above else -3),
             textcoords="offset points",
             va="bottom" if above else "top",
@@ -220,3 +226,51 @@ def _edges(values: np.ndarray, threshold: float | None) -> np.ndarray:
     below = int(np.ceil((threshold - low) / step))
     above = int(np.ceil((high - threshold) / step)) + 1
     return threshold + step * np.arange(-below, above + 1)
+
+
+def dataset_charts(table: GrowthTable, curve: GrowthCurve, visits: Visits) -> dict[str, Any]:
+    head = headline(table)
+    charts: dict[str, Any] = {"growth": None, "growth_narrow": None, "alignment": None}
+    if table.has_decisions:
+        description = (
+            f"Of {head.seen} samples seen, {head.kept} were kept, {head.recaptioned} of them with "
+            f"a new caption, and {head.dropped} dropped. {_flattening(curve)}"
+        )
+        wide = growth_figure(curve, PAGE, 680)
+        narrow = growth_figure(curve, PAGE, 350)
+        charts["growth"] = to_page(wide, "growth", description)
+        charts["growth_narrow"] = to_page(narrow, "growth-narrow", description)
+    if np.isfinite(table.alignment).any():
+        under = int((table.alignment < (table.min_align or 0)).sum())
+        figure = alignment_figure(table.alignment, table.verdicts, table.min_align, PAGE)
+        charts["alignment"] = to_page(
+            figure,
+            "alignment",
+            f"Histogram of alignment; {compact(under)} samples lie under the threshold.",
+        )
+    charts["gain"] = to_page(
+        gain_figure(table.gains[table.kept], table.has_text, PAGE),
+        "gains",
+        f"Histogram of gains of the kept samples; means {decimal(head.gain_image)} image "
+        f"and {decimal(head.gain_text)} text.",
+    )
+    charts["visits"] = to_page(
+        visits_figure(visits, PAGE),
+        "visits",
+        "Expected visits per epoch of the kept samples, ordered by gain, under the uniform, "
+        "proportional and two-phase samplers.",
+    )
+    return charts
+
+
+def _flattening(curve: GrowthCurve) -> str:
+    """First against last fifth of the stream, for readers who cannot see the curve."""
+    gain = (curve.gain_image + curve.gain_text) / 2
+    fifth = max(1, len(gain) // 5)
+    first, last = gain[:fifth], gain[-fifth:]
+    if not (np.isfinite(first).any() and np.isfinite(last).any()):
+        return ""
+    return (
+        f"The mean gain went from {decimal(float(np.nanmean(first)))} in the first fifth of the "
+        f"stream to {decimal(float(np.nanmean(last)))} in the last."
+    )

@@ -6,7 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from infogrowth.growth.sampling import REVERSE_FLOOR, normalized_gains
-from infogrowth.report.dataset import GrownDataset
+from infogrowth.report.dataset import GrowthTable
+
+NEAR_DUPLICATE = 0.2  # of the usual nearest distance
+ROUNDING = 1e-6  # what float32 features of one image may be apart
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class GrowthCurve:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What one source brought to the dataset."""
+    """What one source brought to the table."""
 
     name: str
     seen: int
@@ -57,58 +60,81 @@ class Visits:
     epoch_length: dict[str, float]  # sampler (and phase) -> expected draws
 
 
-def headline(dataset: GrownDataset) -> Headline:
+@dataclass(frozen=True)
+class DuplicateGroups:
+    """Kept samples that hang together through images that are nearly the same to the encoder."""
+
+    groups: list[list[int]]  # at least two rows each
+    distance: float  # up to which two images count as near-duplicates
+    usual: float  # median distance of a kept image to the nearest one before it
+    table: GrowthTable
+    nearest: np.ndarray  # (N,) distance to the nearest kept image at arrival, inf without one
+
+    def why(self, number: int) -> str:
+        """Why the samples of a group count as near-duplicates, in one sentence."""
+        rows = self.groups[number]
+        linked = self.nearest[rows][self.nearest[rows] <= self.distance]
+        widest = float(linked.max()) if len(linked) else 0.0
+        captions = len({self.table.captions[row] for row in rows})
+        words = "the same caption" if captions == 1 else f"{captions} captions"
+        if widest < ROUNDING:
+            return f"The same image to the encoder, under {len(rows)} ids with {words}."
+        times = f"{self.usual / widest:.0f} times closer than usual, " if self.usual else ""
+        return f"Each within {widest:.2g} of another, {times}with {words}."
+
+
+def headline(table: GrowthTable) -> Headline:
     """Count the verdicts and average the gains."""
-    kept = dataset.kept
-    gains = dataset.gains[kept]
+    kept = table.kept
+    gains = table.gains[kept]
     means = np.nanmean(gains, axis=0) if np.isfinite(gains).any() else np.full(2, np.nan)
     return Headline(
         seen=len(kept),
-        seeds=int(dataset.seeds.sum()),
+        seeds=int(table.seeds.sum()),
         kept=int(kept.sum()),
-        recaptioned=int(dataset.recaptioned.sum()),
+        recaptioned=int(table.recaptioned.sum()),
         dropped=int((~kept).sum()),
-        skipped=sum(dataset.skipped.values()),
+        skipped=sum(table.skipped.values()),
         gain_image=float(means[0]),
         gain_text=float(means[1]),
         effective_size=float(_safe_normalized(gains).sum()),
     )
 
 
-def growth_curve(dataset: GrownDataset, blocks: int = 120) -> GrowthCurve:
+def growth_curve(table: GrowthTable, blocks: int = 120) -> GrowthCurve:
     """Cumulative counts and the mean gain of each block of the stream.
 
     The block means flatten when new samples bring less that is new; a block holds at least five
     samples, so that one sample does not make a spike.
     """
-    count = len(dataset.ids)
+    count = len(table.ids)
     length = max(5, -(-count // blocks))
     starts = np.arange(0, count, length)
     ends = np.minimum(starts + length, count)
-    kept = dataset.kept
+    kept = table.kept
 
     def so_far(mask: np.ndarray) -> np.ndarray:
         return np.cumsum(mask)[ends - 1]
 
-    image, text = (_block_means(dataset.gains[:, i], kept, starts) for i in (0, 1))
+    image, text = (_block_means(table.gains[:, i], kept, starts) for i in (0, 1))
     return GrowthCurve(
         seen=ends,
-        kept=so_far(kept & ~dataset.recaptioned),
-        recaptioned=so_far(dataset.recaptioned),
+        kept=so_far(kept & ~table.recaptioned),
+        recaptioned=so_far(table.recaptioned),
         dropped=so_far(~kept),
         gain_image=image,
         gain_text=text,
-        source_starts=_source_starts(dataset.sources),
+        source_starts=_source_starts(table.sources),
     )
 
 
-def by_source(dataset: GrownDataset) -> list[SourceShare]:
+def by_source(table: GrowthTable) -> list[SourceShare]:
     """What each source brought, in the order in which the sources were read."""
-    gain = dataset.mean_gain
+    gain = table.mean_gain
     shares = []
-    for name in dict.fromkeys(dataset.sources.tolist()):
-        of_source = dataset.sources == name
-        kept = of_source & dataset.kept
+    for name in dict.fromkeys(table.sources.tolist()):
+        of_source = table.sources == name
+        kept = of_source & table.kept
         known = gain[kept & np.isfinite(gain)]
         mean = float(known.mean()) if len(known) else float("nan")
         shares.append(SourceShare(name, int(of_source.sum()), int(kept.sum()), mean))
@@ -147,22 +173,29 @@ def expected_visits(gains: np.ndarray) -> Visits:
     )
 
 
-def duplicate_groups(
-    dataset: GrownDataset, distance: float, space: str = "image"
-) -> list[list[int]]:
-    """Groups of kept samples that are linked through pairs closer than ``distance``.
+def duplicate_groups(table: GrowthTable, distance: float | None = None) -> DuplicateGroups:
+    """Groups of kept samples that are linked through images at most ``distance`` apart.
 
-    A sample is linked to those of its recorded nearest neighbors that are within ``distance``;
-    groups are what hangs together. Largest first, then in stream order; rows in stream order.
+    A sample is linked to those of its recorded nearest neighbors that are that close; groups are
+    what hangs together. Largest first, then in stream order; rows in stream order.
 
-    Returns:
-        lists of at least two row numbers.
+    Args:
+        distance: cosine distance; None follows the encoder: :data:`NEAR_DUPLICATE` times the
+            distance at which a kept image usually finds its nearest, so that an encoder whose
+            features lie close together calls no more duplicates than another.
     """
-    if dataset.neighbor_table is None:
-        return []
-    kept = dataset.kept
-    row_of = {dataset.ids[row]: row for row in np.flatnonzero(kept).tolist()}
-    parent = list(range(len(dataset.ids)))
+    if table.neighbor_table is None:
+        return DuplicateGroups([], distance or 0.0, float("nan"), table, np.zeros(0))
+    kept = table.kept
+    rows, names, distances = _links(table)
+    nearest = np.full(len(kept), np.inf)
+    np.minimum.at(nearest, rows, distances)
+    known = nearest[kept & np.isfinite(nearest)]
+    usual = float(np.median(known)) if len(known) else float("nan")
+    if distance is None:
+        distance = max(NEAR_DUPLICATE * usual, ROUNDING) if len(known) else 0.0
+    row_of = {table.ids[row]: row for row in np.flatnonzero(kept).tolist()}
+    parent = list(range(len(kept)))
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -170,22 +203,26 @@ def duplicate_groups(
             row = parent[row]
         return row
 
-    for row, neighbor in _close_pairs(dataset, distance, space):
-        if neighbor in row_of and kept[row]:
-            first, second = sorted((root(row), root(row_of[neighbor])))
+    close = (distances <= distance) & kept[rows]
+    for row, name in zip(
+        rows[close].tolist(), names.filter(pa.array(close)).to_pylist(), strict=True
+    ):
+        if name in row_of:
+            first, second = sorted((root(row), root(row_of[name])))
             parent[second] = first
     members: dict[int, list[int]] = {}
     for row in row_of.values():
         members.setdefault(root(row), []).append(row)
     groups = [sorted(rows) for rows in members.values() if len(rows) > 1]
-    return sorted(groups, key=lambda rows: (-len(rows), rows[0]))
+    groups.sort(key=lambda rows: (-len(rows), rows[0]))
+    return DuplicateGroups(groups, distance, usual, table, nearest)
 
 
-def reason_counts(dataset: GrownDataset) -> list[tuple[str, int]]:
+def reason_counts(table: GrowthTable) -> list[tuple[str, int]]:
     """Why samples are not in the grown set: dropped and skipped ones by reason, most first."""
-    reasons, counts = np.unique(dataset.reasons[~dataset.kept], return_counts=True)
+    reasons, counts = np.unique(table.reasons[~table.kept], return_counts=True)
     merged = dict(zip(reasons.tolist(), counts.tolist(), strict=True))
-    for reason, count in dataset.skipped.items():
+    for reason, count in table.skipped.items():
         merged[reason] = merged.get(reason, 0) + count
     return sorted(merged.items(), key=lambda item: (-item[1], item[0]))
 
@@ -219,12 +256,10 @@ def _source_starts(sources: np.ndarray) -> list[tuple[int, str]]:
     return [(int(row), str(sources[row])) for row in [0, *changes.tolist()]]
 
 
-def _close_pairs(dataset: GrownDataset, distance: float, space: str) -> list[tuple[int, str]]:
-    """(row, neighbor id) of every recorded neighbor within ``distance``."""
-    assert dataset.neighbor_table is not None
-    names = dataset.neighbor_table[f"{space}_neighbors"].combine_chunks()
-    distances = dataset.neighbor_table[f"{space}_distances"].combine_chunks()
+def _links(table: GrowthTable) -> tuple[np.ndarray, pa.Array, np.ndarray]:
+    """Every recorded image neighbor: the row it belongs to, the neighbor's id, the distance."""
+    assert table.neighbor_table is not None
+    names = table.neighbor_table["image_neighbors"].combine_chunks()
+    distances = table.neighbor_table["image_distances"].combine_chunks()
     rows = names.value_parent_indices().to_numpy()
-    close = distances.flatten().to_numpy(zero_copy_only=False) <= distance
-    chosen = names.flatten().filter(pa.array(close)).to_pylist()
-    return list(zip(rows[close].tolist(), chosen, strict=True))
+    return rows, names.flatten(), distances.flatten().to_numpy(zero_copy_only=False)

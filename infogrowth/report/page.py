@@ -7,16 +7,20 @@ ever slip through. No address in the page leads outside it.
 
 import base64
 import hashlib
-import math
 from importlib import resources
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from infogrowth.report.charts import compact
+from infogrowth.report import formatting, numbers
+from infogrowth.report.dataset import GrowthTable
+from infogrowth.report.figures import dataset_charts
+from infogrowth.report.galleries import CardMaker, Thumbnails, galleries, groups
+from infogrowth.report.map import kept_map
 
 _TEMPLATES = resources.files("infogrowth.report") / "templates"
+_FILTERS = ("count", "decimal", "percent", "plain", "share", "shown", "compact")
 
 
 def render(template: str, **context: Any) -> str:
@@ -29,9 +33,7 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        count=count, decimal=decimal, percent=percent, share=share, shown=shown, compact=compact
-    )
+    environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
     return environment.get_template(template).render(
         style=Markup(_asset("style.css")),
         script=Markup(script),
@@ -40,45 +42,56 @@ def render(template: str, **context: Any) -> str:
     )
 
 
-def count(value: float) -> str:
-    """A whole number with thin spaces between the thousands."""
-    return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+def dataset_context(
+    table: GrowthTable,
+    thumbnails: Thumbnails,
+    notes: list[str],
+    duplicate_distance: float | None = None,
+) -> dict[str, Any]:
+    """Everything that dataset.html.j2 shows."""
+    maker = CardMaker(table, thumbnails)
+    found = numbers.duplicate_groups(table, duplicate_distance)
+    curve = numbers.growth_curve(table)
+    visits = numbers.expected_visits(table.gains[table.kept])
+    return {
+        "dataset": True,
+        "has_decisions": table.has_decisions,
+        "has_text": table.has_text,
+        "headline": numbers.headline(table),
+        "settings_line": settings_line(table),
+        "settings_table": sorted((key, str(value)) for key, value in table.settings.items()),
+        "k": table.settings.get("k"),
+        "notes": notes,
+        "sources": numbers.by_source(table),
+        "figures": dataset_charts(table, curve, visits),
+        "epoch_lengths": visits.epoch_length,
+        "galleries": galleries(maker),
+        "groups": {
+            "shown": groups(maker, found),
+            "total": len(found.groups),
+            "samples": sum(map(len, found.groups)),
+            "distance": found.distance,
+            "usual": found.usual,
+        },
+        "map": kept_map(table, maker),
+        "reasons": numbers.reason_counts(table),
+    }
 
 
-def decimal(value: float | None, places: int = 3) -> str:
-    """A number with ``places`` decimals and a real minus sign; a dash when it is unknown."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    text = f"{value:.{places}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def share(part: float, whole: float) -> float:
-    """``part`` of ``whole`` in percent, 0 of nothing."""
-    return 100 * part / whole if whole else 0.0
-
-
-def percent(value: float) -> str:
-    """A percentage for readers: 0.04 %, 3.2 %, 78 %; never rounded to 0 or 100 when it is not."""
-    if 0 < value < 0.05:
-        return "<\N{NARROW NO-BREAK SPACE}0.1\N{NARROW NO-BREAK SPACE}%"
-    rounded = f"{value:.1f}" if value < 9.95 or 99 < value < 100 else f"{value:.0f}"
-    if rounded == "100.0":
-        rounded = "99.9"
-    return f"{rounded}\N{NARROW NO-BREAK SPACE}%"
-
-
-# Direction overrides would let a caption rewrite the text around it; other controls are noise.
-_INVISIBLE = dict.fromkeys(
-    [*range(0x00, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], " "
-)
-
-
-def shown(text: str) -> str:
-    """Untrusted text as it may be shown: no control characters, valid Unicode. Not escaped."""
-    return text.encode("utf-8", "replace").decode("utf-8").translate(_INVISIBLE)
+def settings_line(table: GrowthTable) -> str:
+    """The settings that matter in one line."""
+    if not table.has_decisions:
+        return "A result JSON: kept samples with their gains. A growth folder tells more."
+    settings = table.settings
+    # An encoder from a folder is named by its path: the last part says enough.
+    encoder = str((settings.get("encoder") or {}).get("name") or "").rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        f"features of {encoder}" if encoder else None,
+        f"alignment threshold {table.min_align:.3g}" if table.min_align is not None else None,
+        f"gain over {settings['k']} nearest neighbors" if settings.get("k") else None,
+    ]
+    line = ", ".join(part for part in parts if part)
+    return line[:1].upper() + line[1:] + "."
 
 
 def _asset(name: str) -> str:

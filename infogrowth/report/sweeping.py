@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from infogrowth.errors import UserError
 from infogrowth.growth.sampling import normalized_gains, select_top
-from infogrowth.report.dataset import GrownDataset
+from infogrowth.report.charts import Palette, chart_style, compact_counts, legend_above, new_figure
+from infogrowth.report.dataset import GrowthTable
 
 UNKNOWN_RECAPTION = "alignment and recaption below min_align"
 DUPLICATE = "id is already in the dataset"
@@ -50,7 +53,7 @@ class TopRow:
 
     count: int
     share: float  # of the kept samples
-    least_gain: float  # mean of image and text gain of the last one in
+    min_gain: float  # mean of image and text gain of the last one in
     mean_gain: float
     information: float  # share of the sum of the normalized gains
 
@@ -69,47 +72,45 @@ class Sweep:
         return {"thresholds": rows, "tops": [asdict(row) for row in self.tops], "notes": self.notes}
 
 
-def sweep(
-    dataset: GrownDataset, thresholds: Sequence[float] = (), tops: Sequence[int] = ()
-) -> Sweep:
+def sweep(table: GrowthTable, thresholds: Sequence[float] = (), tops: Sequence[int] = ()) -> Sweep:
     """Evaluate ``thresholds`` and ``tops``; both have sensible defaults when empty.
 
     Raises:
         UserError: no alignments on record, or a top that is not between 1 and the kept count.
     """
-    if not np.isfinite(dataset.original_alignment).any():
-        raise UserError(f"{dataset.name!r} has no alignments on record, so nothing to sweep")
-    values = _thresholds(dataset, thresholds)
-    rows = [_threshold_row(dataset, value) for value in values]
-    gains = dataset.gains[dataset.kept]
-    return Sweep(rows, _top_rows(gains, tops), _notes(dataset, rows))
+    if not np.isfinite(table.original_alignment).any():
+        raise UserError(f"{table.name!r} has no alignments on record, so nothing to sweep")
+    values = _thresholds(table, thresholds)
+    rows = [_threshold_row(table, value) for value in values]
+    gains = table.gains[table.kept]
+    return Sweep(rows, _top_rows(gains, tops), _notes(table, rows))
 
 
-def _thresholds(dataset: GrownDataset, given: Sequence[float]) -> list[float]:
+def _thresholds(table: GrowthTable, given: Sequence[float]) -> list[float]:
     if given:
         values = {float(value) for value in given}
     else:
-        finite = dataset.original_alignment[np.isfinite(dataset.original_alignment)]
+        finite = table.original_alignment[np.isfinite(table.original_alignment)]
         low, high = np.quantile(finite, [0.005, 0.995])
         step = 0.05 if high - low > 0.4 else 0.02
         values = set(np.round(np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step, 6))
-    if dataset.min_align is not None:
-        values.add(dataset.min_align)
+    if table.min_align is not None:
+        values.add(table.min_align)
     return sorted(float(value) for value in values)
 
 
-def _threshold_row(dataset: GrownDataset, threshold: float) -> ThresholdRow:
+def _threshold_row(table: GrowthTable, threshold: float) -> ThresholdRow:
     """Which rows pass, decided in float32 like the engine; an id counts once."""
     limit = np.float32(threshold)
     original, final = (
-        values.astype(np.float32) for values in (dataset.original_alignment, dataset.alignment)
+        values.astype(np.float32) for values in (table.original_alignment, table.alignment)
     )
-    own = (original >= limit) | dataset.seeds & dataset.kept
-    new = ~own & dataset.recaptioned & (final >= limit)
-    unknown = ~own & ~new & _fit_not_on_record(dataset, threshold)
-    kept = _once_per_id(dataset, own | new)
-    at_most = _once_per_id(dataset, own | new | unknown)
-    gain = dataset.mean_gain[kept]
+    own = (original >= limit) | table.seeds & table.kept
+    new = ~own & table.recaptioned & (final >= limit)
+    unknown = ~own & ~new & _fit_not_on_record(table, threshold)
+    kept = _once_per_id(table, own | new)
+    at_most = _once_per_id(table, own | new | unknown)
+    gain = table.mean_gain[kept]
     gain = gain[np.isfinite(gain)]
     return ThresholdRow(
         threshold=threshold,
@@ -118,36 +119,36 @@ def _threshold_row(dataset: GrownDataset, threshold: float) -> ThresholdRow:
         recaptioned=int((kept & new).sum()),
         dropped=int(len(kept) - kept.sum()),
         mean_gain=float(gain.mean()) if len(gain) else None,
-        in_force=dataset.min_align is not None and threshold == dataset.min_align,
+        in_force=table.min_align is not None and threshold == table.min_align,
     )
 
 
-def _fit_not_on_record(dataset: GrownDataset, threshold: float) -> np.ndarray:
+def _fit_not_on_record(table: GrowthTable, threshold: float) -> np.ndarray:
     """Rows whose recaption might reach ``threshold``, but was refused or never looked at."""
-    in_force = dataset.min_align
+    in_force = table.min_align
     if in_force is None or threshold == in_force:
-        return np.zeros(len(dataset.ids), dtype=bool)
+        return np.zeros(len(table.ids), dtype=bool)
     if threshold < in_force:  # a refused recaption is under min_align, perhaps not under this
-        return dataset.reasons == UNKNOWN_RECAPTION
-    never_looked_at = np.isfinite(dataset.original_alignment) & (
-        dataset.original_alignment.astype(np.float32) >= np.float32(in_force)
+        return table.reasons == UNKNOWN_RECAPTION
+    never_looked_at = np.isfinite(table.original_alignment) & (
+        table.original_alignment.astype(np.float32) >= np.float32(in_force)
     )
-    return never_looked_at if _had_recaptions(dataset) else np.zeros(len(dataset.ids), dtype=bool)
+    return never_looked_at if _had_recaptions(table) else np.zeros(len(table.ids), dtype=bool)
 
 
-def _had_recaptions(dataset: GrownDataset) -> bool:
-    return bool(dataset.recaptioned.any() or (dataset.reasons == UNKNOWN_RECAPTION).any())
+def _had_recaptions(table: GrowthTable) -> bool:
+    return bool(table.recaptioned.any() or (table.reasons == UNKNOWN_RECAPTION).any())
 
 
-def _once_per_id(dataset: GrownDataset, passes: np.ndarray) -> np.ndarray:
+def _once_per_id(table: GrowthTable, passes: np.ndarray) -> np.ndarray:
     """The rows that would be kept: the first passing one of each id."""
-    if not (dataset.reasons == DUPLICATE).any():
+    if not (table.reasons == DUPLICATE).any():
         return passes
     seen: set[str] = set()
     kept = np.zeros_like(passes)
     for row in np.flatnonzero(passes).tolist():
-        if dataset.ids[row] not in seen:
-            seen.add(dataset.ids[row])
+        if table.ids[row] not in seen:
+            seen.add(table.ids[row])
             kept[row] = True
     return kept
 
@@ -168,7 +169,7 @@ def _top_rows(gains: np.ndarray, tops: Sequence[int]) -> list[TopRow]:
             TopRow(
                 count=top,
                 share=top / count,
-                least_gain=float(mean[selected].min()),
+                min_gain=float(mean[selected].min()),
                 mean_gain=float(mean[selected].mean()),
                 information=float(normalized[selected].sum() / normalized.sum()),
             )
@@ -176,13 +177,13 @@ def _top_rows(gains: np.ndarray, tops: Sequence[int]) -> list[TopRow]:
     return rows
 
 
-def _notes(dataset: GrownDataset, rows: list[ThresholdRow]) -> list[str]:
+def _notes(table: GrowthTable, rows: list[ThresholdRow]) -> list[str]:
     notes = [
         "Kept counts by threshold come from the recorded alignments; nothing is embedded again."
     ]
     if all(row.exact for row in rows):
         given = ", provided that no recaptions are offered, as in this growth"
-        notes.append(f"All of them are exact{'' if _had_recaptions(dataset) else given}.")
+        notes.append(f"All of them are exact{'' if _had_recaptions(table) else given}.")
     else:
         notes.append(
             "Where a range is given, samples have or may have a recaption whose fit is not on "
@@ -194,3 +195,76 @@ def _notes(dataset: GrownDataset, rows: list[ThresholdRow]) -> list[str]:
     )
     notes.append("Static selection of the top N from the dataset as it is: exact.")
     return notes
+
+
+def sweep_figure(
+    found: Sweep, palette: Palette, width: float = 760, stacked: bool = False
+) -> Figure:
+    """Samples kept by threshold, and the information kept by the top N.
+
+    Args:
+        stacked: one chart under the other, for narrow screens.
+    """
+    with chart_style(palette):
+        figure = new_figure(width, 560 if stacked else 300)
+        shape = (2, 1) if stacked else (1, 2)
+        left, right = figure.subplots(*shape) if found.tops else (figure.subplots(), None)
+        _draw_thresholds(left, found, palette)
+        if right is not None:
+            _draw_tops(right, found, palette)
+        return figure
+
+
+def _draw_thresholds(axes: Axes, found: Sweep, palette: Palette) -> None:
+    at = [row.threshold for row in found.thresholds]
+    kept = [row.kept for row in found.thresholds]
+    own = [row.kept - row.recaptioned for row in found.thresholds]
+    axes.plot(at, kept, color=palette.kept, marker="o", markersize=3.5, label="kept")
+    if any(row.recaptioned for row in found.thresholds):
+        axes.fill_between(
+            at, own, kept, color=palette.recaptioned, alpha=0.45, linewidth=0, label="recaptioned"
+        )
+    if not all(row.exact for row in found.thresholds):
+        most = [row.kept_at_most for row in found.thresholds]
+        axes.plot(at, most, color=palette.kept, linestyle=(0, (1, 1.5)), label="at most")
+    for row in found.thresholds:
+        if row.in_force:
+            axes.axvline(row.threshold, color=palette.ink, linewidth=1.2, linestyle=(0, (4, 2.5)))
+            axes.annotate(
+                "in force",
+                (row.threshold, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=10,
+            )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("alignment threshold (min_align)")
+    axes.set_ylabel("samples kept")
+    compact_counts(axes, "y")
+    legend_above(axes)
+
+
+def _draw_tops(axes: Axes, found: Sweep, palette: Palette) -> None:
+    counts = [row.count for row in found.tops]
+    axes.plot(
+        [0, *counts],
+        [0, *(100 * row.information for row in found.tops)],
+        color=palette.image,
+        marker="o",
+        markersize=3.5,
+        label="top N by gain",
+    )
+    axes.plot(
+        [0, counts[-1]],
+        [0, 100 * found.tops[-1].share],
+        color=palette.muted,
+        linestyle=(0, (1, 1.5)),
+        label="at random",
+    )
+    axes.set_ylim(0, 103)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("samples selected (N)")
+    axes.set_ylabel("information kept (percent)")
+    compact_counts(axes, "x")
+    legend_above(axes)

@@ -2,13 +2,26 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from infogrowth.errors import UserError
+from infogrowth.report.charts import (
+    PAGE,
+    Palette,
+    chart_style,
+    compact_counts,
+    legend_above,
+    new_figure,
+    to_page,
+)
+
+DASHES = ["solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))]
 
 RECALLS = {  # the keys of an evaluation's record, as they are shown
     "r_mean": "mean recall",
@@ -29,14 +42,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run's log tells."""
+    """What the log of a run holds."""
 
     name: str
     loss: Curve
     recall: Curve  # mean recall in percent; empty for a run that was not evaluated
     recall_table: dict[str, float]  # recall of the best evaluation
     samples_seen: int
-    samples_per_second: float  # median; NaN when the log does not tell
+    samples_per_second: float  # median; NaN when the log does not say
     hours: float  # from the first to the last record; NaN when unknown
 
     @property
@@ -88,13 +101,13 @@ def read_runs(directories: list[str]) -> list[TrainingRun]:
     return runs
 
 
-def smoothed(values: np.ndarray, most: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Means of consecutive stretches, at most ``most`` of them, and where each one's middle is.
+def smoothed(values: np.ndarray, limit: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Means of consecutive stretches, at most ``limit`` of them, and where each one's middle is.
 
     Returns:
         (m,) positions as indexes into ``values``, (m,) means.
     """
-    length = max(1, -(-len(values) // most))
+    length = max(1, -(-len(values) // limit))
     starts = np.arange(0, len(values), length)
     lengths = np.minimum(length, len(values) - starts)
     means = np.add.reduceat(values, starts) / lengths if len(values) else values
@@ -156,3 +169,57 @@ def _one_per_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _hours(records: list[dict[str, Any]]) -> float:
     times = [r["time"] for r in records if _is_number(r.get("time"))]
     return (times[-1] - times[0]) / 3600 if len(times) > 1 else float("nan")
+
+
+def training_context(runs: list[TrainingRun]) -> dict[str, Any]:
+    """Everything that training.html.j2 shows."""
+    charts: dict[str, Any] = {"recall": None, "recall_narrow": None}
+    names = ", ".join(run.name for run in runs)
+    for what in ("loss", "recall"):
+        if any(len(getattr(run, what).values) for run in runs):
+            description = f"{what.capitalize()} over samples seen of the runs {names}."
+            for key, width in ((what, 480), (f"{what}_narrow", 350)):
+                figure = runs_figure(runs, what, PAGE, width)
+                charts[key] = to_page(figure, f"run-{key}", description)
+    found = {key for run in runs for key in run.recall_table}
+    labels = {key: label for key, label in RECALLS.items() if key in found}
+    return {
+        "training": {"loss": None, "loss_narrow": None, "runs": runs, "recall_keys": labels}
+        | charts
+    }
+
+
+def runs_figure(
+    runs: Sequence[TrainingRun], what: str, palette: Palette, width: float = 570
+) -> Figure:
+    """``what`` ("loss" or "recall") of each run over the samples it has seen."""
+    with chart_style(palette):
+        figure = new_figure(width, 300)
+        axes = figure.subplots()
+        colors = palette.runs()
+        for number, run in enumerate(runs):
+            curve = run.loss if what == "loss" else run.recall
+            if len(curve.values) == 0:
+                continue
+            at, means = smoothed(curve.values) if what == "loss" else (slice(None), curve.values)
+            axes.plot(
+                curve.seen[at],
+                means,
+                color=colors[number % len(colors)],
+                linestyle=DASHES[number // len(colors) % len(DASHES)],
+                marker="o" if len(means) <= 30 else "",
+                markersize=4,
+                label=_short(run.name),
+            )
+        axes.set_xlabel("samples seen")
+        axes.set_ylabel("loss" if what == "loss" else "mean recall (percent)")
+        axes.set_xlim(left=0)
+        compact_counts(axes, "x")
+        legend_above(axes, columns=2 if width < 450 else 4)
+        return figure
+
+
+def _short(name: str) -> str:
+    # matplotlib leaves labels that begin with an underscore out of the legend
+    name = name if len(name) <= 24 else name[:11] + "…" + name[-12:]
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name

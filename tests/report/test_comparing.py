@@ -54,5 +54,5 @@ def test_dropped_samples_are_no_part_of_a_growth_folder(made):
 def test_the_list_of_novel_samples_is_as_long_as_asked_for(tmp_path):
     a = opened(tmp_path / "a.json", *((f"{i}", "c", (i / 10, i / 10)) for i in range(1, 9)))
     b = opened(tmp_path / "b.json", ("x", "c", (0.1, 0.1)))
-    assert compare(a, b, most=3).only_a.most_novel == ["8", "7", "6"]
-    assert compare(a, b, most=0).only_a.most_novel == []
+    assert compare(a, b, limit=3).only_a.most_novel == ["8", "7", "6"]
+    assert compare(a, b, limit=0).only_a.most_novel == []

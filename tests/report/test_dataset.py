@@ -41,7 +41,7 @@ def test_columns_come_in_stream_order_with_their_neighbors(made):
     expected = list(
         zip(made.rows[50]["text_neighbors"], made.rows[50]["text_distances"], strict=True)
     )
-    assert grown.neighbors(50, "text") == expected
+    assert grown.decision(50).text_neighbors == expected
     assert grown.sources[0] == "seeds from seeds"
     assert grown.sources[-1] == "a$b_{1}"
 
@@ -71,7 +71,7 @@ def test_a_sample_that_was_offered_again_counts_once_by_its_last_decision(tmp_pa
     grown = open_growth(tmp_path / "g")
     assert grown.ids == ["s0", "s2", "s1", "s4"]
     assert grown.verdicts.tolist() == ["kept", "kept", "recaptioned", "dropped"]
-    assert grown.sources[2] == "offered again from a"
+    assert grown.sources[2] == "processed again from a"
 
 
 def test_skipped_samples_of_features_that_were_read_twice_count_once(tmp_path, write_folder):
@@ -83,7 +83,7 @@ def test_skipped_samples_of_features_that_were_read_twice_count_once(tmp_path, w
     assert open_growth(tmp_path / "g").skipped == {"no caption": 6}
 
 
-def test_labeled_pictures_have_their_one_gain_in_both_columns(tmp_path, write_folder):
+def test_labeled_images_have_their_one_gain_in_both_columns(tmp_path, write_folder):
     rows = [row(0, gain_text=None)]
     write_folder(tmp_path / "g", rows, features(1), features(1))
     settings = json.loads((tmp_path / "g/growth.json").read_text())
@@ -124,4 +124,4 @@ def test_an_id_that_came_twice_is_known_by_the_caption_that_was_kept(tmp_path, w
         row(1, "dropped", id="s0", caption="other words"),
     ]
     write_folder(tmp_path / "g", rows, features(1), features(1))
-    assert open_growth(tmp_path / "g").caption_by_id() == {"s0": "kept words"}
+    assert open_growth(tmp_path / "g").known_captions == {"s0": "kept words"}

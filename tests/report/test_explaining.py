@@ -3,8 +3,8 @@ import pytest
 from infogrowth.annotations import save_annotations
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import open_annotations, open_growth
-from infogrowth.report.explaining import as_text, explain, picture_strip
-from infogrowth.report.pictures import Pictures
+from infogrowth.report.explaining import as_text, explain, image_strip
+from infogrowth.report.galleries import Thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def test_a_recaptioned_sample_tells_both_captions_and_alignments(made, grown):
 
 def test_a_dropped_sample_tells_the_threshold_it_missed(made, grown):
     found = one(grown, made.ids("dropped")[0])
-    assert f"{found.alignment:.3f}".replace("-", "−") + " is under 0.4" in found.why
+    assert f"{found.sample.alignment:.3f}".replace("-", "−") + " is under 0.4" in found.why
     assert found.visits is None
     assert found.gain_rank is None
-    assert found.gain_image is not None
+    assert found.sample.gain_image is not None
 
 
 def test_a_seed_is_told_to_be_trusted(grown):
@@ -44,14 +44,14 @@ def test_a_seed_is_told_to_be_trusted(grown):
 
 def test_neighbors_come_nearest_first_with_the_captions_they_are_known_by(made, grown):
     found, row = one(grown, "000090"), row_of(made, "000090")
-    assert [n.id for n in found.image_neighbors] == row["image_neighbors"]
-    assert [n.distance for n in found.text_neighbors] == row["text_distances"]
-    for near in found.image_neighbors:
+    assert [n.id for n in found.neighbors["image"]] == row["image_neighbors"]
+    assert [n.distance for n in found.neighbors["text"]] == row["text_distances"]
+    for near in found.neighbors["image"]:
         assert near.caption == row_of(made, near.id)["caption"]
 
 
-def test_the_id_is_found_with_its_file_ending_too(grown):
-    assert one(grown, "cc3m_train/000090.jpg").id == "000090"
+def test_the_id_is_found_with_its_extension_too(grown):
+    assert one(grown, "cc3m_train/000090.jpg").sample.id == "000090"
 
 
 def test_an_unknown_id_names_the_nearest_ones(grown):
@@ -82,21 +82,21 @@ def test_terminal_text_holds_no_control_characters(tmp_path, write_folder, made,
 
 def test_the_strip_shows_the_sample_and_its_neighbors(made, grown):
     found = one(grown, "000090")
-    strip = picture_strip(found, Pictures(made.lmdb), side=100)
+    strip = image_strip(found, Thumbnails(made.lmdb), side=100)
     assert strip.width == 16 + 5 * (100 + 16)
-    own = Pictures(made.lmdb).image("000090", 100)
+    own = Thumbnails(made.lmdb).image("000090", 100)
     middle = strip.getpixel((16 + 50, 16 + 50))
     assert middle == own.getpixel((50, own.height // 2))
 
 
-def test_the_strip_says_where_a_picture_is_missing(grown):
-    strip = picture_strip(one(grown, "000090"), Pictures(None))
+def test_the_strip_says_where_a_image_is_missing(grown):
+    strip = image_strip(one(grown, "000090"), Thumbnails(None))
     assert strip.getpixel((20, 20)) == (0xEE, 0xF0, 0xF4)
 
 
 @pytest.mark.parametrize("asked", ["x/b.jpg", "x/b", "x/b.png", "b"])
-def test_a_sample_in_a_folder_is_found_without_its_file_ending(tmp_path, asked):
+def test_a_sample_in_a_folder_is_found_without_its_extension(tmp_path, asked):
     names = ["x/a.jpg", "x/b.jpg"]
     samples = [{"image": name, "caption": "c", "gains": [0.5, 0.25]} for name in names]
     save_annotations(tmp_path / "grown.json", samples)
-    assert one(open_annotations(tmp_path / "grown.json"), asked).id == "x/b.jpg"
+    assert one(open_annotations(tmp_path / "grown.json"), asked).sample.id == "x/b.jpg"

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from infogrowth.report import numbers
-from infogrowth.report.dataset import GrownDataset, open_growth
+from infogrowth.report.dataset import GrowthTable, open_growth
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -23,7 +23,7 @@ def dataset(verdicts, gains=None, sources=None, neighbors=None, reasons=None, sk
                 ),
             }
         )
-    return GrownDataset(
+    return GrowthTable(
         name="made",
         settings={},
         ids=[str(row) for row in range(count)],
@@ -103,8 +103,26 @@ def test_near_duplicates_hang_together_through_chains_of_close_pairs():
     ]
     verdicts = ["kept", "kept", "recaptioned", "kept", "kept", "dropped", "kept"]
     found = numbers.duplicate_groups(dataset(verdicts, neighbors=neighbors), distance=0.05)
-    assert found == [[0, 1, 2], [3, 4]]
-    assert numbers.duplicate_groups(dataset(verdicts, neighbors=neighbors), 0.005) == []
+    assert found.groups == [[0, 1, 2], [3, 4]]
+    assert "2e-02" in found.why(0) or "0.02" in found.why(0)
+    assert numbers.duplicate_groups(dataset(verdicts, neighbors=neighbors), 0.005).groups == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.001])
+def test_what_counts_as_near_duplicate_follows_the_encoder(scale):
+    """An encoder whose features lie ten times closer together finds the same groups."""
+    nearest = [None, 0.3, 0.28, 0.01, 0.35, 0.31, 0.0, 0.29, 0.02, 0.33]
+    neighbors = [[] if d is None else [("0", scale * d)] for d in nearest]
+    found = numbers.duplicate_groups(dataset(["kept"] * 10, neighbors=neighbors))
+    assert found.groups == [[0, 3, 6, 8]]
+    assert found.usual == pytest.approx(0.29 * scale)
+
+
+def test_the_same_image_under_other_ids_is_called_so():
+    neighbors = [[], [("0", 2e-8)], [("1", 0.4)], [("2", 0.5)]]
+    found = numbers.duplicate_groups(dataset(["kept"] * 4, neighbors=neighbors))
+    assert found.groups == [[0, 1]]
+    assert "same image" in found.why(0)
 
 
 def test_duplicate_groups_agree_with_all_pairs_of_the_features(made):
@@ -116,7 +134,11 @@ def test_duplicate_groups_agree_with_all_pairs_of_the_features(made):
     for _ in range(8):  # transitive closure
         reach = (reach.astype(int) @ reach.astype(int)) > 0
     expected = {tuple(rows[np.flatnonzero(line)].tolist()) for line in reach if line.sum() > 1}
-    assert {tuple(group) for group in numbers.duplicate_groups(grown, 0.05)} == expected != set()
+    assert (
+        {tuple(group) for group in numbers.duplicate_groups(grown, 0.05).groups}
+        == expected
+        != set()
+    )
 
 
 def test_reasons_count_dropped_and_skipped_samples_together():

@@ -5,8 +5,9 @@ import re
 import pytest
 from markupsafe import Markup
 
-from infogrowth.report.charts import PAGE, compact, house_style, new_figure, to_page
-from infogrowth.report.page import count, decimal, percent, render, shown
+from infogrowth.report.charts import PAGE, chart_style, new_figure, to_page
+from infogrowth.report.formatting import compact, count, decimal, percent, shown
+from infogrowth.report.page import render
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_texts_are_escaped_in_titles():
 
 
 def test_a_chart_follows_the_theme_and_names_what_it_shows():
-    with house_style(PAGE):
+    with chart_style(PAGE):
         figure = new_figure(200, 100)
         figure.subplots().plot([1, 2], color=PAGE.kept, label="a $b_1$ <i>")
         figure.axes[0].legend()
@@ -71,7 +72,7 @@ def test_a_chart_follows_the_theme_and_names_what_it_shows():
 
 def test_charts_on_one_page_share_no_ids_and_every_reference_is_met():
     def drawn(name):
-        with house_style(PAGE):
+        with chart_style(PAGE):
             figure = new_figure(200, 100)
             figure.subplots().plot([1, 2, 3], marker="o")
         return to_page(figure, name, "d")

@@ -130,13 +130,13 @@ def accessibility_problems(browser):
     ]
 
 
-def test_every_picture_shows(browser, pages):
+def test_every_image_shows(browser, pages):
     show(browser, pages["report"])
     broken, whole = browser.execute_async_script(
         """const done = arguments[arguments.length - 1];
-        const pictures = [...document.images];
-        pictures.forEach(p => { p.loading = "eager"; });
-        Promise.all(pictures.map(p => p.decode().then(() => p.naturalWidth > 0, () => false)))
+        const images = [...document.images];
+        images.forEach(p => { p.loading = "eager"; });
+        Promise.all(images.map(p => p.decode().then(() => p.naturalWidth > 0, () => false)))
           .then(ok => done([ok.filter(good => !good).length, ok.filter(Boolean).length]));"""
     )
     assert broken == 0
@@ -236,7 +236,7 @@ def test_a_sample_opens_large_and_the_arrow_keys_walk_on(browser, pages):
     assert browser.switch_to.active_element.get_attribute("class") == "open"
 
 
-def test_a_picture_on_the_map_shows_itself_when_it_is_reached_by_keyboard(browser, pages):
+def test_a_image_on_the_map_shows_itself_when_it_is_reached_by_keyboard(browser, pages):
     show(browser, pages["report"])
     mark = browser.find_element(By.CSS_SELECTOR, ".landmark")
     bubble = mark.find_element(By.CSS_SELECTOR, ".bubble")

@@ -48,7 +48,7 @@ def page(made, tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_leads_nowhere_and_carries_its_pictures(page):
+def test_the_page_leads_nowhere_and_carries_its_images(page):
     seen = Seen(page)
     assert all(a.startswith(("data:", "#")) for a in seen.addresses)
     assert not re.search(r"url\(\s*['\"]?(?!#)", page)
@@ -70,9 +70,9 @@ def test_thumbnails_are_small_and_made_anew(page):
     import base64
 
     for code in re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)[:20]:
-        with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
-            assert max(picture.size) <= 128
-            assert picture.format == "WEBP"
+        with Image.open(io.BytesIO(base64.b64decode(code))) as image:
+            assert max(image.size) <= 128
+            assert image.format == "WEBP"
 
 
 def test_every_gallery_shows_what_was_decided(page, made):
@@ -117,7 +117,7 @@ def test_a_result_json_is_reported_with_its_lmdb(made, tmp_path):
     assert "Dropped as noise" not in page
 
 
-def test_a_report_without_its_pictures_says_so(made, tmp_path):
+def test_a_report_without_its_images_says_so(made, tmp_path):
     import shutil
 
     growth = tmp_path / "growth"
@@ -126,7 +126,7 @@ def test_a_report_without_its_pictures_says_so(made, tmp_path):
     (growth / "growth.json").write_text(json.dumps({**settings, "images": "/moved/away"}))
     assert main(["report", str(growth), "-o", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "No pictures: /moved/away is gone; give the LMDB with --lmdb DIR." in page
+    assert "No images: /moved/away is gone; give the LMDB with --lmdb DIR." in page
     assert "data:image/webp" not in page
 
 
@@ -205,10 +205,10 @@ def test_training_runs_stand_side_by_side(tmp_path):
 
 def test_explain_prints_text_json_and_a_strip(made, tmp_path, capsys):
     sample_id = made.ids("recaptioned")[1]
-    picture = tmp_path / "strip.png"
-    assert main(["explain", str(made.growth), sample_id, "--picture", str(picture)]) == 0
+    image = tmp_path / "strip.png"
+    assert main(["explain", str(made.growth), sample_id, "--image", str(image)]) == 0
     assert f"{sample_id}: recaptioned" in capsys.readouterr().out
-    with Image.open(picture) as strip:
+    with Image.open(image) as strip:
         assert strip.format == "PNG"
     assert main(["explain", str(made.growth), sample_id, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
@@ -226,8 +226,8 @@ def test_sweep_prints_tables_and_json_and_plots(made, tmp_path, capsys):
     assert main(["sweep", str(made.growth), "--tops", "5", "--json", "-o", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["count"] for row in found["tops"]] == [5]
-    with Image.open(plot) as picture:
-        assert picture.format == "PNG"
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
 
 
 def test_compare_prints_text_and_json_and_a_page(made, tmp_path, capsys):
@@ -254,7 +254,7 @@ def test_compare_prints_text_and_json_and_a_page(made, tmp_path, capsys):
         (["report", "GROWTH", "--annotations", "x.json"], "not both"),
         (["report", "GROWTH", "--lmdb", "/no/lmdb"], "/no/lmdb does not exist"),
         (["report", "GROWTH", "--duplicate-distance", "7"], "from 0 to 2"),
-        (["explain", "GROWTH", "nobody"], "was never offered"),
+        (["explain", "GROWTH", "nobody"], "never processed"),
         (["sweep", "GROWTH", "-o", "plot.gif"], "must end in .html or .png"),
         (["sweep", "GROWTH", "--tops", "9999"], "is not between 1 and"),
         (["compare", "/no/a.json", "/no/b.json"], "does not exist"),

@@ -74,7 +74,7 @@ def test_tops_agree_with_the_static_selection(grown):
     gains = grown.gains[grown.kept]
     row = sweep(grown, tops=[20]).tops[0]
     chosen = gains[select_top(gains, 20)].mean(axis=1)
-    assert row.least_gain == pytest.approx(chosen.min())
+    assert row.min_gain == pytest.approx(chosen.min())
     assert row.mean_gain == pytest.approx(chosen.mean())
     assert sweep(grown).tops[-1].information == pytest.approx(1.0)
 

@@ -81,9 +81,9 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 def test_smoothing_averages_stretches_and_keeps_the_mean():
     values = np.arange(1000.0)
-    at, means = smoothed(values, most=100)
+    at, means = smoothed(values, limit=100)
     assert len(means) == 100
     assert means[0] == np.arange(10).mean()
     assert at[0] == 5
     assert means.mean() == pytest.approx(values.mean())
-    assert smoothed(values[:7], most=100)[1].tolist() == values[:7].tolist()
+    assert smoothed(values[:7], limit=100)[1].tolist() == values[:7].tolist()

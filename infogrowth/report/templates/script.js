@@ -122,14 +122,14 @@
     const show = (index) => {
       at = (index + samples.length) % samples.length;
       const sample = samples[at];
-      const picture = sample.querySelector(".open > *").cloneNode(true);
-      if (picture.tagName === "IMG") picture.className = "open-picture";
+      const image = sample.querySelector(".open > *").cloneNode(true);
+      if (image.tagName === "IMG") image.className = "open-image";
       const words = sample.querySelector(".words").cloneNode(true);
       const short = words.querySelector(":scope > .numbers");
       const more = words.querySelector(".more");
       more.hidden = false;
       short.replaceWith(more);
-      body.replaceChildren(picture, words);
+      body.replaceChildren(image, words);
       const neighbors = sample.querySelector(".neighbors");
       if (neighbors) body.append(neighbors.cloneNode(true));
       document.getElementById("position").textContent = `${at + 1} of ${samples.length}`;

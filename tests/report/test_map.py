@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from infogrowth.report.projection import project, spread_out
+from infogrowth.report.map import project, spread_out
 
 
 def random(seed=0):
@@ -11,7 +11,7 @@ def random(seed=0):
 def test_points_that_lie_in_a_plane_keep_their_places():
     plane = random().uniform(size=(300, 2)) * [10, 4]
     directions = np.linalg.qr(random(1).normal(size=(16, 2)))[0]
-    flat = project((plane @ directions.T).astype(np.float32), most=1000, random=random())
+    flat = project((plane @ directions.T).astype(np.float32), limit=1000, random=random())
     assert flat.explained == pytest.approx(1.0, abs=1e-6)
     inside = (flat.points > 0).all(axis=1) & (flat.points < 1).all(axis=1)
     for axis in (0, 1):  # each axis is the plane's, but for its direction and scale
@@ -21,8 +21,8 @@ def test_points_that_lie_in_a_plane_keep_their_places():
 
 def test_a_sample_of_the_rows_is_drawn_when_there_are_many():
     features = random().normal(size=(500, 8)).astype(np.float32)
-    first = project(features, most=100, random=random(5))
-    again = project(features, most=100, random=random(5))
+    first = project(features, limit=100, random=random(5))
+    again = project(features, limit=100, random=random(5))
     assert len(first.rows) == 100 == len(set(first.rows.tolist()))
     assert (first.rows == again.rows).all()
     assert (first.points == again.points).all()
@@ -33,7 +33,7 @@ def test_equal_rows_and_a_single_dimension_do_not_break_it():
     assert project(random().normal(size=(6, 1)), 10, random()).points.shape == (6, 2)
 
 
-def test_pictures_on_the_map_do_not_overlap_and_cover_it():
+def test_images_on_the_map_do_not_overlap_and_cover_it():
     points = random().uniform(size=(4000, 2))
     chosen = points[spread_out(points, (0.06, 0.1))]
     apart = np.abs(chosen[:, None] - chosen[None]) >= (0.06, 0.1)
