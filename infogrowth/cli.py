@@ -15,7 +15,7 @@ from typing import Any
 
 from infogrowth import __version__
 from infogrowth.config import add_flags, config_from_args
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, exit_status
 
 VERBS = ("embed", "recaption", "grow", "select", "report", "explain", "sweep", "compare")
 SHARED_WORK = ("embed", "recaption", "grow")  # under the launcher rank 0 does the others alone
@@ -51,20 +51,13 @@ def _run(
     _configure_logging(quiet=args.quiet)
     try:
         return run(config_from_args(config_class, args, positional)) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was committed is safe, run the command again", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `infogrowth explain … | head` is not an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
         return 0
-    except OSError as error:
-        if error.filename is None:  # no file is to blame, so it is no matter of input
-            raise
-        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # no file is to blame, so it is no matter of input
+        return exit_status(error)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

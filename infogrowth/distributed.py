@@ -1,90 +1,173 @@
-"""Ranks: the only room that calls torch.distributed, and a no-op on one process.
+"""Ranks: the only module that calls torch.distributed, and a no-op on one process.
 
-``python3 -m torch.distributed.run`` sets RANK, WORLD_SIZE and LOCAL_RANK; without the launcher the
-same code runs as rank 0 of 1 and never initialises a group.
+``python3 -m torch.distributed.run`` (or Slurm, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+set) starts the ranks; without these variables the same code runs as rank 0 of 1 and never
+initialises a group. What the ranks must agree on before they form a group, and who does which
+shard, goes through the launcher's own key-value store.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather as _differentiable_all_gather
 
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, exit_status, shorten
 
 T = TypeVar("T")
 
 # A rank that decodes a slow shard, or writes a big checkpoint, must not be taken for dead.
-_PATIENCE = timedelta(hours=2)
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+_START_TIMEOUT = timedelta(minutes=10)  # until every rank of the launch is there
+_LOST_PEER = re.compile(r"gloo|connection (closed|reset)", re.IGNORECASE)  # what Gloo says
+
+_store: dist.Store | None = None  # of the launcher, while this module's group exists
+_ranks_on_this_node = 1
 
 
 @contextmanager
-def process_group(device: str = "auto") -> Iterator[torch.device]:
-    """Join the launcher's process group (NCCL on GPUs, Gloo on CPUs) for the block.
+def process_group(device: str = "auto", collectives_on: str = "device") -> Iterator[torch.device]:
+    """Join the launcher's process group for the block.
+
+    A rank whose block fails prints its error and ends at once, without waiting for the others: they
+    wait for it in a collective, and end with an error of their own within seconds.
 
     Args:
         device: ``"auto"`` (CUDA when there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        collectives_on: ``"device"`` uses NCCL between GPUs (and Gloo for what lies on the CPU),
+            ``"cpu"`` Gloo alone: enough where ranks share nothing but numbers and messages, and
+            then worker processes may be forked at any time.
 
     Yields:
-        the device of this rank.
+        the device of this rank; inside the block it is also the current one.
 
     Raises:
-        UserError: CUDA asked for where there is none, or more ranks on a node than GPUs.
+        UserError: CUDA asked for where there is none, ranks that would share a GPU, or nodes of
+            which some have GPUs and some have none.
     """
-    chosen = choose_device(device)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
-    try:
-        yield chosen
-    finally:
-        if launched and dist.is_initialized():
+    global _store, _ranks_on_this_node
+    if not _launched() or dist.is_initialized():
+        chosen = choose_device(device)
+        with _current(chosen):
+            yield chosen
+        return
+    store, number, count = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+    chosen, _ranks_on_this_node = _agree(device, dist.PrefixStore("start", store), number, count)
+    _store = dist.PrefixStore("work", store)
+    with _current(chosen):
+        nccl = chosen.type == "cuda" and collectives_on == "device"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=number,
+            world_size=count,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=chosen if nccl else None,  # each rank's communicator on its own GPU
+        )
+        try:
+            yield chosen
+        except BaseException as error:
+            if count > 1:
+                _leave(error)
             dist.destroy_process_group()
+            raise
+        else:
+            dist.destroy_process_group()
+        finally:
+            _store, _ranks_on_this_node = None, 1
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """The device that this rank computes on; on CUDA it also becomes the current one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    """The device that ``device`` stands for on this rank; the current one is left as it is.
+
+    ``"cuda"`` is the GPU of this rank's number on its node under the launcher (the only visible
+    one, where each rank sees one), else the current one.
+
+    Raises:
+        UserError: no such device.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and not (kind == "cuda" and number.isdigit())
+    ):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if device.partition(":")[0] != "cuda":
-        raise UserError(f"device must be auto, cpu or cuda, not {device!r}")
     if not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-    index = int(device.partition(":")[2] or local_rank())
-    if index >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if number:
+        index = int(number)
+    elif _launched():
+        index = local_rank() if visible > 1 else 0
+    else:
+        index = torch.cuda.current_device()
+    if index >= visible:
+        node = socket.gethostname()
         raise UserError(
-            f"rank {rank()} wants GPU {index}, but this node has {torch.cuda.device_count()}; "
-            "lower --nproc_per_node"
+            f"rank {rank()} on {node} needs GPU {index}, but only {visible} are visible there; "
+            "start one rank per GPU (--nproc_per_node)"
         )
-    torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def in_group() -> bool:
+    """Whether the ranks can talk to each other: a group is initialised, ours or the caller's."""
+    return dist.is_initialized()
 
 
 def rank() -> int:
     """This process's number, 0 … world_size() − 1."""
+    if dist.is_initialized():
+        return dist.get_rank()
     return int(os.environ.get("RANK", "0")) if _launched() else 0
 
 
 def world_size() -> int:
     """How many processes work together; 1 without the launcher."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if _launched() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its node, which is also its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
+    """This process's number on its node."""
+    numbers = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return int(next((n for n in numbers if n), "0")) if _launched() else 0
+
+
+def local_world_size() -> int:
+    """How many ranks share this node, its processors and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", _ranks_on_this_node)) if _launched() else 1
 
 
 def is_main() -> bool:
     """True on the one rank that writes shared files and prints."""
     return rank() == 0
+
+
+def next_number(name: str) -> int:
+    """A counter that all ranks share: 0, 1, 2, … under ``name``, each number to one rank only.
+
+    It lives in the launcher's store, so whoever is free takes the next; nobody waits for anybody.
+    """
+    if dist.is_initialized():
+        store = _store or dist.distributed_c10d._get_default_store()
+        return store.add(name, 1) - 1
+    _counters[name] += 1
+    return _counters[name] - 1
+
+
+_counters: Counter[str] = Counter()
 
 
 def barrier() -> None:
@@ -98,16 +181,14 @@ def main_first() -> Iterator[None]:
     """Rank 0 runs the block before the others, for example to fill a cache that they then find."""
     if not is_main():
         barrier()
-    try:
-        yield
-    finally:
-        if is_main():
-            barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def on_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on all ranks. Its UserError is raised on rank 0, where it
-    is told once; the other ranks end with the same exit status."""
+    is reported once; the other ranks end with the same exit status."""
     value: Any = None
     error: UserError | None = None
     if is_main():
@@ -184,3 +265,87 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 def _launched() -> bool:
     """Whether the launcher's variables count: they do once a group exists or is about to."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def _current(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _agree(device: str, store: dist.Store, number: int, count: int) -> tuple[torch.device, int]:
+    """This rank's device and how many ranks are on its node, if all ranks can work together.
+
+    Every rank posts what it would compute on and reads what the others posted, so that all of them
+    come to the same conclusion. What is wrong is reported by rank 0; the others end with it.
+    """
+    chosen, problem = torch.device("cpu"), None
+    try:
+        chosen = choose_device(device)
+    except UserError as error:
+        problem = str(error)
+    node = socket.gethostname()
+    own = {"node": node, "gpu": _gpu_name(chosen), "problem": problem}
+    store.set(str(number), json.dumps(own))
+    try:
+        ranks = {i: json.loads(store.get(str(i))) for i in range(count)}
+    except RuntimeError as error:  # the store's timeout, or its end
+        raise UserError(
+            f"rank {number} waited {_START_TIMEOUT} for the other {count - 1}, and not all came: "
+            "look for the error of the rank that is missing"
+        ) from error
+    problem = next((entry["problem"] for entry in ranks.values() if entry["problem"]), None)
+    if problem := problem or _mismatch(ranks):
+        if number:
+            raise SystemExit(2)
+        raise UserError(problem)
+    return chosen, sum(entry["node"] == node for entry in ranks.values())
+
+
+def _mismatch(ranks: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """What keeps these ranks from forming one group, in one sentence."""
+    with_gpu = {number: entry for number, entry in ranks.items() if entry["gpu"]}
+    without = next((number for number in ranks if number not in with_gpu), None)
+    if with_gpu and without is not None:
+        return (
+            f"rank {without} on {ranks[without]['node']} sees no GPU, but rank {min(with_gpu)} on "
+            f"{with_gpu[min(with_gpu)]['node']} does; repair that node, or use --device cpu"
+        )
+    taken: dict[tuple[str, str], int] = {}
+    for number, entry in with_gpu.items():
+        other = taken.setdefault((entry["node"], entry["gpu"]), number)
+        if other != number:
+            return (
+                f"ranks {other} and {number} on {entry['node']} would share one GPU "
+                f"({entry['gpu']}); start one rank per GPU, with --device cuda and no number"
+            )
+    return None
+
+
+def _gpu_name(device: torch.device) -> str | None:
+    """What tells a GPU from the others of its node, whatever number it has in this process."""
+    if device.type != "cuda":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible.startswith("MIG-"):  # the slices of one GPU are devices of their own
+        return visible
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Print the error and end this process now: to destroy the group would wait for other ranks,
+    which wait for this one."""
+    if _is_of_a_peer(error):
+        lost = f"rank {rank()} lost another rank, whose own error says why ({shorten(error, 80)})"
+        print(f"error: {lost}", file=sys.stderr)
+        status = 1
+    else:
+        status = exit_status(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and _LOST_PEER.search(str(error)) is not None

@@ -1,6 +1,8 @@
 """The one error that is meant for the person at the keyboard, and how others become it."""
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,27 @@ class UserError(Exception):
 
     Commands print it as ``error: …`` and exit with status 2; it never carries a traceback.
     """
+
+
+def exit_status(error: BaseException) -> int:
+    """Print an error that ends a command; returns the exit status it stands for.
+
+    Bad input and files that cannot be used are one sentence and 2, an interruption is 130; any
+    other error is a fault of the program: its traceback, and 1.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; what was committed is safe, run the command again", file=sys.stderr)
+        return 130
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError) and error.filename is not None:
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
 
 
 def shorten(error: object, limit: int = 200) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from infogrowth.errors import UserError, refusing, shorten
+from infogrowth.errors import UserError, exit_status, refusing, shorten
 
 
 def test_a_message_of_many_lines_becomes_one_short_line():
@@ -52,3 +52,17 @@ def test_errors_that_nobody_named_and_user_errors_pass_through(tmp_path):
         _ = 1 / 0
     with pytest.raises(UserError, match="mine"), refusing(tmp_path, "the file"):
         raise UserError("mine")
+
+
+def test_an_error_that_ends_a_command_has_its_status_and_its_words(capsys):
+    assert exit_status(UserError("the file x is damaged")) == 2
+    assert capsys.readouterr().err == "error: the file x is damaged\n"
+    assert exit_status(PermissionError(13, "Permission denied", "/x")) == 2
+    assert capsys.readouterr().err == "error: cannot use /x: Permission denied\n"
+    assert (exit_status(KeyboardInterrupt()), exit_status(SystemExit(3))) == (130, 3)
+    capsys.readouterr()
+    try:
+        {}["missing"]
+    except KeyError as error:
+        assert exit_status(error) == 1
+    assert "Traceback" in capsys.readouterr().err
