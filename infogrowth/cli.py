@@ -17,8 +17,12 @@ from infogrowth import __version__
 from infogrowth.config import add_flags, config_from_args
 from infogrowth.errors import UserError, exit_status
 
-VERBS = ("embed", "recaption", "grow", "select", "report", "explain", "sweep", "compare")
-SHARED_WORK = ("embed", "recaption", "grow")  # under the launcher rank 0 does the others alone
+VERBS = (
+    *("run", "pack", "embed", "recaption", "grow", "select"),
+    *("report", "explain", "sweep", "compare"),
+)
+# Under the launcher rank 0 does the others alone.
+SHARED_WORK = ("run", "embed", "recaption", "grow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

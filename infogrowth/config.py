@@ -54,18 +54,28 @@ def load_config(
         UserError: no such file, not YAML, an unknown key (with the nearest valid name), a value of
             the wrong type, or a required key that nobody gave.
     """
-    given = {key: (value, f"key {key!r} in {path}") for key, value in _read_yaml(path).items()}
+    given = {key: (value, f"key {key!r} in {path}") for key, value in read_yaml(path).items()}
     flags = {
         key: (value, key.upper() if key in positional else f"--{_flag(key)}")
         for key, value in (overrides or {}).items()
     }
+    return build_config(cls, {**given, **flags}, positional)
+
+
+def build_config(
+    cls: type[C], given: dict[str, tuple[Any, str]], positional: tuple[str, ...] = ()
+) -> C:
+    """Build ``cls`` from values, each with the words by which an error calls its origin.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, (_, where) in {**given, **flags}.items():
+    for key, (_, where) in given.items():
         if key not in fields:
-            raise UserError(f"unknown {where}{_nearest(str(key), list(fields))}")
+            raise UserError(f"unknown {where}{nearest(str(key), list(fields))}")
     hints = typing.get_type_hints(cls)
-    merged = {**given, **flags}
-    values = {key: _coerce(value, hints[key], where) for key, (value, where) in merged.items()}
+    values = {key: _coerce(value, hints[key], where) for key, (value, where) in given.items()}
     for name, field in fields.items():
         if name not in values and _is_required(field):
             how = f"--{_flag(name)}"
@@ -116,7 +126,12 @@ def config_as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The keys of a YAML file, none for no file.
+
+    Raises:
+        UserError: no such file, not YAML, a key given twice, or no mapping.
+    """
     if path is None:
         return {}
     errors = (yaml.YAMLError, UnicodeDecodeError)
@@ -168,7 +183,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        close = _nearest(str(value), [str(a) for a in arguments])
+        close = nearest(str(value), [str(a) for a in arguments])
         raise UserError(f"{where} must be one of {', '.join(map(str, arguments))}{close}")
     if origin is list:
         items = value if isinstance(value, list) else [value]
@@ -233,7 +248,8 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def _nearest(name: str, valid: list[str]) -> str:
+def nearest(name: str, valid: list[str]) -> str:
+    """The end of an error about an unknown name: the nearest valid one, or all of them."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
 

@@ -1,0 +1,216 @@
+"""`infogrowth run`: pack, embed, recaption, grow, select and report, from one YAML in one process.
+
+    output: output/cc3m               # folder of all results
+    seed_ids: seeds.json              # SHARED keys go to every stage that has an option of the name
+    pack: {image_root: cc3m}
+    embed: {encoder: Salesforce/blip-itm-base-coco}
+    grow: {min_align: 0.4}
+    report:                           # a stage is run when its key is there; null is its defaults
+
+A stage's keys are the options of the command of that name. What a stage reads and writes need not
+be said: each takes the results of the stages before it. A run that was stopped goes on when it is
+started again, since every command does.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from infogrowth.config import build_config, nearest, option, read_yaml
+from infogrowth.errors import UserError
+
+HELP = "run the stages of a YAML file: pack, embed, recaption, grow, select, report"
+POSITIONAL = ("pipeline",)
+log = logging.getLogger(__name__)
+
+STAGES = ("pack", "embed", "recaption", "grow", "select", "report")
+ON_ALL_RANKS = ("embed", "recaption", "grow")  # under the launcher rank 0 does the others alone
+SHARED = (
+    *("seed_ids", "seed_features", "min_align", "min_recaption_align"),
+    *("encoder", "vocabulary", "lmdb", "workers", "device", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `run`."""
+
+    pipeline: str = option(help="the YAML file of the stages")
+    until: str | None = option(None, help="stop after this stage")
+    only: list[str] = option([], help="run these stages alone, on the results of earlier runs")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command with its options."""
+
+    name: str
+    config: Any
+
+    def command(self) -> str:
+        """The command line that does the same."""
+        words = ["python", "-m", "infogrowth", self.name]
+        module = import_module(f"infogrowth.commands.{self.name}")
+        positional = getattr(module, "POSITIONAL", ())
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if value is None or value == field.default or value == []:
+                continue
+            if field.name in positional:
+                words.insert(4, str(value))
+                continue
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{flag}", *map(str, values)]
+        return shlex.join(words)
+
+    def run(self) -> None:
+        """Run the command; its error says which stage it was."""
+        module = import_module(f"infogrowth.commands.{self.name}")
+        try:
+            module.run(self.config)
+        except UserError as error:
+            raise UserError(f"stage {self.name}: {error}") from error
+
+
+def run(config: Config) -> int:
+    """Check all stages, then run them one after the other, and say what each took."""
+    stages = read_stages(config)
+    took: list[tuple[str, float]] = []
+    with _together(config.pipeline), _progress(len(stages)) as bar:
+        for number, stage in enumerate(stages, start=1):
+            bar.set_description(f"stage {number} of {len(stages)}: {stage.name}")
+            log.info("\n[%d/%d] %s", number, len(stages), stage.command())
+            started = time.monotonic()
+            if stage.name in ON_ALL_RANKS or os.environ.get("RANK", "0") == "0":
+                stage.run()
+            _barrier()
+            took.append((stage.name, time.monotonic() - started))
+            bar.update()
+    log.info("\n%s", "\n".join(f"{name:<10} {seconds:>8.1f} s" for name, seconds in took))
+    return 0
+
+
+def read_stages(config: Config) -> list[Stage]:
+    """The stages to run, with all their options, checked before any work is done.
+
+    Raises:
+        UserError: an unknown stage or option (with the nearest name), a value of the wrong type, or
+            a required option that nobody gave.
+    """
+    path = config.pipeline
+    content = read_yaml(path)
+    for key in content:
+        valid = ["output", *STAGES, *SHARED]
+        if key not in valid:
+            raise UserError(f"unknown key {key!r} in {path}{nearest(str(key), valid)}")
+    for name in [config.until, *config.only]:
+        if name is not None and name not in content:
+            raise UserError(f"{path} has no stage {name!r}{nearest(name, list(content))}")
+    if not isinstance(output := content.get("output"), str):
+        raise UserError(f"{path} needs a key output: the folder of all results")
+    present = [name for name in STAGES if name in content]
+    if not present:
+        raise UserError(f"{path} has no stage; it may have {', '.join(STAGES)}")
+    if config.only:
+        chosen = [name for name in present if name in config.only]
+    else:
+        end = present.index(config.until) + 1 if config.until in present else len(present)
+        chosen = present[:end]
+    shared = {key: content[key] for key in SHARED if key in content}
+    return [_stage(name, content[name], shared, Path(output), present, path) for name in chosen]
+
+
+def _stage(
+    name: str, given: Any, shared: dict[str, Any], output: Path, present: list[str], path: str
+) -> Stage:
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise UserError(f"the stage {name} of {path} must hold `key: value` lines")
+    module = import_module(f"infogrowth.commands.{name}")
+    known = {field.name for field in fields(module.Config)}
+    values: dict[str, tuple[Any, str]] = {
+        key: (value, f"the default of {key!r}")
+        for key, value in _wiring(name, given, output, present).items()
+    }
+    values |= {k: (v, f"key {k!r} in {path}") for k, v in shared.items() if k in known}
+    values |= {k: (v, f"key {k!r} of stage {name} in {path}") for k, v in given.items()}
+    try:
+        return Stage(name, build_config(module.Config, values))
+    except UserError as error:
+        missing = str(error).partition(" is missing: ")
+        if not missing[1]:
+            raise
+        raise UserError(f"the stage {name} of {path} needs a key {missing[0]}") from error
+
+
+def _wiring(name: str, given: dict[str, Any], output: Path, present: list[str]) -> dict[str, Any]:
+    """What a stage reads and writes when the file does not say: the results of earlier stages."""
+    features, growth = str(output / "features"), str(output / "growth")
+    if name == "pack":
+        return {"output_root": str(output)}
+    if name == "embed":
+        packed = {
+            "lmdb": str(output / "lmdb_train"),
+            "annotations": str(output / "cc3m_train.json"),
+        }
+        own = given.keys() & {"source", "lmdb", "annotations"}
+        return {"output": features, **({} if own else packed)}
+    if name == "recaption":
+        own = given.keys() & {"features", "growth"}
+        return {"output": str(output / "recaptions"), **({} if own else {"features": features})}
+    if name == "grow":
+        recaptions = {"recaptions": str(output / "recaptions")} if "recaption" in present else {}
+        result = [str(output / "grown.json")]
+        return {"features": features, "growth": growth, "output": result, **recaptions}
+    source = {} if given.keys() & {"annotations", "growth"} else {"growth": growth}
+    if name == "select":
+        return {"output": [str(output / "selected.json")], **source}
+    return {"output": str(output / "report.html"), **source}
+
+
+@contextlib.contextmanager
+def _together(pipeline: str) -> Iterator[None]:
+    """Under the launcher one process group for all stages; without it nothing, not even torch."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from infogrowth.distributed import process_group
+
+    with process_group(str(read_yaml(pipeline).get("device", "auto"))):
+        yield
+
+
+def _barrier() -> None:
+    if "torch" in sys.modules:
+        from infogrowth.distributed import barrier
+
+        barrier()
+
+
+@contextlib.contextmanager
+def _progress(stages: int) -> Iterator[tqdm]:
+    """A bar of stages above the commands' own bars; what they print goes above it."""
+    quiet = not log.isEnabledFor(logging.INFO) or not sys.stderr.isatty()
+    with tqdm(total=stages, unit="stage", disable=quiet, position=0) as bar:
+        if quiet:
+            yield bar
+            return
+        above: Any = DummyTqdmFile(sys.stdout)
+        with logging_redirect_tqdm(), contextlib.redirect_stdout(above):
+            yield bar
