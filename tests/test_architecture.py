@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-GROUND = {"errors", "files", "annotations", "config", "randomness", "distributed", "threads"}
+GROUND = {
+    "errors",
+    "files",
+    "remote",
+    "annotations",
+    "config",
+    "randomness",
+    "distributed",
+    "threads",
+}
 # Lowest first; packages in one layer may not import each other, except where a pair is named below.
 LAYERS = [
     GROUND,

@@ -1,0 +1,107 @@
+"""Files at addresses: read in a stream; a read that fails is tried again, and counted."""
+
+import http.server
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from infogrowth import remote
+from infogrowth.errors import UserError
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 server on loopback with a few files; its address."""
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem()
+    files.mkdir("shards")
+    for name in ("b/2.bin", "a.bin", "b/1.bin"):
+        files.pipe(f"shards/set/{name}", CONTENT)
+    yield "s3://shards/set"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_files_of_a_bucket_are_listed_and_read(bucket):
+    assert remote.is_remote(bucket)
+    assert remote.list_remote(bucket) == ["a.bin", "b/1.bin", "b/2.bin"]
+    assert remote.read_remote(bucket, "b/1.bin") == CONTENT
+    with remote.open_remote(bucket, "a.bin") as file:
+        file.seek(-5, os.SEEK_END)
+        assert file.read() == CONTENT[-5:]
+        file.seek(1000)
+        assert file.read(70_000) == CONTENT[1000:71_000]
+        assert file.tell() == 71_000
+    version = remote.remote_version(bucket, "a.bin")
+    assert version.startswith("300000 ")
+    assert len(version) > 10
+    with pytest.raises(UserError, match="does not exist"):
+        remote.read_remote(bucket, "c.bin")
+    with pytest.raises(UserError, match="no files"):
+        remote.list_remote("s3://shards/other")
+
+
+def test_reads_that_fail_are_tried_again_and_counted(monkeypatch):
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0, 0.0))
+    remote.retries.clear()
+    failures = {"/flaky.bin": 2, "/dead.bin": 1000}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+
+        def do_GET(self):
+            if failures[self.path] > 0:
+                failures[self.path] -= 1
+                self.send_error(503)
+                return
+            self.do_HEAD()
+            self.wfile.write(CONTENT)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert remote.read_remote(address, "flaky.bin") == CONTENT
+        assert remote.retries.total() == 2
+        assert "2 reads were tried again" in remote.retry_summary()
+        with pytest.raises(UserError, match="cannot read"):
+            remote.read_remote(address, "dead.bin")
+        assert remote.retries.total() == 6
+    finally:
+        server.shutdown()
+        remote.retries.clear()
+
+
+@pytest.mark.parametrize("address", ["nosuch://bucket/x", "dask://x"])
+def test_an_address_of_no_known_kind_is_refused(address):
+    with pytest.raises(UserError, match=address.partition(":")[0]):
+        remote.list_remote(address)
+
+
+@pytest.mark.parametrize("path", ["folder/file", "/a/b", "C:\\x", "a:b", 7])
+def test_paths_are_no_addresses(path):
+    assert not remote.is_remote(path)
