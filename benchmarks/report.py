@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from infogrowth.data.lmdb_store import LmdbWriter
-from infogrowth.growth.ledger import SCHEMA
+from infogrowth.growth.decisions import SCHEMA
 
 PICTURES = 500  # different pictures; every sample has one of them
 

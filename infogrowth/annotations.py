@@ -4,17 +4,21 @@ A list of ``{"image": str, "caption": str | [str], "gains": [image, text]}`` (sp
 published files hold the gains as strings; both forms load, numbers are written.
 """
 
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
 
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write_json, read_json
+from infogrowth.files import atomic_write, read_json
 
 Annotation = dict[str, Any]
+SPACES = ("image", "text")
+"""The two feature spaces, in the order of ``gains``."""
 # How far below zero float arithmetic may have put a gain. Above 2, the most that a mean cosine
 # distance can be, nothing is refused: golden/sampling_annotations.json has gains of 5.
 _ROUNDING = 1e-4
@@ -38,22 +42,49 @@ def load_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
 
 def save_annotations(
     path: str | os.PathLike[str],
-    annotations: Sequence[Annotation],
+    annotations: Iterable[Annotation],
     legacy_strings: bool = False,
 ) -> None:
-    """Write a result JSON whole or not at all.
+    """Write a result JSON whole or not at all; the entries are taken as they come.
 
     Args:
         legacy_strings: write the gains as strings, as the paper's published files do.
     """
-    if legacy_strings:
-        annotations = [
-            {**entry, "gains": [str(gain) for gain in entry["gains"]]}
-            if "gains" in entry
-            else entry
-            for entry in annotations
-        ]
-    atomic_write_json(path, list(annotations))
+    with atomic_write(path, "w") as file:
+        file.write("[")
+        separator = ""
+        for entry in annotations:
+            file.write(separator + _entry_text(entry, legacy_strings))
+            separator = ", "
+        file.write("]\n")
+
+
+def _entry_text(entry: Annotation, legacy_strings: bool) -> str:
+    """The bytes of json.dumps, at a third of its time for the entries that `grow` writes."""
+    if "gains" in entry and legacy_strings:
+        entry = {**entry, "gains": [str(gain) for gain in entry["gains"]]}
+    elif list(entry) == ["image", "caption", "gains"]:
+        name, caption, gains = entry.values()
+        if type(name) is type(caption) is str and list(map(type, gains)) == [float, float]:
+            image, text = gains
+            if math.isfinite(image + text):
+                name, caption = encode_basestring(name), encode_basestring(caption)
+                return f'{{"image": {name}, "caption": {caption}, "gains": [{image!r}, {text!r}]}}'
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False)
+
+
+def read_ids(path: str | os.PathLike[str], what: str = "the seed list") -> frozenset[str]:
+    """Sample ids from a JSON list of them, or from an annotation file.
+
+    Raises:
+        UserError: it is neither, or empty.
+    """
+    ids = read_json(path, what)
+    if isinstance(ids, list) and all(isinstance(entry, dict) for entry in ids):
+        ids = [entry.get("image") for entry in ids]
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise UserError(f"{what} {path} must be a JSON list of sample ids, or an annotation file")
+    return frozenset(ids)
 
 
 def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""Files that are written whole or not at all, and JSON that says where it is broken."""
+"""Files that are written whole or not at all, and JSON whose errors name the place."""
 
-import io
 import json
 import os
 import secrets
@@ -85,15 +84,17 @@ def atomic_write_json(
         file.write(text + "\n")
 
 
-def atomic_write_array(path: str | os.PathLike[str], rows: "np.ndarray") -> None:
-    """Write an array as a .npy file through :func:`atomic_write`."""
-    import numpy as np
+def atomic_write_array(path: str | os.PathLike[str], *parts: "np.ndarray") -> None:
+    """Write an array, or several one after the other, as one .npy file."""
+    from numpy.lib import format as npy
 
-    # Through memory: numpy's own writing to a file reports a full disk without naming the reason.
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
+    header = npy.header_data_from_array_1_0(parts[0])
+    header["shape"] = (sum(map(len, parts)), *parts[0].shape[1:])
+    header["fortran_order"] = False
     with atomic_write(path) as file:
-        file.write(content.getbuffer())
+        npy.write_array_header_1_0(file, header)
+        for part in parts:  # not by numpy, whose own writing does not name why a full disk fails
+            file.write(part.tobytes() if not part.flags.c_contiguous else part.data)
 
 
 def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:

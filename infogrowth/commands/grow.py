@@ -7,26 +7,27 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from infogrowth.annotations import gains_array, read_ids
 from infogrowth.config import option
 from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
 from infogrowth.data.features import FeatureStream, open_features
 from infogrowth.errors import UserError
-from infogrowth.files import read_json, remove_leftovers
+from infogrowth.files import remove_leftovers
+from infogrowth.growth.decisions import Reason
 from infogrowth.growth.ledger import GrowthFolder
+from infogrowth.growth.sampling import normalized_gains
 
 HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
 log = logging.getLogger(__name__)
 
-_REASONS_TO_KEEP = {"aligned", "recaptioned", "label agrees with its neighbors"}
+_REASONS_TO_KEEP = {Reason.ALIGNED, Reason.RECAPTIONED, Reason.LABEL_AGREES}
 
 
 @dataclass(frozen=True)
 class Config:
     """Options of `grow`; the command and a YAML file take the same names."""
 
-    features: str = option(help="samples to offer: a features folder, or a .npz/.pth of arrays")
+    features: str = option(help="samples to process: a features folder, or a .npz/.pth of arrays")
     growth: str = option(help="the growth folder: made, or continued")
     output: list[str] = option(
         help="files to write: .json (result), .parquet (all decisions), .npy (DataComp uids), "
@@ -38,7 +39,7 @@ class Config:
     )
     recaptions: str | None = option(None, help="a table of other captions (infogrowth recaption)")
     min_align: float | Literal["auto"] = option(
-        0.4, help="least cosine of image and caption to keep; auto: found from the seeds"
+        0.4, help="lowest cosine of image and caption to keep; auto: found from the seeds"
     )
     k: int = option(4, help="a gain is the mean distance to this many nearest kept samples")
     index: Literal["auto", "exact", "approximate"] = option("auto", help="neighbor search")
@@ -66,11 +67,11 @@ def run(config: Config) -> int:
     recaptions = None
     if config.recaptions:
         recaptions = open_features(config.recaptions, ("text",), config.feature_key)
-    seed_ids = _read_seed_ids(config.seed_ids) if config.seed_ids else None
+    seed_ids = read_ids(config.seed_ids) if config.seed_ids else None
     for other in (seeds, recaptions):
         _check_companion(features, other)
 
-    # torch is slow to import: bad input is told first.
+    # torch is slow to import: bad input is refused first.
     from infogrowth.commands.grow_session import GrowSession
     from infogrowth.distributed import barrier, is_main, process_group
 
@@ -85,7 +86,7 @@ def run(config: Config) -> int:
                 folder = session.folder()
                 _write_outputs(config, folder)
                 if log.isEnabledFor(logging.INFO):
-                    print(_summary(config, folder, session.offered, time.monotonic() - started))
+                    print(_summary(config, folder, session.processed, time.monotonic() - started))
         barrier()
     return 0
 
@@ -139,51 +140,29 @@ def _identity(encoder: dict[str, Any]) -> Any:
     return encoder.get("fingerprint") or encoder.get("name")
 
 
-def _read_seed_ids(path: str) -> list[str]:
-    ids = read_json(path, "the seed list")
-    if isinstance(ids, list) and all(isinstance(entry, dict) for entry in ids):
-        ids = [entry.get("image") for entry in ids]  # an annotation file is a list of ids, too
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids):
-        raise UserError(f"the seed list {path} must be a JSON list of sample ids")
-    return ids
-
-
 def _write_outputs(config: Config, folder: GrowthFolder) -> None:
     for path in config.output:
         remove_leftovers(Path(path).parent, Path(path).name)  # of a run killed while writing it
         repeats = None
         if config.uid_repeats > 1 and Path(path).suffix == ".npy":
-            from infogrowth.annotations import gains_array
-            from infogrowth.growth.sampling import normalized_gains
-
             gains = gains_array(folder.annotations())
             repeats = uid_repeats(normalized_gains(gains), config.uid_repeats)
         samples = (entry for part in folder.annotation_parts() for entry in part)
         choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
-        write_export(path, samples, choices, folder.decision_tables)
+        write_export(path, samples, choices, folder.decision_parts)
 
 
-def _offered_again(folder: GrowthFolder) -> int:
-    """Decisions about samples that had been dropped before."""
-    retries = [n for n, source in enumerate(folder.manifest.sources) if source.kind == "retry"]
-    if not retries:
-        return 0
-    return sum(
-        int(np.isin(part["source"].to_numpy(), retries).sum())
-        for part in folder.decision_parts(["source"])
-    )
-
-
-def _summary(config: Config, folder: GrowthFolder, offered: int, seconds: float) -> str:
+def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: float) -> str:
     """The table at the end: what became of all samples so far, and what this run did."""
     totals, reasons = folder.totals, dict(folder.totals["reasons"])
-    again = _offered_again(folder)
+    sources = enumerate(folder.manifest.sources)
+    again = len(folder.rows_of([n for n, source in sources if source.kind == "retry"]))
     lines: list[tuple[str, str]] = [
-        ("pairs offered", f"{totals['pairs']:,}"),
+        ("pairs processed", f"{totals['pairs']:,}"),
         ("kept", f"{totals['kept']:,}"),
         ("  of these seeds", f"{reasons.pop('seed', 0):,}"),
         ("recaptioned", f"{totals['recaptioned']:,}"),
-        ("dropped offers" if again else "dropped", f"{totals['dropped']:,}"),
+        ("dropped (some twice)" if again else "dropped", f"{totals['dropped']:,}"),
     ]
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         if reason not in _REASONS_TO_KEEP:
@@ -191,15 +170,15 @@ def _summary(config: Config, folder: GrowthFolder, offered: int, seconds: float)
     skipped = sum(sum(source.skipped.values()) for source in folder.manifest.sources)
     if skipped:
         lines.append(("skipped before (no features)", f"{skipped:,}"))
-    if again:  # the counts above are of offers: a sample that came again is in them twice
+    if again:  # a sample that was processed again is counted twice above
         lines.append(("samples still out", f"{totals['pairs'] - again - totals['dataset']:,}"))
     settings = folder.settings
     rule = str(settings["min_align_rule"]).partition(":")[0]
-    speed = f"{offered:,} pairs in {seconds:.1f} s ({offered / seconds:,.0f} pairs/s)"
+    speed = f"{processed:,} pairs in {seconds:.1f} s ({processed / seconds:,.0f} pairs/s)"
     lines += [
         ("in the dataset", f"{totals['dataset']:,}"),
         ("min_align", f"{settings['min_align']:.4f} ({rule})"),
-        ("this run", speed if offered else "nothing new: every sample was already decided"),
+        ("this run", speed if processed else "nothing new: every sample was already decided"),
     ]
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -1,47 +1,52 @@
 """One run of `grow` over the growth folder: restore, read the sources, decide, commit.
 
 Under the launcher every rank runs the same session over the same features, the engine shares out
-the search, and rank 0 alone holds the folder's lock and writes.
+the search, and rank 0 alone holds the folder's lock, builds records and writes.
 """
+
+from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from infogrowth.commands.recaption_table import RecaptionTable
+from infogrowth.annotations import SPACES
 from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.errors import UserError
+from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.ledger import GrowthFolder, Layout, Manifest
+from infogrowth.growth.ledger import GrowthFolder, GrowthPaths, Manifest
 from infogrowth.growth.ledger_writer import GrowthLedger, check_settings
-from infogrowth.growth.passes import plan_seeds, plan_stream, seeded_rows, waiting_ids
-from infogrowth.growth.records import decision_table, refusal_table
+from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
+
+if TYPE_CHECKING:
+    from infogrowth.commands.grow import Config
 
 log = logging.getLogger(__name__)
 Choose = Callable[[FeatureBatch], np.ndarray]
 
 COMMIT_SECONDS = 60.0
-MISSING_ID = "id is missing"
-MISSING_CAPTION = "caption is missing"
 
 
 class GrowSession:
     """The growth folder, opened for one run; a context manager.
 
     Args:
-        config: the Config of `grow`.
+        config: the options of `grow`.
         device: of this rank.
-        features: the samples to offer.
+        features: the samples to process.
         recaptions: the recaption table's stream, or None.
+
+    Attributes:
+        processed: samples that this run has decided about.
 
     Raises:
         UserError: the folder is in use, is none, or was grown with other settings.
@@ -49,12 +54,12 @@ class GrowSession:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         device: torch.device,
         features: FeatureStream,
         recaptions: FeatureStream | None,
     ):
-        self.offered = 0
+        self.processed = 0
         self._config = config
         self._device = device
         self._features = features
@@ -63,15 +68,14 @@ class GrowSession:
         self._ledger: GrowthLedger | None = None
         self._last_commit = time.monotonic()
         try:
-            settings, self._manifest = on_main(self._open_folder)
-            if self._ledger is not None:
-                self._manifest = self._ledger.manifest
-            self._engine = self._restore(settings)
+            settings, manifest = on_main(self._open_folder)
+            self._sources = manifest.sources if self._ledger is None else self._ledger.sources
+            self._engine = self._restore(settings, manifest)
         except BaseException:
             self.__exit__()
             raise
 
-    def __enter__(self) -> "GrowSession":
+    def __enter__(self) -> GrowSession:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -83,49 +87,48 @@ class GrowSession:
         assert self._ledger is not None
         return self._ledger.folder()
 
-    def seed(self, stream: FeatureStream | None, seed_ids: list[str] | None = None) -> None:
+    def seed(self, stream: FeatureStream | None, seed_ids: Collection[str] | None = None) -> None:
         """Insert the clean starting set, if it is not in yet.
 
         Args:
             stream: where the seeds are; None when the run has none.
             seed_ids: only these samples of the stream; None for all.
         """
-        digest = _digest(seed_ids) if seed_ids is not None else None
-        todo = plan_seeds(self._manifest.sources, stream, digest)
-        unsettled = self._engine.settings["min_align"] is None
-        if unsettled and stream is None:
+        todo = plan_seeds(self._sources, stream, _digest(seed_ids))
+        undetermined = self._engine.min_align is None
+        if undetermined and stream is None:
             raise UserError(
                 "min_align auto is found from a clean starting set: give --seed-features or "
                 "--seed-ids, or a number"
             )
-        if not unsettled:
-            self._settle()
+        if not undetermined:
+            self._begin()
         if stream is None:
             return
         choose = None
         if todo and seed_ids is not None:
-            choose = with_id(_found_seeds(stream, set(seed_ids)))
+            choose = _with_id(_found_seeds(stream, seed_ids))
         for number in todo:
             # The threshold comes from all seeds together, so they are inserted in one step.
-            size = stream.rows if unsettled else self._config.batch_size
+            size = stream.rows if undetermined else self._config.batch_size
             self._read(number, stream, "seeding", choose, size)
-        if unsettled:
-            self._settle()
+        if undetermined:
+            self._begin()
 
     def grow(self) -> None:
-        """Offer the features' new samples, then what waits for the recaption table."""
-        stream, sources = self._features, self._manifest.sources
+        """Process the features' new samples, then what waits for the recaption table."""
+        stream, sources = self._features, self._sources
         todo = plan_stream(sources, stream, self._recaptions_digest)
         if not todo:
             log.info("nothing new in %s: all its samples are decided", stream.path)
         for number in todo:
             if sources[number].kind == "retry":
-                waiting = on_main(partial(self._waiting, number))
-                self._read(number, stream, "offering again", with_id(waiting))
+                pending = on_main(partial(self._pending, number))
+                self._read(number, stream, "processing again", _with_id(pending))
             else:
-                seeds = on_main(lambda: seeded_rows(self.folder(), stream))
+                seeds = on_main(lambda: self.folder().seeded_rows(stream))
                 sources[number].skipped = stream.skipped
-                self._read(number, stream, "growing", not_in_rows(seeds) if seeds else None)
+                self._read(number, stream, "growing", _not_in_rows(seeds) if len(seeds) else None)
 
     # --- underneath ------------------------------------------------------------------------------
 
@@ -138,87 +141,85 @@ class GrowSession:
         batch_size: int | None = None,
     ) -> None:
         """Decide the rest of a source, batch by batch."""
-        source = self._manifest.sources[number]
+        source = self._sources[number]
         size = batch_size or self._config.batch_size
-        with self._progress(what, source.rows, source.position) as bar:
+        quiet = not (is_main() and log.isEnabledFor(logging.INFO))
+        with tqdm(
+            desc=what, total=source.rows, initial=source.position, unit="pair",
+            disable=True if quiet else None,
+        ) as bar:  # fmt: skip
             for batch in stream.batches(size, source.position, source.rows, choose):
-                self._offer(number, batch, bar)
-                self.offered += len(batch)
+                self._process(number, batch)
+                self.processed += len(batch)
                 bar.update(int(batch.rows[-1]) + 1 - source.position)
                 source.position = int(batch.rows[-1]) + 1
-                self._commit(number, stream, even_if_small=False)
+                self._commit(source, stream, even_if_small=False)
+                if self._ledger is not None:
+                    counts = {"kept": len(self._engine), "dropped": self._ledger.dropped}
+                    bar.set_postfix(counts, refresh=False)
             bar.update(source.rows - source.position)
         source.position = source.rows
-        self._commit(number, stream, even_if_small=True)
+        self._commit(source, stream, even_if_small=True)
 
-    def _offer(self, number: int, batch: FeatureBatch, bar: tqdm) -> None:
-        """Put a batch to the engine and its decisions into the ledger."""
+    def _process(self, number: int, batch: FeatureBatch) -> None:
+        """Let the engine decide about a batch, and record its decisions."""
+        captions = batch.captions
         if self._config.modality == "image" and "label" in batch.extra:
-            labels = ["" if label is None else str(label) for label in batch.extra["label"]]
-        else:
-            labels = batch.captions
-        fit = np.fromiter(
-            (bool(name and label) for name, label in zip(batch.ids, labels, strict=True)),
-            bool,
-            len(batch),
-        )
-        tables: list[pa.Table] = []
-        kept: dict[str, np.ndarray] = {}
-        if not fit.all():
-            tables.append(_refusals(batch, labels, np.flatnonzero(~fit)))
-        if fit.any():
-            fitting = batch if fit.all() else batch.take(np.flatnonzero(fit))
-            captions = [label for label, good in zip(labels, fit.tolist(), strict=True) if good]
-            given = (fitting.ids, captions, fitting.image, fitting.text)
-            decided = (
-                self._engine.seed(*given)
-                if self._manifest.sources[number].kind == "seed"
-                else self._engine.process(*given, recaptions=self._recaptions)
-            )
-            tables.append(decision_table(decided, fitting.rows))
-            kept = {"image": decided.kept_image}
-            if decided.kept_text is not None:
-                kept["text"] = decided.kept_text
-        if self._ledger is None:
-            return
-        table = pa.concat_tables(tables)
-        if len(tables) > 1:
-            table = table.sort_by("source_row")
-        self._ledger.record(number, table, kept)
-        bar.set_postfix(kept=len(self._engine), dropped=self._ledger.dropped, refresh=False)
+            captions = ["" if label is None else str(label) for label in batch.extra["label"]]
+        decided = []
+        complete = np.fromiter(map(all, zip(batch.ids, captions, strict=True)), bool, len(batch))
+        if not complete.all():
+            incomplete = np.flatnonzero(~complete)
+            decided.append((_dropped(batch, captions, incomplete), batch.rows[incomplete]))
+            batch = batch.take(np.flatnonzero(complete))
+            captions = [caption for caption, good in zip(captions, complete, strict=True) if good]
+        if len(batch):
+            samples = (batch.ids, captions, batch.image, batch.text)
+            if self._sources[number].kind == "seed":
+                decisions = self._engine.seed(*samples)
+            else:
+                decisions = self._engine.process(*samples, recaptions=self._recaptions)
+            decided.append((decisions, batch.rows))
+        if self._ledger is not None:
+            self._ledger.record(number, decided)
 
-    def _commit(self, number: int, stream: FeatureStream, even_if_small: bool) -> None:
+    def _commit(self, source: SourceProgress, stream: FeatureStream, even_if_small: bool) -> None:
         ledger = self._ledger
         if ledger is None:
             return
-        big = ledger.waiting_rows >= self._config.commit_rows
+        big = ledger.pending_rows >= self._config.commit_rows
         late = time.monotonic() - self._last_commit >= COMMIT_SECONDS
-        if not (even_if_small or big or (late and ledger.waiting_rows)):
+        if not (even_if_small or big or (late and ledger.pending_rows)):
             return
         if ledger.settings is None:
-            self._settle()
-        source = self._manifest.sources[number]
+            self._begin()
         source.digest = stream.fingerprint(source.position)
         ledger.commit()
         self._last_commit = time.monotonic()
 
-    def _waiting(self, retry: int) -> set[str]:
-        """Ids to offer again: those that wait for a caption and that the table has one for."""
+    def _pending(self, retry: int) -> set[str]:
+        """Ids to process again: those that wait for a caption, and that the table has one for."""
         assert self._recaptions is not None
-        return {s for s in waiting_ids(self.folder(), retry) if s in self._recaptions}
+        return self.folder().pending_ids(before_source=retry).intersection(self._recaptions)
 
     def _open_folder(self) -> tuple[dict[str, Any] | None, Manifest]:
         self._ledger = GrowthLedger(self._config.growth)
         return self._ledger.settings, self._ledger.manifest
 
-    def _restore(self, settings: dict[str, Any] | None) -> InfoGrowth:
+    def _restore(self, settings: dict[str, Any] | None, manifest: Manifest) -> InfoGrowth:
         """The engine as the folder left it, or a new one."""
         config = self._config
-        common = {"device": str(self._device.type), "memory_mb": config.memory_mb}
+        common: dict[str, Any] = {"device": self._device.type, "memory_mb": config.memory_mb}
         if settings is not None:
-            check_settings(Layout(config.growth).directory, settings, self._asked())
-            _tell_changes(settings, self._asked())
-        if settings is None or self._manifest.rows == 0:
+            wanted = self._settings()
+            check_settings(GrowthPaths(config.growth).directory, settings, wanted)
+            if settings.get("index") != wanted["index"]:
+                log.info("note: the dataset was begun with index %s", settings.get("index"))
+            if bool(settings.get("encoder")) != bool(wanted["encoder"]):
+                log.warning(
+                    "it is not known whether these features have the encoder of the dataset"
+                )
+        if settings is None or manifest.rows == 0:
             return InfoGrowth(
                 k=config.k,
                 min_align=config.min_align,
@@ -226,7 +227,7 @@ class GrowSession:
                 modality=config.modality,
                 **common,
             )
-        folder = GrowthFolder(Layout(config.growth).directory, settings, self._manifest)
+        folder = GrowthFolder(GrowthPaths(config.growth).directory, settings, manifest)
         ids, captions, gains = folder.kept_samples()
         log.info("continuing with %s samples in the dataset", f"{len(ids):,}")
         features = {space: list(folder.kept_feature_parts(space)) for space in folder.spaces}
@@ -241,82 +242,86 @@ class GrowSession:
             **common,
         )
 
-    def _asked(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """The settings of this run, in the form of growth.json."""
         config, features = self._config, self._features
         is_auto = config.min_align == "auto"
+        encoder = features.encoder
         return {
             "k": config.k,
             "min_align": None if is_auto else config.min_align,
             "min_align_rule": "auto" if is_auto else "given",
             "modality": config.modality,
             "index": config.index,
-            "dimension": {space: features.dimensions.get(space) for space in ("image", "text")},
-            "encoder": _encoder(features),
+            "dimension": {space: features.dimensions.get(space) for space in SPACES},
+            "encoder": encoder and {name: encoder.get(name) for name in ("name", "fingerprint")},
             "images": features.description.get("images"),
         }
 
-    def _settle(self) -> None:
+    def _begin(self) -> None:
         if self._ledger is None:
             return
-        settings = self._asked()
+        settings = self._settings()
         if self._ledger.settings is None:
-            chosen = self._engine.settings
-            settings["min_align"] = chosen["min_align"]
-            settings["min_align_rule"] = chosen["min_align_rule"]
-        self._ledger.settle(settings)
-
-    def _progress(self, what: str, total: int, initial: int) -> tqdm:
-        quiet = not (is_main() and log.isEnabledFor(logging.INFO))
-        return tqdm(
-            desc=what, total=total, initial=initial, unit="pair", disable=True if quiet else None
-        )
+            settings["min_align"] = self._engine.min_align
+            settings["min_align_rule"] = self._engine.min_align_rule
+        self._ledger.begin(settings)
 
 
-def _refusals(batch: FeatureBatch, labels: list[str], rows: np.ndarray) -> pa.Table:
-    unfit = batch.take(rows)
-    captions = [labels[row] for row in rows.tolist()]
-    reasons = [MISSING_CAPTION if name else MISSING_ID for name in unfit.ids]
-    return refusal_table(unfit.rows, unfit.ids, captions, reasons)
+class RecaptionTable(Mapping[str, Recaption]):
+    """A recaption folder by sample id, rows read when asked for; of two rows the later counts."""
+
+    def __init__(self, stream: FeatureStream):
+        self._stream = stream
+        self._rows: dict[str, int] = {}
+        for batch in stream.batches(65536):
+            self._rows.update(zip(batch.ids, batch.rows.tolist(), strict=True))
+
+    def __getitem__(self, sample: str) -> Recaption:
+        batch = self._stream.row(self._rows[sample])
+        assert batch.text is not None
+        return Recaption(batch.captions[0], batch.text[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
-def with_id(wanted: Collection[str]) -> Choose:
+def _dropped(batch: FeatureBatch, captions: list[str], rows: np.ndarray) -> Decisions:
+    """Samples without an id or a caption: dropped before the engine sees them."""
+    chosen = rows.tolist()
+    ids = [batch.ids[row] for row in chosen]
+    reasons = [Reason.CAPTION_MISSING if name else Reason.ID_MISSING for name in ids]
+    codes = np.array([REASON_CODE[reason] for reason in reasons], np.int8)
+    return Decisions(ids, [captions[row] for row in chosen], {}, codes, [])
+
+
+def _with_id(wanted: Collection[str]) -> Choose:
     """Take the samples with these ids."""
     return lambda batch: np.fromiter((i in wanted for i in batch.ids), bool, len(batch))
 
 
-def not_in_rows(rows: Collection[int]) -> Choose:
+def _not_in_rows(rows: np.ndarray) -> Choose:
     """Leave out these rows of the features."""
-    excluded = np.fromiter(rows, np.int64, len(rows))
-    return lambda batch: ~np.isin(batch.rows, excluded)
+    return lambda batch: ~np.isin(batch.rows, rows)
 
 
-def _digest(ids: list[str]) -> str:
-    text = "\n".join(sorted(set(ids)))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(ids: Collection[str] | None) -> str | None:
+    if ids is None:
+        return None
+    return hashlib.blake2b("\n".join(sorted(ids)).encode(), digest_size=16).hexdigest()
 
 
-def _encoder(features: FeatureStream) -> dict[str, Any] | None:
-    encoder = features.encoder
-    return encoder and {"name": encoder.get("name"), "fingerprint": encoder.get("fingerprint")}
-
-
-def _found_seeds(stream: FeatureStream, wanted: set[str]) -> set[str]:
-    """The seed ids that the features have; tells how many they do not have."""
+def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> set[str]:
+    """The seed ids that the features have; logs how many they do not have."""
     found: set[str] = set()
     for batch in stream.batches(65536):
-        found.update(wanted.intersection(batch.ids))
+        found.update(name for name in batch.ids if name in wanted)
     if not found:
         raise UserError(f"none of the {len(wanted)} seed ids is in {stream.path}")
     if len(found) < len(wanted):
-        missing = min(wanted - found)
-        told = (len(wanted) - len(found), len(wanted), stream.path, missing)
-        log.warning("%d of the %d seed ids are not in %s (for example %r)", *told)
+        missing = (len(wanted) - len(found), len(wanted), stream.path, min(set(wanted) - found))
+        log.warning("%d of the %d seed ids are not in %s (for example %r)", *missing)
     return found
-
-
-def _tell_changes(have: dict[str, Any], asked: dict[str, Any]) -> None:
-    if have.get("index") != asked["index"]:
-        log.info("note: the dataset was begun with index %s", have.get("index"))
-    if bool(have.get("encoder")) != bool(asked["encoder"]):
-        log.warning("it is not known whether these features have the encoder of the dataset")

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from infogrowth.annotations import read_ids
 from infogrowth.commands.embed import (
     COMPARED,
     encoder_identity,
@@ -142,7 +143,6 @@ def _awaiting(config: Config) -> "Awaiting | None":
         awaiting_in_growth,
         min_align_of_seeds,
         open_pairs,
-        read_seed_ids,
         seeds_in_features,
     )
 
@@ -151,7 +151,7 @@ def _awaiting(config: Config) -> "Awaiting | None":
     if config.features is None:
         return None
     features = open_pairs(config.features)
-    seeds = read_seed_ids(config.seed_ids) if config.seed_ids else frozenset()
+    seeds = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if config.all:
         return awaiting_in_features(features, None)
     min_align = config.min_align

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infogrowth.annotations import Annotation
+from infogrowth.annotations import Annotation, save_annotations
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write
+from infogrowth.files import atomic_write, atomic_write_array
 
 ENDINGS = (".json", ".jsonl", ".npy", ".parquet")
 _UID = re.compile(r"[0-9a-fA-F]{32}")
@@ -77,7 +77,7 @@ def write_export(
     check_outputs([str(path)])
     ending = Path(path).suffix
     if ending == ".json":
-        _write_json(path, samples, choices.legacy_strings)
+        save_annotations(path, samples, choices.legacy_strings)
     elif ending == ".jsonl":
         _write_lines(path, samples, choices.file_ending)
     elif ending == ".npy":
@@ -89,24 +89,6 @@ def write_export(
 def uid_repeats(normalized_gains: np.ndarray, most: int) -> np.ndarray:
     """Repeats ``(N,) int64`` in 1 … ``most`` for gains in [0, 1]: 1 + round(gain · (most − 1))."""
     return 1 + np.rint(normalized_gains * (most - 1)).astype(np.int64)
-
-
-def _write_json(
-    path: str | os.PathLike[str], samples: Iterable[Annotation], legacy_strings: bool
-) -> None:
-    """The same bytes as annotations.save_annotations, without holding them."""
-    with atomic_write(path, "w") as file:
-        file.write("[")
-        separator = ""
-        for sample in samples:
-            entry = _with_text_gains(sample) if legacy_strings else sample
-            file.write(separator + json.dumps(entry, ensure_ascii=False, allow_nan=False))
-            separator = ", "
-        file.write("]\n")
-
-
-def _with_text_gains(sample: Annotation) -> Annotation:
-    return {**sample, "gains": [str(g) for g in sample["gains"]]} if "gains" in sample else sample
 
 
 def _write_lines(
@@ -139,8 +121,7 @@ def _write_uids(
     if repeats is not None:
         uids = np.repeat(uids, repeats)
     uids.sort()
-    with atomic_write(path) as file:
-        np.lib.format.write_array(file, uids, allow_pickle=False)
+    atomic_write_array(path, uids)
 
 
 def _write_table(path: str | os.PathLike[str], tables: Iterator[pa.Table]) -> None:

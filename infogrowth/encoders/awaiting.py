@@ -8,11 +8,9 @@ import numpy as np
 
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
-from infogrowth.files import read_json
-from infogrowth.growth.admission import admit
 from infogrowth.growth.cleaning import choose_min_align, is_below
-from infogrowth.growth.ledger import read_growth
-from infogrowth.growth.passes import WAITING_REASONS, waiting_ids
+from infogrowth.growth.decisions import validate
+from infogrowth.growth.ledger import PENDING_REASONS, read_growth
 from infogrowth.neighbors.rows import row_products
 
 logger = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ def awaiting_in_growth(directory: str) -> Awaiting:
         UserError: not a growth folder.
     """
     growth = read_growth(directory)
-    waiting = waiting_ids(growth, len(growth.sources))
+    pending = growth.pending_ids()
     awaiting = Awaiting(float(growth.settings["min_align"]))
     found: dict[str, tuple[str, float]] = {}
     names = ("id", "verdict", "reason", "original_caption", "original_alignment")
@@ -79,7 +77,7 @@ def awaiting_in_growth(directory: str) -> Awaiting:
         columns = (table[name].to_pylist() for name in names)
         for sample, verdict, reason, caption, alignment in zip(*columns, strict=True):
             awaiting.examined += 1
-            if verdict == "dropped" and reason in WAITING_REASONS and sample in waiting:
+            if verdict == "dropped" and reason in PENDING_REASONS and sample in pending:
                 found.setdefault(sample, (caption, alignment))
     awaiting.ids = list(found)
     awaiting.captions = [caption for caption, _ in found.values()]
@@ -112,18 +110,6 @@ def seeds_in_features(features: FeatureStream, ids: frozenset[str]) -> Iterable[
         yield batch.take(np.flatnonzero([sample in ids for sample in batch.ids]))
 
 
-def read_seed_ids(path: str) -> frozenset[str]:
-    """A JSON list of ids.
-
-    Raises:
-        UserError: not that.
-    """
-    ids = read_json(path, "the list of seed ids")
-    if not isinstance(ids, list) or not all(isinstance(sample, str) for sample in ids):
-        raise UserError(f"the list of seed ids {path} must be a JSON list of text")
-    return frozenset(ids)
-
-
 def open_pairs(path: str) -> FeatureStream:
     """Features of image and text that lie in one space."""
     features = open_features(path)
@@ -132,7 +118,7 @@ def open_pairs(path: str) -> FeatureStream:
 
 
 def _unit_rows(batch: FeatureBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image and text rows at unit length and which are usable, as growth brings them about."""
-    offer = admit(batch.ids, batch.captions, batch.image, batch.text, None, with_text=True)
-    assert offer.text is not None
-    return offer.image, offer.text, offer.usable
+    """Image and text rows at unit length and which are usable, as growth validates them."""
+    features = {"image": batch.image, "text": batch.text}
+    validated = validate(batch.ids, batch.captions, features)
+    return validated.features["image"], validated.features["text"], validated.usable

@@ -5,50 +5,15 @@ Pure numpy, no neighbors. Paper: "Dataset Growth" (InfoGrowth), cleaning; spec �
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from infogrowth.errors import UserError
-from infogrowth.growth.decisions import REASON_CODE, Reason, Recaption
+from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
 
 _SWAPS = 32  # swapped partners tried per seed when min_align is chosen from the seeds
-
-_RECAPTION_TROUBLE = {
-    Trouble.NOT_FINITE: Reason.RECAPTION_NOT_FINITE,
-    Trouble.ZERO: Reason.RECAPTION_ZERO,
-}
-
-
-@dataclass
-class Cleaned:
-    """A batch of N samples after cleaning: final captions, text rows and alignments.
-
-    `alignment` and `original_alignment` (N,) float64 are NaN where a feature is unusable;
-    `aligned` (N,) bool are the samples that pass; `reason_codes` (N,) int8 say why or why not.
-    """
-
-    captions: list[Any]
-    text: np.ndarray
-    alignment: np.ndarray
-    original_alignment: np.ndarray
-    recaptioned: np.ndarray
-    aligned: np.ndarray
-    reason_codes: np.ndarray
-
-
-def trouble_reasons(image_trouble: np.ndarray, text_trouble: np.ndarray | None) -> np.ndarray:
-    """Reason codes (N,) int8 of unusable features, image before text; -1 where all is well."""
-    codes = np.full(len(image_trouble), -1, np.int8)
-    if text_trouble is not None:
-        codes[text_trouble == Trouble.NOT_FINITE] = REASON_CODE[Reason.TEXT_NOT_FINITE]
-        codes[text_trouble == Trouble.ZERO] = REASON_CODE[Reason.TEXT_ZERO]
-    codes[image_trouble == Trouble.NOT_FINITE] = REASON_CODE[Reason.IMAGE_NOT_FINITE]
-    codes[image_trouble == Trouble.ZERO] = REASON_CODE[Reason.IMAGE_ZERO]
-    return codes
 
 
 def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
@@ -57,94 +22,58 @@ def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
 
 
 def clean_pairs(
-    ids: Sequence[str],
-    captions: Sequence[Any],
-    image: np.ndarray,
-    text: np.ndarray,
-    trouble: np.ndarray,
-    min_align: float,
-    recaptions: Mapping[str, Recaption] | None,
-) -> Cleaned:
-    """Clean N image–caption pairs.
+    batch: Decisions, min_align: float, recaptions: Mapping[str, Recaption] | None
+) -> np.ndarray:
+    """Clean N image–caption pairs; returns which of them pass, (N,) bool.
 
-    `image` and `text` (N, D) float32 unit rows, `trouble` (N,) from `trouble_reasons`. A sample
-    under `min_align` takes its recaption if that reaches `min_align`; a sample that aligns is
-    never recaptioned, and an alignment equal to `min_align` passes.
+    A sample under `min_align` takes its recaption if that reaches `min_align`; a sample that aligns
+    is never recaptioned, and an alignment equal to `min_align` passes. Alignments, reasons and new
+    captions with their features are entered in `batch`.
     """
-    original = row_products(image, text)
-    original[trouble >= 0] = np.nan
-    low = is_below(original, min_align)
-    cleaned = Cleaned(
-        captions=list(captions),
-        text=text,
-        alignment=original.copy(),
-        original_alignment=original,
-        recaptioned=np.zeros(len(image), bool),
-        aligned=~low & (trouble < 0),
-        reason_codes=np.full(len(image), REASON_CODE[Reason.ALIGNED], np.int8),
-    )
-    cleaned.reason_codes[low] = REASON_CODE[Reason.LOW_ALIGNMENT]
-    cleaned.reason_codes[trouble >= 0] = trouble[trouble >= 0]
+    image, text = batch.features["image"], batch.features["text"]
+    alignment = row_products(image, text)
+    alignment[~batch.usable] = np.nan
+    low = is_below(alignment, min_align)
+    batch.original_alignment, batch.alignment = alignment, alignment.copy()
+    batch.reason_codes[batch.usable & ~low] = REASON_CODE[Reason.ALIGNED]
+    batch.reason_codes[low] = REASON_CODE[Reason.LOW_ALIGNMENT]
     if recaptions:
-        _recaption(cleaned, np.flatnonzero(low), ids, image, min_align, recaptions)
-    return cleaned
-
-
-def clean_labels(labels: Sequence[Any], trouble: np.ndarray) -> Cleaned:
-    """Images with class labels, before their neighbors are known: nothing aligns yet."""
-    return Cleaned(
-        captions=list(labels),
-        text=np.empty((len(trouble), 0), np.float32),
-        alignment=np.full(len(trouble), np.nan),
-        original_alignment=np.full(len(trouble), np.nan),
-        recaptioned=np.zeros(len(trouble), bool),
-        aligned=np.zeros(len(trouble), bool),
-        reason_codes=trouble.copy(),
-    )
-
-
-def judge_labels(cleaned: Cleaned, agreement: np.ndarray, min_align: float, is_seed: bool) -> None:
-    """Enter the agreement (N,) of labels with neighbors, NaN for unusable samples, as alignment."""
-    usable, low = ~np.isnan(agreement), is_below(agreement, min_align)
-    cleaned.alignment = cleaned.original_alignment = agreement
-    cleaned.aligned = usable & ~low
-    agrees = Reason.SEED if is_seed else Reason.LABEL_AGREES
-    cleaned.reason_codes[cleaned.aligned] = REASON_CODE[agrees]
-    cleaned.reason_codes[low] = REASON_CODE[Reason.LABEL_DISAGREES]
+        _recaption(batch, np.flatnonzero(low), min_align, recaptions)
+    return batch.usable & (~low | batch.recaptioned)
 
 
 def _recaption(
-    cleaned: Cleaned,
+    batch: Decisions,
     low_rows: np.ndarray,
-    ids: Sequence[str],
-    image: np.ndarray,
     min_align: float,
     recaptions: Mapping[str, Recaption],
 ) -> None:
-    """Give the samples `low_rows` their recaptions where these align. Changes `cleaned`."""
-    rows, features, new_captions = [], [], []
+    """Give the samples `low_rows` their recaptions where these align."""
+    image = batch.features["image"]
+    rows, features, captions = [], [], []
     for row in low_rows.tolist():
-        recaption = recaptions.get(ids[row])
+        recaption = recaptions.get(batch.ids[row])
         if recaption is None:
             continue
-        feature, reason = _recaption_feature(recaption, image.shape[1], ids[row])
-        cleaned.reason_codes[row] = REASON_CODE[reason]
+        feature, reason = _recaption_feature(recaption, image.shape[1], batch.ids[row])
+        batch.reason_codes[row] = REASON_CODE[reason]
         if feature is not None:
             rows.append(row)
             features.append(feature)
-            new_captions.append(recaption.caption)
+            captions.append(recaption.caption)
     if not rows:
         return
     candidates = np.concatenate(features)
     alignment = row_products(image[rows], candidates)
-    cleaned.text = cleaned.text.copy()  # the caller's rows stay as they are
-    for number in np.flatnonzero(~is_below(alignment, min_align)).tolist():
-        row = rows[number]
-        cleaned.captions[row] = new_captions[number]
-        cleaned.text[row] = candidates[number]
-        cleaned.alignment[row] = alignment[number]
-        cleaned.recaptioned[row] = cleaned.aligned[row] = True
-        cleaned.reason_codes[row] = REASON_CODE[Reason.RECAPTIONED]
+    aligned = np.flatnonzero(~is_below(alignment, min_align))
+    taken = np.array(rows)[aligned]
+    batch.captions = list(batch.captions)
+    for number, row in zip(aligned.tolist(), taken.tolist(), strict=True):
+        batch.captions[row] = captions[number]
+    batch.features["text"][taken] = candidates[aligned]
+    batch.alignment[taken] = alignment[aligned]
+    batch.recaptioned[taken] = True
+    batch.reason_codes[taken] = REASON_CODE[Reason.RECAPTIONED]
 
 
 def _recaption_feature(
@@ -161,9 +90,9 @@ def _recaption_feature(
     if matrix.shape[1] != dimension:
         return None, Reason.RECAPTION_MISFIT
     unit, trouble = unit_rows(matrix)
-    if trouble[0] != Trouble.NONE:
-        return None, _RECAPTION_TROUBLE[Trouble(int(trouble[0]))]
-    return unit, Reason.LOW_RECAPTION
+    if trouble[0] == Trouble.NONE:
+        return unit, Reason.LOW_RECAPTION
+    return None, Reason[f"RECAPTION_{Trouble(int(trouble[0])).name}"]
 
 
 def choose_min_align(image: np.ndarray, text: np.ndarray) -> float:

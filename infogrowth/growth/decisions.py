@@ -1,23 +1,31 @@
-"""What the growth engine decided about each sample, and why: as columns, and as one record each."""
+"""What is decided about each sample, and why: a batch as columns, one sample as a record.
+
+A batch goes through growth as one :class:`Decisions`: validated here, filled in by cleaning and by
+the engine, and written as a table of :data:`SCHEMA`, whose rows pandas reads without this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 
-SPACES = ("image", "text")
+from infogrowth.annotations import SPACES
+from infogrowth.errors import UserError
+from infogrowth.neighbors import Neighbors
+from infogrowth.neighbors.rows import Trouble, as_matrix, unit_rows
 
 
 class Verdict(StrEnum):
     """What became of a sample."""
 
+    DROPPED = "dropped"
     KEPT = "kept"
     RECAPTIONED = "recaptioned"
-    DROPPED = "dropped"
 
 
 class Reason(StrEnum):
@@ -40,17 +48,34 @@ class Reason(StrEnum):
     TEXT_NOT_FINITE = "text feature is not finite"
     TEXT_ZERO = "text feature is zero"
     DUPLICATE_ID = "id is already in the dataset"
+    ID_MISSING = "id is missing"
+    CAPTION_MISSING = "caption is missing"
 
 
-VERDICTS: list[Verdict] = list(Verdict)
-REASONS: list[Reason] = list(Reason)
-VERDICT_CODE: dict[Verdict, int] = {verdict: code for code, verdict in enumerate(VERDICTS)}
-REASON_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(REASONS)}
+_VERDICTS = list(Verdict)
+_REASONS = list(Reason)
+REASON_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(_REASONS)}
+UNDECIDED = -1  # in place of a reason's code
 
-_LISTS = ("ids", "captions", "original_captions")
-_ARRAYS = (
-    *("verdict_codes", "reason_codes", "alignment", "original_alignment", "gains"),
-    *("image_positions", "image_distances", "text_positions", "text_distances", "kept_image"),
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # running number of the decision in the growth folder
+        ("source", pa.int32()),  # which of the manifest's sources the sample came from
+        ("source_row", pa.int64()),  # its row in the features of that source
+        ("id", pa.string()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("alignment", pa.float64()),
+        ("original_alignment", pa.float64()),
+        ("gain_image", pa.float64()),
+        ("gain_text", pa.float64()),
+        ("image_neighbors", pa.list_(pa.string())),  # nearest first
+        ("image_distances", pa.list_(pa.float64())),
+        ("text_neighbors", pa.list_(pa.string())),
+        ("text_distances", pa.list_(pa.float64())),
+        ("caption", pa.string()),
+        ("original_caption", pa.string()),
+    ]
 )
 
 
@@ -67,7 +92,7 @@ class Decision:
     """The record of one sample. Numbers are None where the sample's features are unusable.
 
     `alignment` is that of the final caption, `original_alignment` that of the caption it came
-    with. Neighbors are (id, cosine distance), nearest first, as they were when it was offered.
+    with. Neighbors are (id, cosine distance), nearest first, as they were before it was decided.
     """
 
     id: str
@@ -83,30 +108,39 @@ class Decision:
     original_caption: Any
 
 
-@dataclass(frozen=True)
-class DecisionBatch(Sequence[Decision]):
-    """Decisions about N samples, as columns; indexing and iterating build `Decision` records.
+@dataclass
+class Decisions(Sequence[Decision]):
+    """N samples as columns, and what was decided about each; indexing builds `Decision` records.
 
-    NaN in a float column and -1 in a position column mean "absent". Positions count in the kept
-    list, whose ids are `kept_ids`. `kept_image` and `kept_text` (M, D) float32 are the unit rows
-    of the samples that were kept, in order (`kept_text` is None when there is no text).
+    Attributes:
+        ids, captions: of the samples, N each; recaptioned ones have their new caption.
+        features: per space (N, D) float32 unit rows, zeros where the feature is unusable; those of
+            "text" belong to the final captions.
+        reason_codes: (N,) int8, positions in the list of `Reason`; `UNDECIDED` until then.
+        dataset_ids: ids of the growing dataset, in which neighbors' positions count.
+        original_captions: the captions that the samples came with.
+        usable: (N,) bool, both features can be used.
+        kept: (N,) bool, the sample joined the dataset.
+        recaptioned: (N,) bool, it took its recaption.
+        alignment, original_alignment: (N,) float64, NaN where a feature is unusable.
+        gains: (N, 2) float64: image, text; NaN where there is none.
+        neighbors: per space the nearest samples of the dataset before each sample.
     """
 
     ids: list[str]
     captions: list[Any]
-    original_captions: list[Any]
-    verdict_codes: np.ndarray
+    features: dict[str, np.ndarray]
     reason_codes: np.ndarray
-    alignment: np.ndarray
-    original_alignment: np.ndarray
-    gains: np.ndarray
-    image_positions: np.ndarray
-    image_distances: np.ndarray
-    text_positions: np.ndarray
-    text_distances: np.ndarray
-    kept_image: np.ndarray
-    kept_text: np.ndarray | None
-    kept_ids: list[str] = field(repr=False)
+    dataset_ids: list[str] = field(repr=False)
+    neighbors: dict[str, Neighbors] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        self.original_captions = self.captions
+        self.usable = self.reason_codes == UNDECIDED
+        self.kept, self.recaptioned = np.zeros(count, bool), np.zeros(count, bool)
+        self.alignment, self.original_alignment = np.full(count, np.nan), np.full(count, np.nan)
+        self.gains = np.full((count, 2), np.nan)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,110 +151,154 @@ class DecisionBatch(Sequence[Decision]):
     def __getitem__(self, index: slice) -> list[Decision]: ...
     def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
         if isinstance(index, slice):
-            return [self._record(row) for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError("decision index out of range")
-        return self._record(row)
-
-    def __iter__(self) -> Iterator[Decision]:
-        return (self._record(row) for row in range(len(self)))
+            return [self._record(row) for row in range(len(self))[index]]
+        return self._record(range(len(self))[index])
 
     @property
-    def kept(self) -> np.ndarray:
-        """(N,) bool: which samples joined the dataset."""
-        return self.verdict_codes != VERDICT_CODE[Verdict.DROPPED]
+    def verdicts(self) -> list[Verdict]:
+        return [self._verdict(row) for row in range(len(self))]
 
     @property
-    def verdicts(self) -> list[str]:
-        return [VERDICTS[code].value for code in self.verdict_codes.tolist()]
+    def reasons(self) -> list[Reason]:
+        return [_REASONS[code] for code in self.reason_codes.tolist()]
 
-    @property
-    def reasons(self) -> list[str]:
-        return [REASONS[code].value for code in self.reason_codes.tolist()]
+    def table(self, source: int, source_rows: np.ndarray) -> pa.Table:
+        """The columns of :data:`SCHEMA` but ``row``, NaN as null.
 
-    def counts(self) -> dict[str, int]:
-        """How many samples got each verdict."""
-        numbers = np.bincount(self.verdict_codes, minlength=len(VERDICTS)).tolist()
-        return {verdict.value: number for verdict, number in zip(VERDICTS, numbers, strict=True)}
+        Args:
+            source: number of the source among those of the growth folder.
+            source_rows: (N,) the samples' rows in its features.
+        """
+        recaptioned = 1 + self.recaptioned.astype(np.int8)
+        verdicts = np.where(self.kept, recaptioned, 0)  # in the order of `Verdict`
+        caption = pa.array(self.captions, pa.string())
+        unchanged = self.original_captions is self.captions
+        columns: dict[str, Any] = {
+            "source": pa.array(np.full(len(self), source, np.int32)),
+            "source_row": pa.array(source_rows, pa.int64()),
+            "id": pa.array(self.ids, pa.string()),
+            "verdict": pa.array(_VERDICTS, pa.string()).take(pa.array(verdicts)),
+            "reason": pa.array(_REASONS, pa.string()).take(pa.array(self.reason_codes)),
+            "alignment": pa.array(self.alignment, from_pandas=True),
+            "original_alignment": pa.array(self.original_alignment, from_pandas=True),
+            "gain_image": pa.array(self.gains[:, 0], from_pandas=True),
+            "gain_text": pa.array(self.gains[:, 1], from_pandas=True),
+            "caption": caption,
+            "original_caption": caption
+            if unchanged
+            else pa.array(self.original_captions, pa.string()),
+        }
+        for space in SPACES:
+            columns |= self._neighbor_columns(space)
+        return pa.table({name: columns[name] for name in SCHEMA.names[1:]})
 
-    def reason_counts(self) -> dict[str, int]:
-        """How many samples got each reason, reasons that occur only."""
-        numbers = np.bincount(self.reason_codes, minlength=len(REASONS)).tolist()
-        return {r.value: number for r, number in zip(REASONS, numbers, strict=True) if number}
-
-    def neighbor_ids(self, space: str) -> tuple[list[str], np.ndarray]:
-        """Ids of all samples' neighbors in `space`, end to end, and the (N + 1,) int32 offsets."""
-        positions = self._positions(space)
-        present = positions >= 0
+    def _neighbor_columns(self, space: str) -> dict[str, pa.Array]:
+        found = self._neighbors(space)
+        present = found.positions >= 0
         offsets = np.zeros(len(self) + 1, np.int32)
         np.cumsum(present.sum(axis=1), out=offsets[1:])
-        kept_ids = self.kept_ids
-        return [kept_ids[position] for position in positions[present].tolist()], offsets
+        names = [self.dataset_ids[position] for position in found.positions[present].tolist()]
+        values = {
+            "neighbors": pa.array(names, pa.string()),
+            "distances": pa.array(found.distances[present]),
+        }
+        starts = pa.array(offsets)
+        return {
+            f"{space}_{name}": pa.ListArray.from_arrays(starts, column)
+            for name, column in values.items()
+        }
 
-    def neighbor_distances(self, space: str) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine distances beside `neighbor_ids`: (M,) float64 and the same offsets."""
-        present = self._positions(space) >= 0
-        offsets = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(present.sum(axis=1), out=offsets[1:])
-        return self._distances(space)[present], offsets
+    def _neighbors(self, space: str) -> Neighbors:
+        nothing = Neighbors(np.empty((len(self), 0), np.int64), np.empty((len(self), 0)))
+        return self.neighbors.get(space, nothing)
 
-    @staticmethod
-    def empty(k: int, kept_ids: list[str]) -> DecisionBatch:
-        """Decisions about no samples."""
-        positions, distances = np.empty((0, k), np.int64), np.empty((0, k))
-        codes, none, rows = np.empty(0, np.int8), np.empty(0), np.empty((0, 0), np.float32)
-        return DecisionBatch(
-            *([], [], [], codes, codes, none, none, np.empty((0, 2))),
-            *(positions, distances, positions, distances, rows, rows, kept_ids),
-        )
-
-    @staticmethod
-    def concatenate(batches: Sequence[DecisionBatch]) -> DecisionBatch:
-        """One batch out of consecutive ones of the same dataset."""
-        first = batches[0]
-        if len(batches) == 1:
-            return first
-
-        def lists(name: str) -> list[Any]:
-            return [item for batch in batches for item in getattr(batch, name)]
-
-        def arrays(name: str) -> np.ndarray:
-            return np.concatenate([getattr(batch, name) for batch in batches])
-
-        joined: dict[str, Any] = {name: lists(name) for name in _LISTS}
-        joined |= {name: arrays(name) for name in _ARRAYS}
-        joined["kept_text"] = None if first.kept_text is None else arrays("kept_text")
-        return DecisionBatch(**joined, kept_ids=first.kept_ids)
-
-    def _positions(self, space: str) -> np.ndarray:
-        return {"image": self.image_positions, "text": self.text_positions}[space]
-
-    def _distances(self, space: str) -> np.ndarray:
-        return {"image": self.image_distances, "text": self.text_distances}[space]
-
-    def _neighbors(self, space: str, row: int) -> list[tuple[str, float]]:
-        positions = self._positions(space)[row].tolist()
-        distances = self._distances(space)[row].tolist()
-        pairs = zip(positions, distances, strict=True)
-        return [
-            (self.kept_ids[position], distance) for position, distance in pairs if position >= 0
-        ]
+    def _verdict(self, row: int) -> Verdict:
+        if not self.kept[row]:
+            return Verdict.DROPPED
+        return Verdict.RECAPTIONED if self.recaptioned[row] else Verdict.KEPT
 
     def _record(self, row: int) -> Decision:
+        def neighbors(space: str) -> list[tuple[str, float]]:
+            found = self._neighbors(space).part(slice(row, row + 1))
+            pairs = zip(found.positions[0].tolist(), found.distances[0].tolist(), strict=True)
+            return [(self.dataset_ids[at], distance) for at, distance in pairs if at >= 0]
+
         return Decision(
             id=self.ids[row],
-            verdict=VERDICTS[self.verdict_codes[row]],
-            reason=REASONS[self.reason_codes[row]],
+            verdict=self._verdict(row),
+            reason=_REASONS[self.reason_codes[row]],
             alignment=_number(self.alignment[row]),
             original_alignment=_number(self.original_alignment[row]),
             gain_image=_number(self.gains[row, 0]),
             gain_text=_number(self.gains[row, 1]),
-            image_neighbors=self._neighbors("image", row),
-            text_neighbors=self._neighbors("text", row),
+            image_neighbors=neighbors("image"),
+            text_neighbors=neighbors("text"),
             caption=self.captions[row],
             original_caption=self.original_captions[row],
         )
+
+
+def validate(
+    ids: Any,
+    captions: Any,
+    features: dict[str, Any],
+    dimension: int | None = None,
+    dataset_ids: list[str] | None = None,
+) -> Decisions:
+    """Candidates, checked as a whole before anything changes; their features at unit length.
+
+    Args:
+        ids, captions: N each; lists, arrays or columns.
+        features: "image", and "text" where there is text: (N, D) of any float type.
+        dimension: that of the dataset, None if it has none yet.
+
+    Raises:
+        UserError: the arrays do not fit each other or the dataset (the argument is named), or ids
+            are not strings.
+    """
+    names = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    for row, name in enumerate(names):
+        if type(name) is not str and not isinstance(name, str):
+            raise UserError(f"Sample ids must be strings; number {row} is {name!r}.")
+    texts = captions.tolist() if hasattr(captions, "tolist") else list(captions)
+    if len(texts) != len(names):
+        raise UserError(f"There are {len(names)} ids but {len(texts)} captions.")
+    if features.get("text", ()) is None:
+        raise UserError("text_features are missing; images alone need modality='image'.")
+    codes = np.full(len(names), UNDECIDED, np.int8)
+    rows = {
+        space: _validate_features(features[space], space, codes, dimension)
+        for space in SPACES
+        if space in features
+    }
+    widths = {space: unit.shape[1] for space, unit in rows.items()}
+    if len(names) and len(set(widths.values())) > 1:
+        raise UserError(
+            f"Image features have {widths['image']} columns but text features {widths['text']}; "
+            "both must come from one dual encoder."
+        )
+    return Decisions(names, texts, rows, codes, [] if dataset_ids is None else dataset_ids)
+
+
+def _validate_features(
+    features: Any, space: str, codes: np.ndarray, dimension: int | None
+) -> np.ndarray:
+    """The features as unit rows; the reason why one is unusable goes into `codes`."""
+    if len(codes) == 0 and len(features) == 0:
+        return np.empty((0, dimension or 1), np.float32)
+    matrix = as_matrix(features, f"{space}_features")
+    if len(matrix) != len(codes):
+        raise UserError(f"There are {len(codes)} ids but {len(matrix)} rows of {space}_features.")
+    if dimension is not None and matrix.shape[1] != dimension:
+        raise UserError(
+            f"{space}_features have {matrix.shape[1]} columns, but the dataset has {dimension}; "
+            "use the encoder that it was begun with."
+        )
+    rows, trouble = unit_rows(matrix)
+    for kind in (Trouble.NOT_FINITE, Trouble.ZERO):  # of two unusable features the image's counts
+        reason = Reason[f"{space.upper()}_{kind.name}"]
+        codes[(trouble == kind) & (codes == UNDECIDED)] = REASON_CODE[reason]
+    return rows
 
 
 def _number(value: np.float64) -> float | None:

@@ -1,75 +1,93 @@
 """InfoGrowth: clean → gain → grow, one sample or millions at a time.
 
 Paper: "Dataset Growth" (InfoGrowth), ECCV 2024; spec §2. Order is the contract: whatever the
-batch size, device, number of ranks or interruptions, the result is that of offering the samples
+batch size, device, number of ranks or interruptions, the result is that of processing the samples
 one by one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Self
 
 import numpy as np
 
+from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
-from infogrowth.growth import labels
-from infogrowth.growth.admission import Offer, admit
-from infogrowth.growth.cleaning import (
-    Cleaned,
-    choose_min_align,
-    clean_labels,
-    clean_pairs,
-    judge_labels,
-)
-from infogrowth.growth.dataset import GrownDataset
-from infogrowth.growth.decisions import (
-    REASON_CODE,
-    VERDICT_CODE,
-    DecisionBatch,
-    Reason,
-    Recaption,
-    Verdict,
-)
-from infogrowth.growth.gain import mean_distance
-from infogrowth.neighbors import Neighbors
+from infogrowth.growth.cleaning import choose_min_align, clean_pairs
+from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, validate
+from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
+from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, Neighbors, create_index
+from infogrowth.neighbors.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
 
 log = logging.getLogger(__name__)
 
-BLOCK_ROWS = 16384  # samples that go through the three steps together
+BLOCK_ROWS = 16384  # samples looked up together
+MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, for no insight
 
 
-class InfoGrowth(GrownDataset):
-    """A dataset that grows: samples are offered in order, and each is kept or not, with its gain.
+class InfoGrowth:
+    """A dataset that grows: samples come in order, and each is kept or not, with its gain.
 
     Args:
         k: how many nearest kept samples the gain is the mean distance to.
-        min_align: the least cosine of image and caption feature that is kept. "auto" takes the
+        min_align: the lowest cosine of image and caption feature that is kept. "auto" takes the
             value that best tells the seeds' captions from swapped ones (`choose_min_align`), at
             the first call of `seed`.
-        index: "exact", "approximate" (CPU, millions of samples) or "auto".
+        index: "exact", "approximate" (for millions of samples) or "auto".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         modality: "pair" (image and caption) or "image" (images with class labels as captions).
         memory_mb: bound on the scratch memory of a search, per index.
-        sharded: spread the kept features over the ranks; None: if there is more than one. All
-            ranks must then make the same calls with the same data.
+        sharded: spread the kept features over the ranks of the process group; None: if there is one
+            of several ranks. All ranks must then make the same calls with the same data.
 
     Raises UserError for settings that make no sense. A call that fails changes nothing.
     """
 
+    def __init__(
+        self,
+        k: int = 4,
+        min_align: float | Literal["auto"] = 0.4,
+        index: str = "auto",
+        device: str = "auto",
+        modality: str = "pair",
+        memory_mb: float = 256,
+        sharded: bool | None = None,
+    ) -> None:
+        _check_settings(k, min_align, index, modality, memory_mb)
+        self.k = k
+        self.modality = modality
+        self.spaces = SPACES if modality == "pair" else SPACES[:1]
+        self.min_align: float | None = None if min_align == "auto" else float(min_align)
+        self.min_align_rule = "auto, not yet chosen" if min_align == "auto" else "given"
+        self._index_kind = index
+        self._device, self._memory_mb, self._sharded = device, memory_mb, sharded
+        self._indexes: dict[str, NeighborIndex] = {}
+        self._ids: list[str] = []
+        self._known: set[str] = set()
+        self._captions: list[Any] = []
+        self._class_counts: Counter[Any] = Counter()  # kept samples by label, modality "image"
+        self._gains = array("d")  # image, text, image, text, …
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def seed(
         self, ids: Any, captions: Any, image_features: Any, text_features: Any = None
-    ) -> DecisionBatch:
+    ) -> Decisions:
         """Insert a clean starting set, in order and unfiltered (unusable features and repeated ids
         excepted). Features (N, D), any float type, need not be unit length."""
-        offer = self._admit(ids, captions, image_features, text_features)
+        batch = self._validate(ids, captions, image_features, text_features)
         with self._all_or_nothing():
             if self.min_align is None:
-                self._choose_min_align(offer)
-            return self._grow(offer, None, is_seed=True)
+                self._choose_min_align(batch)
+            return self._grow(batch, -np.inf, None, Reason.SEED)
 
     def process(
         self,
@@ -79,181 +97,277 @@ class InfoGrowth(GrownDataset):
         text_features: Any = None,
         recaptions: Mapping[str, Recaption] | None = None,
     ) -> Any:
-        """Offer samples, in order; returns a `DecisionBatch`, or one `Decision` for a single sample
-        (a plain string as `ids`, features (D,)). `recaptions` is asked for samples under
+        """Decide about samples, in order; returns `Decisions`, or one `Decision` for a single
+        sample (a plain string as `ids`, features (D,)). `recaptions` is asked for samples under
         `min_align` only."""
         single = isinstance(ids, str)
         if single:
             ids, captions = [ids], [captions]
             image_features, text_features = _one_row(image_features), _one_row(text_features)
-        offer = self._admit(ids, captions, image_features, text_features)
+        batch = self._validate(ids, captions, image_features, text_features)
         if self.min_align is None:
             raise UserError(
                 "min_align 'auto' is chosen from a clean starting set: call seed() first "
                 "(--seed-features), or give a number."
             )
         with self._all_or_nothing():
-            decisions = self._grow(offer, recaptions, is_seed=False)
+            decisions = self._grow(batch, self.min_align, recaptions, None)
         return decisions[0] if single else decisions
 
+    # --- clean → gain → grow ---------------------------------------------------------------------
+
     def _grow(
-        self, offer: Offer, recaptions: Mapping[str, Recaption] | None, is_seed: bool
-    ) -> DecisionBatch:
-        if len(offer) == 0:
-            return DecisionBatch.empty(self.k, self._ids)
+        self,
+        batch: Decisions,
+        min_align: float,
+        recaptions: Mapping[str, Recaption] | None,
+        passed: Reason | None,
+    ) -> Decisions:
+        """The paper's algorithm; samples that pass get the reason `passed`, where one is given."""
+        if not len(batch):
+            return batch
         if not self._indexes:
-            self._indexes = {s: self._new_index(offer.image.shape[1]) for s in self.spaces}
-        parts = offer.parts(BLOCK_ROWS if self.modality == "pair" else labels.BLOCK_ROWS)
-        return DecisionBatch.concatenate([self._step(p, recaptions, is_seed) for p in parts])
-
-    def _step(
-        self, offer: Offer, recaptions: Mapping[str, Recaption] | None, is_seed: bool
-    ) -> DecisionBatch:
-        """Clean, gain, grow: the paper's algorithm for a block of samples."""
-        if self.modality == "image":
-            cleaned, joins, found = self._clean_labels(offer, is_seed)
+            widths = {space: rows.shape[1] for space, rows in batch.features.items()}
+            self._indexes = {space: self._new_index(width) for space, width in widths.items()}
+        batch.neighbors = {space: _no_neighbors(len(batch), self.k) for space in self.spaces}
+        if self.modality == "pair":
+            aligned = clean_pairs(batch, min_align, recaptions)
+            if passed is not None:
+                batch.reason_codes[aligned] = REASON_CODE[passed]
+            for rows in _blocks(len(batch), BLOCK_ROWS):
+                self._grow_pairs(batch, rows, aligned[rows])
         else:
-            cleaned = self._clean(offer, recaptions, is_seed)
-            joins = self._join(offer.ids, cleaned)
-            found = self._grow_pairs(offer, cleaned, joins)
-        gains = np.full((len(offer), 2), np.nan)
-        for column, space in enumerate(self.spaces):
-            gains[offer.usable, column] = mean_distance(found[space].distances[offer.usable])
-        kept = np.flatnonzero(joins).tolist()
-        kept_ids = [offer.ids[row] for row in kept]
-        self._remember(kept_ids, [cleaned.captions[row] for row in kept], gains[joins])
-        return self._decisions(offer, cleaned, joins, gains, found)
+            for rows in _blocks(len(batch), LABEL_BLOCK_ROWS):
+                self._grow_labels(batch, rows, min_align, passed or Reason.LABEL_AGREES)
+        return batch
 
-    def _clean(
-        self, offer: Offer, recaptions: Mapping[str, Recaption] | None, is_seed: bool
-    ) -> Cleaned:
-        """Seeds are taken as they are; the others must align, or have a recaption that does."""
-        assert offer.text is not None
-        min_align = self.min_align if self.min_align is not None and not is_seed else -np.inf
-        samples = offer.ids, offer.captions, offer.image, offer.text, offer.trouble
-        cleaned = clean_pairs(*samples, min_align, recaptions)
-        if is_seed:
-            cleaned.reason_codes[cleaned.aligned] = REASON_CODE[Reason.SEED]
-        return cleaned
-
-    def _grow_pairs(
-        self, offer: Offer, cleaned: Cleaned, joins: np.ndarray
-    ) -> dict[str, Neighbors]:
-        """Add what joins; look every sample up among what was kept before it."""
+    def _grow_pairs(self, batch: Decisions, rows: slice, aligned: np.ndarray) -> None:
+        """Add the block's samples that align; each is looked up among those kept before it."""
+        repeated = self._repeated(batch.ids[rows], aligned)
+        batch.reason_codes[rows][repeated] = REASON_CODE[Reason.DUPLICATE_ID]
+        joins = aligned & ~repeated
         visible = len(self) + np.cumsum(joins) - joins
-        found = {}
-        for space, rows in (("image", offer.image), ("text", cleaned.text)):
-            self._indexes[space].extend(rows[joins])
-            found[space] = self._look_up(space, rows, visible, offer.usable)
-        return found
+        for space, features in batch.features.items():
+            self._indexes[space].extend(features[rows][joins])
+            self._look_up(space, batch, rows, visible)
+        self._keep(batch, rows, joins)
 
-    def _clean_labels(
-        self, offer: Offer, is_seed: bool
-    ) -> tuple[Cleaned, np.ndarray, dict[str, Neighbors]]:
+    def _grow_labels(self, batch: Decisions, rows: slice, min_align: float, passed: Reason) -> None:
         """Single-modal data: a sample joins if its label agrees with its nearest kept neighbors."""
-        assert self.min_align is not None
-        min_align = -np.inf if is_seed else self.min_align
-        visible = np.full(len(offer), len(self))
-        before = self._look_up("image", offer.image, visible, offer.usable)
-        classes = {label: code for code, label in enumerate(dict.fromkeys(offer.captions))}
-        codes = np.array([classes[label] for label in offer.captions])
-        cleaned = clean_labels(offer.captions, offer.trouble)
+        self._look_up("image", batch, rows, np.full(rows.stop - rows.start, len(self)))
+        kept_labels, counts = self._captions, self._class_counts
+        joins = clean_labels(batch, rows, min_align, passed, kept_labels, counts, self._repeated)
+        self._indexes["image"].extend(batch.features["image"][rows][joins])
+        self._keep(batch, rows, joins)
 
-        def choose(agreement: np.ndarray) -> np.ndarray:
-            judge_labels(cleaned, agreement, min_align, is_seed)
-            return self._join(offer.ids, cleaned)
-
-        settled = labels.settle_labels(
-            codes,
-            offer.image,
-            offer.usable,
-            before,
-            self._label_codes(before.positions, classes),
-            np.array([self._class_counts[label] for label in classes]),
-            len(self),
-            choose,
-        )
-        self._indexes["image"].extend(offer.image[settled.joins])
-        return cleaned, settled.joins, {"image": settled.neighbors}
-
-    def _label_codes(self, positions: np.ndarray, classes: dict[Any, int]) -> np.ndarray:
-        """Codes of the labels of kept samples; -1 for none and for classes not in `classes`."""
-        kept = self._captions
-        codes = [classes.get(kept[p], -1) if p >= 0 else -1 for p in positions.flat]
-        return np.array(codes, np.int64).reshape(positions.shape)
-
-    def _join(self, ids: list[str], cleaned: Cleaned) -> np.ndarray:
-        """Which samples join the dataset (N,) bool: those that align and whose id is new; tells
-        the reason of repeated ids in `cleaned`."""
-        known = self._known
-        repeated = np.fromiter((name in known for name in ids), bool, len(ids))
-        if len(set(ids)) < len(ids):
-            joined_here: set[str] = set()
-            for row, name in enumerate(ids):
-                if name in joined_here:
-                    repeated[row] = True
-                elif cleaned.aligned[row] and not repeated[row]:
-                    joined_here.add(name)
-        cleaned.reason_codes[repeated] = REASON_CODE[Reason.DUPLICATE_ID]
-        return cleaned.aligned & ~repeated
-
-    def _look_up(
-        self, space: str, rows: np.ndarray, visible: np.ndarray, usable: np.ndarray
-    ) -> Neighbors:
-        """Nearest kept samples of all samples with usable features; none for the others."""
-        index = self._indexes[space]
+    def _look_up(self, space: str, batch: Decisions, rows: slice, visible: np.ndarray) -> None:
+        """Enter the nearest samples among the first `visible` (n,) of the dataset in `batch`."""
+        usable: Any = batch.usable[rows]
         if usable.all():
-            return index.search(rows, visible)
-        found = index.search(rows[usable], visible[usable])
-        positions = np.full((len(rows), self.k), -1, np.int64)
-        products = np.full((len(rows), self.k), -np.inf)
-        positions[usable], products[usable] = found.positions, found.products
-        return Neighbors(positions, products)
+            usable = slice(None)  # spares copies
+        found = self._indexes[space].search(batch.features[space][rows][usable], visible[usable])
+        entered = batch.neighbors[space].part(rows)
+        entered.positions[usable], entered.products[usable] = found.positions, found.products
 
-    def _admit(self, ids: Any, captions: Any, image: Any, text: Any) -> Offer:
+    def _keep(self, batch: Decisions, rows: slice, joins: np.ndarray) -> None:
+        """Enter the block's gains, and remember the samples that join, which the indexes hold."""
+        usable = batch.usable[rows]
+        for column, space in enumerate(self.spaces):
+            distances = batch.neighbors[space].part(rows).distances
+            batch.gains[rows, column][usable] = mean_distance(distances[usable])
+        batch.kept[rows] = joins
+        kept = (rows.start + np.flatnonzero(joins)).tolist()
+        ids, captions = [batch.ids[row] for row in kept], [batch.captions[row] for row in kept]
+        self._ids += ids
+        self._known.update(ids)
+        self._captions += captions
+        gains = batch.gains[kept]
+        if self.modality == "image":
+            self._class_counts.update(captions)
+            gains = gains[:, [0, 0]]
+        self._gains.frombytes(gains.tobytes())
+
+    def _repeated(self, ids: list[str], aligned: np.ndarray) -> np.ndarray:
+        """(n,) bool: whose id is in the dataset already, or joins it with an earlier sample."""
+        repeated = np.fromiter(map(self._known.__contains__, ids), bool, len(ids))
+        if len(set(ids)) < len(ids):
+            joined: set[str] = set()
+            for row, name in enumerate(ids):
+                if name in joined:
+                    repeated[row] = True
+                elif aligned[row] and not repeated[row]:
+                    joined.add(name)
+        return repeated
+
+    def _validate(self, ids: Any, captions: Any, image: Any, text: Any) -> Decisions:
         dimension = self._indexes["image"].dimension if self._indexes else None
-        return admit(ids, captions, image, text, dimension, with_text="text" in self.spaces)
+        features = {"image": image, "text": text}
+        chosen = {space: features[space] for space in self.spaces}
+        return validate(ids, captions, chosen, dimension, self._ids)
 
-    def _choose_min_align(self, offer: Offer) -> None:
-        usable = offer.usable
-        assert offer.text is not None
-        self.min_align = choose_min_align(offer.image[usable], offer.text[usable])
+    def _choose_min_align(self, batch: Decisions) -> None:
+        image, text = (batch.features[space][batch.usable] for space in SPACES)
+        self.min_align = choose_min_align(image, text)
         self.min_align_rule = (
-            f"auto: best balanced accuracy between the captions of {int(usable.sum())} seeds and "
+            f"auto: best balanced accuracy between the captions of {len(image)} seeds and "
             "swapped ones"
         )
         log.info("min_align = %.4f (%s)", self.min_align, self.min_align_rule)
 
-    def _decisions(
-        self,
-        offer: Offer,
-        cleaned: Cleaned,
-        joins: np.ndarray,
-        gains: np.ndarray,
-        found: dict[str, Neighbors],
-    ) -> DecisionBatch:
-        verdicts = np.full(len(offer), VERDICT_CODE[Verdict.DROPPED], np.int8)
-        verdicts[joins] = VERDICT_CODE[Verdict.KEPT]
-        verdicts[joins & cleaned.recaptioned] = VERDICT_CODE[Verdict.RECAPTIONED]
-        nothing = Neighbors(np.empty((len(offer), 0), np.int64), np.empty((len(offer), 0)))
-        image, text = found["image"], found.get("text", nothing)
-        return DecisionBatch(
-            ids=offer.ids,
-            captions=cleaned.captions,
-            original_captions=offer.captions,
-            verdict_codes=verdicts,
-            reason_codes=cleaned.reason_codes,
-            alignment=cleaned.alignment,
-            original_alignment=cleaned.original_alignment,
-            gains=gains,
-            image_positions=image.positions,
-            image_distances=image.distances,
-            text_positions=text.positions,
-            text_distances=text.distances,
-            kept_image=offer.image[joins],
-            kept_text=cleaned.text[joins] if "text" in found else None,
-            kept_ids=self._ids,
+    def _new_index(self, dimension: int) -> NeighborIndex:
+        from infogrowth import distributed
+
+        spread = distributed.world_size() > 1 if self._sharded is None else self._sharded
+        device = distributed.choose_device(self._device)
+        return create_index(self._index_kind, dimension, self.k, device, self._memory_mb, spread)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Whatever goes wrong inside, the dataset is afterwards as it was before."""
+        count, indexes = len(self), dict(self._indexes)
+        rule = self.min_align, self.min_align_rule
+        try:
+            yield
+        except BaseException:
+            self._indexes = indexes
+            for index in indexes.values():
+                index.truncate(count)
+            self._known.difference_update(self._ids[count:])
+            self._class_counts.subtract(self._captions[count:] if self.modality == "image" else [])
+            del self._ids[count:], self._captions[count:], self._gains[2 * count :]
+            self.min_align, self.min_align_rule = rule
+            raise
+
+    # --- what has grown --------------------------------------------------------------------------
+
+    @property
+    def kept_ids(self) -> list[str]:
+        """Ids of the kept samples, in order."""
+        return list(self._ids)
+
+    @property
+    def kept_gains(self) -> np.ndarray:
+        """(N, 2) float64 gains (image, text) of the kept samples, as they were when they joined.
+        With modality "image" both columns hold the image gain, so that their mean is the gain."""
+        return np.array(self._gains, np.float64).reshape(-1, 2)
+
+    def kept_features(self, space: str, start: int = 0) -> np.ndarray:
+        """Unit rows of the kept samples from position `start` on, (M, D) float32. When sharded, all
+        ranks must call."""
+        if space not in self.spaces:
+            raise UserError(f"space must be one of {', '.join(self.spaces)}, not {space!r}.")
+        if space not in self._indexes:
+            return np.empty((0, 0), np.float32)
+        return self._indexes[space].rows(start, len(self))
+
+    def annotations(self) -> list[Annotation]:
+        """The grown dataset: {"image", "caption", "gains": [image, text]}, in order."""
+        rows = zip(self._ids, self._captions, self.kept_gains.tolist(), strict=True)
+        return [{"image": name, "caption": cap, "gains": gains} for name, cap, gains in rows]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes this dataset what it is, ready for JSON; `restore` takes it back."""
+        sizes = {space: index.dimension for space, index in self._indexes.items()}
+        return {
+            "k": self.k,
+            "min_align": self.min_align,
+            "min_align_rule": self.min_align_rule,
+            "modality": self.modality,
+            "index": self._index_kind,
+            "dimension": {space: sizes.get(space) for space in SPACES},
+        }
+
+    @classmethod
+    def restore(
+        cls,
+        settings: Mapping[str, Any],
+        ids: Sequence[str],
+        captions: Sequence[Any],
+        gains: Any,
+        image_features: Any,
+        text_features: Any = None,
+        index: str | None = None,
+        device: str = "auto",
+        memory_mb: float = 256,
+        sharded: bool | None = None,
+    ) -> Self:
+        """The dataset that `settings`, the ids, captions and gains of `annotations()` and the two
+        `kept_features` describe, as if it had never been put away.
+
+        Features are (N, D) arrays, or lists of such parts in order (memory-mapped ones are fine).
+        Raises UserError if the parts do not belong together.
+        """
+        unresolved = settings["min_align"] is None
+        growth = cls(
+            k=settings["k"],
+            min_align="auto" if unresolved else settings["min_align"],
+            index=index or settings.get("index", "auto"),
+            device=device,
+            modality=settings.get("modality", "pair"),
+            memory_mb=memory_mb,
+            sharded=sharded,
         )
+        if not unresolved:
+            growth.min_align_rule = settings.get("min_align_rule", "given")
+        for space, features in zip(SPACES, (image_features, text_features), strict=True):
+            if space in growth.spaces:
+                growth._restore_index(space, features, len(ids))
+        saved_gains = np.asarray(gains, np.float64).reshape(-1, 2)
+        if not len(ids) == len(captions) == len(saved_gains) == len(set(ids)):
+            raise UserError(
+                f"A saved dataset has {len(ids)} ids ({len(set(ids))} different), {len(captions)} "
+                f"captions and {len(saved_gains)} gains: they do not belong together."
+            )
+        growth._ids, growth._captions = list(ids), list(captions)
+        growth._known = set(ids)
+        if growth.modality == "image":
+            growth._class_counts.update(captions)
+        growth._gains.frombytes(saved_gains.tobytes())
+        return growth
+
+    def _restore_index(self, space: str, features: Any, expected: int) -> None:
+        if features is None:
+            raise UserError(
+                f"A saved dataset of modality {self.modality!r} needs {space} features."
+            )
+        held = 0
+        for part in features if isinstance(features, (list, tuple)) else [features]:
+            if len(part):
+                rows, invalid = unit_rows(as_matrix(part, f"The saved {space} features"))
+                if invalid.any():
+                    raise UserError(f"The saved {space} features hold rows that are no unit rows.")
+                if space not in self._indexes:
+                    self._indexes[space] = self._new_index(rows.shape[1])
+                self._indexes[space].extend(rows)
+                held += len(rows)
+        if held != expected:
+            raise UserError(f"A saved dataset has {expected} ids but {held} {space} features.")
+
+
+def mean_distance(distances: np.ndarray) -> np.ndarray:
+    """The gain of each sample: its mean cosine distance to its nearest neighbors (spec §2 "Gain").
+
+    `distances` (N, k) float64, nearest first, NaN where a small dataset has no more neighbors.
+    Returns (N,) float64: the mean over the neighbors that exist, in [0, 2], and exactly 1 for a
+    sample that meets an empty dataset. Adds nearest first, so the bits never depend on N.
+    """
+    total = np.zeros(len(distances), np.float64)
+    found = np.zeros(len(distances), np.int64)
+    for column in distances.T:
+        present = ~np.isnan(column)
+        total[present] += column[present]
+        found += present
+    return np.where(found > 0, total / np.maximum(found, 1), 1.0)
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _no_neighbors(count: int, k: int) -> Neighbors:
+    return Neighbors(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf))
 
 
 def _one_row(features: Any) -> Any:
@@ -261,3 +375,25 @@ def _one_row(features: Any) -> Any:
     if features is None:
         return None
     return features.reshape(1, -1) if hasattr(features, "reshape") else [features]
+
+
+def _check_settings(
+    k: int, min_align: float | str, index: str, modality: str, memory_mb: float
+) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise UserError(f"k must be a whole number of at least 1, not {k!r}.")
+    if k > MAX_K:
+        raise UserError(f"k must be at most {MAX_K}, not {k!r}: a gain is local.")
+    if isinstance(min_align, str):
+        if min_align != "auto":
+            raise UserError(f"min_align must be a number or 'auto', not {min_align!r}.")
+        if modality == "image":
+            raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
+    elif not -1 <= min_align <= 1:  # NaN is refused too
+        raise UserError(f"min_align must lie between -1 and 1, not {min_align!r}.")
+    if index not in INDEX_KINDS:
+        raise UserError(f"index must be one of {', '.join(INDEX_KINDS)}, not {index!r}.")
+    if modality not in ("pair", "image"):
+        raise UserError(f"modality must be 'pair' or 'image', not {modality!r}.")
+    if not memory_mb > 0:
+        raise UserError(f"memory_mb must be more than 0, not {memory_mb!r}.")

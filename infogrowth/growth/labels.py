@@ -12,62 +12,70 @@ least one more sample from the front is final, so it ends, and at the one-by-one
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from infogrowth.growth.cleaning import is_below
+from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason
 from infogrowth.neighbors.base import Neighbors, merge_neighbors
 from infogrowth.neighbors.rows import row_products
 
-BLOCK_ROWS = 512  # samples solved together: pairs within a block are compared directly
+LABEL_BLOCK_ROWS = 512  # samples solved together: pairs within a block are compared directly
 
 _ROUNDING = 1e-9  # far above what a float64 matrix product of unit rows can be off
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A block of N samples: `agreement` (N,) float64, `joins` (N,) bool, and their neighbors."""
+def clean_labels(
+    batch: Decisions,
+    rows: slice,
+    min_align: float,
+    passed: Reason,
+    kept_labels: Sequence[Any],
+    class_counts: Mapping[Any, int],
+    repeated: Callable[[list[str], np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Which of the n samples `rows` of `batch` join the dataset, (n,) bool.
 
-    agreement: np.ndarray
-    joins: np.ndarray
-    neighbors: Neighbors
-
-
-def settle_labels(
-    labels: np.ndarray,
-    rows: np.ndarray,
-    usable: np.ndarray,
-    before: Neighbors,
-    before_labels: np.ndarray,
-    class_counts: np.ndarray,
-    count: int,
-    choose: Callable[[np.ndarray], np.ndarray],
-) -> Settled:
-    """Solve a block of N samples.
-
-    `labels` (N,) codes in [0, C); `rows` (N, D) unit rows, `usable` (N,) bool; `before` are the
-    nearest of the `count` samples kept before the block and `before_labels` (N, k) their codes
-    (-1: none, or a class that is not in the block); `class_counts` (C,) kept samples of each class.
-    `choose` turns agreements (N,) into which samples join (N,) bool; sample i's answer may depend
-    on the samples up to i only.
+    `batch.neighbors` holds their nearest samples from before the block; final neighbors, alignments
+    and reasons are entered there. `kept_labels` are the labels of the dataset's samples in order,
+    `class_counts` how many of each; `repeated(ids, aligned)` tells whose id is in the dataset
+    already, or joins it earlier in the block.
     """
-    order, products = _ordered_pairs(rows, usable, before)
-    joins = usable.copy()
-    while True:
-        within, within_labels = _nearest_within(order, products, joins, labels, before, count)
-        neighbors = merge_neighbors([before, within], before.positions.shape[1])
-        codes = np.where(
-            neighbors.positions >= count,
-            _codes_at(neighbors.positions - count, within_labels),
-            _codes_before(neighbors.positions, count, before_labels),
+    ids, labels, usable = batch.ids[rows], batch.captions[rows], batch.usable[rows]
+    entered, count = batch.neighbors["image"].part(rows), len(kept_labels)
+    before = Neighbors(entered.positions.copy(), entered.products.copy())
+    classes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
+    codes = np.array([classes[label] for label in labels])
+    before_codes = np.array(
+        [classes.get(kept_labels[at], -1) if at >= 0 else -1 for at in before.positions.flat],
+        np.int64,
+    ).reshape(before.positions.shape)
+    counts = np.array([class_counts[label] for label in classes])
+    order, products = _ordered_pairs(batch.features["image"][rows], usable, before)
+    joins, changed = usable.copy(), True
+    while changed:
+        within, joined_codes = _nearest_within(order, products, joins, codes, before, count)
+        found = merge_neighbors([before, within], before.positions.shape[1])
+        found_codes = np.where(
+            found.positions >= count,
+            _codes_at(found.positions - count, joined_codes),
+            _codes_before(found.positions, count, before_codes),
         )
-        agreement = _agreement(labels, codes, joins, class_counts, before.positions.shape[1])
+        agreement = _agreement(codes, found_codes, joins, counts, before.positions.shape[1])
         agreement[~usable] = np.nan
-        chosen = choose(agreement)
-        if (chosen == joins).all():
-            return Settled(agreement, joins, neighbors)
-        joins = chosen
+        aligned = usable & ~is_below(agreement, min_align)
+        again = repeated(ids, aligned)
+        changed = bool((joins != (aligned & ~again)).any())
+        joins = aligned & ~again
+    entered.positions[:], entered.products[:] = found.positions, found.products
+    batch.alignment[rows] = batch.original_alignment[rows] = agreement
+    reasons = batch.reason_codes[rows]
+    reasons[aligned] = REASON_CODE[passed]
+    reasons[usable & ~aligned] = REASON_CODE[Reason.LABEL_DISAGREES]
+    reasons[again] = REASON_CODE[Reason.DUPLICATE_ID]
+    return joins
 
 
 def _ordered_pairs(
@@ -100,18 +108,20 @@ def _nearest_within(
     """The nearest samples of the block that join, at the positions they would get; and the labels
     (number joining,) at these positions."""
     eligible = joins[order] & (products > -np.inf)
-    place = np.cumsum(eligible, axis=1) - 1
-    sample, column = np.nonzero(eligible & (place < before.positions.shape[1]))
+    rank = np.cumsum(eligible, axis=1) - 1
+    sample, column = np.nonzero(eligible & (rank < before.positions.shape[1]))
     position = count + np.cumsum(joins) - 1
     positions = np.full(before.positions.shape, -1, np.int64)
     nearest = np.full(before.positions.shape, -np.inf)
-    positions[sample, place[sample, column]] = position[order[sample, column]]
-    nearest[sample, place[sample, column]] = products[sample, column]
+    positions[sample, rank[sample, column]] = position[order[sample, column]]
+    nearest[sample, rank[sample, column]] = products[sample, column]
     return Neighbors(positions, nearest), labels[joins]
 
 
-def _codes_at(places: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return codes[np.clip(places, 0, len(codes) - 1)] if len(codes) else np.full(places.shape, -1)
+def _codes_at(positions: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return (
+        codes[np.clip(positions, 0, len(codes) - 1)] if len(codes) else np.full(positions.shape, -1)
+    )
 
 
 def _codes_before(positions: np.ndarray, count: int, labels: np.ndarray) -> np.ndarray:
@@ -119,8 +129,8 @@ def _codes_before(positions: np.ndarray, count: int, labels: np.ndarray) -> np.n
 
     They keep their order in the merging, so the j-th of them has the j-th of their `labels`."""
     is_before = (positions >= 0) & (positions < count)
-    place = np.cumsum(is_before, axis=1) - 1
-    return np.where(is_before, np.take_along_axis(labels, np.maximum(place, 0), axis=1), -1)
+    rank = np.cumsum(is_before, axis=1) - 1
+    return np.where(is_before, np.take_along_axis(labels, np.maximum(rank, 0), axis=1), -1)
 
 
 def _agreement(

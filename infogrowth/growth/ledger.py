@@ -1,9 +1,15 @@
-"""The growth folder: where things lie in it, and reading it back. Writing is ledger_writer.py.
+"""The growth folder: the memory of a growing dataset, in files that pandas and numpy read alone.
 
-A growth folder is the memory of a growing dataset: every decision ever made, the features of what
-was kept, the settings that must not change, and how far each source of samples has been read. It
-is plain JSON, parquet and npy: pandas and numpy read it without this package.
+    growth.json               the settings, of which some must not change
+    manifest.json             the commit point: how many parts and rows count, totals, sources
+    decisions/000000.parquet  every decision ever made (decisions.SCHEMA), a file per commit
+    kept/image_000000.npy     unit features of the samples that joined, a file per commit and space
+    lock                      held by the one process that writes
+
+This is the reading side; writing is ledger_writer.py.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,68 +22,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infogrowth.annotations import Annotation
+from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
+from infogrowth.growth.decisions import SCHEMA, Reason
+from infogrowth.growth.plan import Features, SourceProgress
 
 FORMAT = 1
-SPACES = ("image", "text")
-VERDICTS = ("kept", "recaptioned", "dropped")
-
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),  # running number of the decision in this folder
-        ("source", pa.int32()),  # which of the manifest's sources offered the sample
-        ("source_row", pa.int64()),  # its row in the features of that source
-        ("id", pa.string()),
-        ("verdict", pa.string()),
-        ("reason", pa.string()),
-        ("alignment", pa.float64()),
-        ("original_alignment", pa.float64()),
-        ("gain_image", pa.float64()),
-        ("gain_text", pa.float64()),
-        ("image_neighbors", pa.list_(pa.string())),  # nearest first
-        ("image_distances", pa.list_(pa.float64())),
-        ("text_neighbors", pa.list_(pa.string())),
-        ("text_distances", pa.list_(pa.float64())),
-        ("caption", pa.string()),
-        ("original_caption", pa.string()),
-    ]
+PENDING_REASONS = frozenset(
+    reason.value for reason in Reason if reason.value.startswith("alignment")
 )
-
-
-@dataclass
-class Source:
-    """Samples that were offered, in row order, and how far they have been decided.
-
-    Attributes:
-        kind: ``"seed"``, ``"stream"``, or ``"retry"`` (dropped samples offered again because a
-            recaption table arrived).
-        features: the features' path, as it was given.
-        start: the first row of the features that belongs to this source.
-        position: rows before this one are decided; the next run goes on here.
-        rows: where the source ends, as far as was known when it was last opened.
-        digest: fingerprint of the features up to ``position``: tells the same ones again.
-        recaptions: fingerprint of the recaption table in use, or None.
-        retries: for ``"retry"``, the number of the source whose samples are offered again.
-        seed_ids: fingerprint of the list of seed ids, where seeds are rows of the features.
-        skipped: samples that never got features, by reason (told by ``embed``).
-    """
-
-    kind: str
-    features: str
-    start: int = 0
-    position: int = 0
-    rows: int = 0
-    digest: str = ""
-    recaptions: str | None = None
-    retries: int | None = None
-    seed_ids: str | None = None
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return self.position >= self.rows
+"""Dropped for one of these, a sample may join later with a (better) caption."""
 
 
 @dataclass
@@ -86,19 +41,19 @@ class Manifest:
 
     parts: int = 0
     rows: int = 0
-    totals: dict[str, Any] = field(default_factory=lambda: empty_totals())
-    sources: list[Source] = field(default_factory=list)
+    totals: dict[str, Any] = field(
+        default_factory=lambda: {
+            **dict.fromkeys(("pairs", "kept", "recaptioned", "dropped", "dataset"), 0),
+            "reasons": {},
+        }
+    )
+    sources: list[SourceProgress] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
 
 
-def empty_totals() -> dict[str, Any]:
-    """Totals of nothing: decisions by verdict and by reason, and the dataset's size."""
-    return {"pairs": 0, "kept": 0, "recaptioned": 0, "dropped": 0, "dataset": 0, "reasons": {}}
-
-
-class Layout:
+class GrowthPaths:
     """The paths inside a growth folder."""
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -115,10 +70,9 @@ class Layout:
     def kept(self, space: str, part: int) -> Path:
         return self.kept_folder / f"{space}_{part:06d}.npy"
 
-    def has_data(self) -> bool:
-        """Whether files of decisions or features are there, committed or not."""
-        files = (self.decisions_folder.glob("*.parquet"), self.kept_folder.glob("*.npy"))
-        return any(True for found in files for _ in found)
+    def data(self) -> list[Path]:
+        """Files of decisions and features, committed or not."""
+        return [*self.decisions_folder.glob("*.parquet"), *self.kept_folder.glob("*.npy")]
 
 
 @dataclass(frozen=True)
@@ -129,12 +83,16 @@ class GrowthFolder:
         settings: growth.json (``k``, ``min_align``, ``modality``, ``dimension``, ``encoder`` …).
         totals: decisions by verdict (``pairs``, ``kept``, ``recaptioned``, ``dropped``) and by
             reason (``reasons``), and ``dataset``, the number of samples now in the dataset.
-        sources: the sources in the order in which they were first offered.
+        sources: the sources in the order in which they were first read.
     """
 
     directory: Path
     settings: dict[str, Any]
     manifest: Manifest
+
+    @property
+    def paths(self) -> GrowthPaths:
+        return GrowthPaths(self.directory)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -149,24 +107,33 @@ class GrowthFolder:
         """The spaces in which features are kept: image and text, or image alone."""
         return tuple(space for space in SPACES if self.settings["dimension"].get(space))
 
-    def decision_parts(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The committed decisions, one table per part, in order.
+    @property
+    def decision_files(self) -> list[Path]:
+        """The committed parquet files, in order; others that lie beside them do not count."""
+        return [self.paths.decisions(part) for part in range(self.manifest.parts)]
+
+    def decision_parts(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
+        """The decisions in the order they were made, a table per commit; one empty table when there
+        is none. Columns that an older version did not write are null.
 
         Raises:
             UserError: a part is missing or damaged, named by its file.
         """
-        for part in range(self.manifest.parts):
-            path = Layout(self.directory).decisions(part)
+        schema = pa.schema([SCHEMA.field(name) for name in columns])
+        if not self.manifest.parts:
+            yield schema.empty_table()
+        for path in self.decision_files:
             try:
-                yield pq.ParquetFile(path).read(list(columns) if columns else None)
+                table = pq.ParquetFile(path).read(list(columns))
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path} of the growth folder is damaged: {error}") from error
+            for name in set(columns) - set(table.column_names):
+                table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+            yield table.select(columns)
 
-    def decisions(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def decisions(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """All decisions as one table (columns of :data:`SCHEMA`), in the order they were made."""
-        wanted = list(columns) if columns else SCHEMA.names
-        empty = pa.schema([SCHEMA.field(name) for name in wanted]).empty_table()
-        return pa.concat_tables([empty, *self.decision_parts(wanted)])
+        return pa.concat_tables(self.decision_parts(columns))
 
     def kept_feature_parts(self, space: str) -> Iterator[np.ndarray]:
         """``(n, D) float32`` unit rows of the kept samples, memory-mapped, one array per part.
@@ -174,13 +141,13 @@ class GrowthFolder:
         Raises:
             UserError: a part is missing or damaged, named by its file.
         """
+        width = self.settings["dimension"].get(space)
         for part in range(self.manifest.parts):
-            path = Layout(self.directory).kept(space, part)
+            path = self.paths.kept(space, part)
             try:
                 rows = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:  # EOFError: a file of 0 bytes
                 raise UserError(f"{path} of the growth folder is damaged: {error}") from error
-            width = self.settings["dimension"].get(space)
             if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != np.float32:
                 raise UserError(
                     f"{path} of the growth folder is damaged: it holds {rows.dtype} of shape "
@@ -194,41 +161,70 @@ class GrowthFolder:
         parts = list(self.kept_feature_parts(space)) if dimension else []
         return np.concatenate([np.empty((0, dimension), np.float32), *parts])
 
-    def decision_tables(self) -> Iterator[pa.Table]:
-        """Like :meth:`decision_parts` with all columns, and one empty table when there is none."""
-        if self.manifest.parts == 0:
-            yield SCHEMA.empty_table()
-        yield from self.decision_parts()
-
     def kept_samples(self) -> tuple[list[str], list[str], np.ndarray]:
         """Ids, captions and gains ``(N, 2) float64`` of the dataset, in insertion order."""
-        parts = list(self._kept_parts())
-        return (
-            [sample for ids, _, _ in parts for sample in ids],
-            [caption for _, captions, _ in parts for caption in captions],
-            np.concatenate([np.empty((0, 2)), *(gains for _, _, gains in parts)]),
-        )
+        table = pa.concat_tables(self._kept_parts())
+        gains = np.stack([table["gain_image"].to_numpy(), table["gain_text"].to_numpy()], axis=1)
+        return table["id"].to_pylist(), table["caption"].to_pylist(), gains
 
     def annotation_parts(self) -> Iterator[list[Annotation]]:
-        """The dataset's samples in insertion order, a list per part (spec §3)."""
-        for ids, captions, gains in self._kept_parts():
+        """``{"image", "caption", "gains"}`` of the dataset's samples in insertion order (spec §3),
+        a list per part."""
+        for table in self._kept_parts():
+            columns = (table[name].to_pylist() for name in table.column_names)
             yield [
-                {"image": sample, "caption": caption, "gains": pair}
-                for sample, caption, pair in zip(ids, captions, gains.tolist(), strict=True)
+                {"image": sample, "caption": caption, "gains": [image, text]}
+                for sample, caption, image, text in zip(*columns, strict=True)
             ]
 
     def annotations(self) -> list[Annotation]:
         """``{"image", "caption", "gains"}`` of every sample in the dataset, in insertion order."""
         return [entry for part in self.annotation_parts() for entry in part]
 
-    def _kept_parts(self) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
-        for table in self.decision_parts(("id", "verdict", "caption", "gain_image", "gain_text")):
-            kept = table.filter(pc.not_equal(table["verdict"], "dropped"))
-            image = kept["gain_image"].to_numpy()
-            # Growth in the image space alone has one gain; both places hold it.
-            text = kept["gain_text"].to_numpy() if len(self.spaces) == 2 else image
-            gains = np.stack([image, text], axis=1).astype(np.float64)
-            yield kept["id"].to_pylist(), kept["caption"].to_pylist(), gains
+    def _kept_parts(self) -> Iterator[pa.Table]:
+        """Ids, captions, image and text gains of the samples in the dataset, a table per part."""
+        for table in self.decision_parts(("id", "caption", "gain_image", "gain_text", "verdict")):
+            kept = table.filter(pc.not_equal(table["verdict"], "dropped")).drop("verdict")
+            if len(self.spaces) < 2:  # growth in the image space alone has one gain, for both
+                kept = kept.set_column(3, "gain_text", kept["gain_image"])
+            yield kept
+
+    def pending_ids(self, before_source: int | None = None) -> set[str]:
+        """Ids that wait for a better caption: dropped for their alignment, and never joined since.
+
+        Args:
+            before_source: count only what was decided before this source began (a retry that goes
+                on must process the same samples as one that was never interrupted).
+        """
+        pending: set[str] = set()
+        joined: set[str] = set()
+        names = ("source", "id", "verdict", "reason")
+        for table in self.decision_parts(names):
+            columns = (table[name].to_pylist() for name in names)
+            for source, sample, verdict, reason in zip(*columns, strict=True):
+                if source == before_source:
+                    return pending - joined
+                if verdict != "dropped":
+                    joined.add(sample)
+                elif reason in PENDING_REASONS:
+                    pending.add(sample)
+        return pending - joined
+
+    def rows_of(self, sources: Sequence[int]) -> np.ndarray:
+        """Rows in their features of all samples decided in these sources, in order."""
+        rows = [np.empty(0, np.int64)]
+        for table in self.decision_parts(("source", "source_row")) if sources else ():
+            rows.append(
+                table["source_row"].to_numpy()[np.isin(table["source"].to_numpy(), sources)]
+            )
+        return np.concatenate(rows)
+
+    def seeded_rows(self, features: Features) -> np.ndarray:
+        """Rows of ``features`` that were taken out of it as seeds, so are not processed again."""
+        sources = enumerate(self.manifest.sources)
+        return self.rows_of(
+            [n for n, s in sources if s.kind == "seed" and s.seed_ids and s.is_of(features)]
+        )
 
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
@@ -237,42 +233,39 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
     Raises:
         UserError: no such folder, not a growth folder, or one written by another format.
     """
-    layout = Layout(directory)
-    if not layout.settings.is_file():
+    paths = GrowthPaths(directory)
+    if not paths.settings.is_file():
         raise UserError(
-            f"{layout.directory} is not a growth folder (it has no growth.json); "
+            f"{paths.directory} is not a growth folder (it has no growth.json); "
             "give the --growth folder of `python -m infogrowth grow`"
         )
-    settings = read_json(layout.settings, "the growth folder's file")
+    settings = read_json(paths.settings, "the growth folder's file")
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise UserError(f"{layout.settings} has an unknown format; this version reads {FORMAT}")
-    return GrowthFolder(layout.directory, settings, read_manifest(layout))
+        raise UserError(f"{paths.settings} has an unknown format; this version reads {FORMAT}")
+    return GrowthFolder(paths.directory, settings, read_manifest(paths))
 
 
-def read_manifest(layout: Layout) -> Manifest:
-    """The commit point; an empty one when nothing was committed yet.
-
-    Raises:
-        UserError: it is damaged, or lost: data files lie there without it.
-    """
-    if not layout.manifest.is_file():
+def read_manifest(paths: GrowthPaths) -> Manifest:
+    """The commit point; an empty one when nothing was committed yet. UserError where it is damaged,
+    or lost: data files lie there without it."""
+    if not paths.manifest.is_file():
         # Looked for twice: a first commit may arrive between the two looks.
-        if layout.has_data() and not layout.manifest.is_file():
+        if paths.data() and not paths.manifest.is_file():
             raise UserError(
-                f"{layout.directory} has lost its manifest.json, and its decisions cannot be told "
+                f"{paths.directory} has lost its manifest.json, and its decisions cannot be told "
                 "from leftovers without it; put the file back, or give another --growth folder"
             )
         return Manifest()
-    content = read_json(layout.manifest, "the growth folder's file")
+    content = read_json(paths.manifest, "the growth folder's file")
     try:
         if content.pop("format") != FORMAT:
-            raise UserError(f"{layout.manifest} has an unknown format; this version reads {FORMAT}")
-        names = {f.name for f in fields(Source)}
+            raise UserError(f"{paths.manifest} has an unknown format; this version reads {FORMAT}")
+        names = {f.name for f in fields(SourceProgress)}
         sources = [
-            Source(**{name: value for name, value in source.items() if name in names})
+            SourceProgress(**{name: value for name, value in source.items() if name in names})
             for source in content.pop("sources")
         ]
         sum(sum(source.skipped.values()) for source in sources)  # TypeError unless all are counts
         return Manifest(**content, sources=sources)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{layout.manifest} is damaged: {error!r}") from error
+        raise UserError(f"{paths.manifest} is damaged: {error!r}") from error

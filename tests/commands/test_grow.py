@@ -406,7 +406,7 @@ def test_two_ranks_write_the_same_bytes_as_one(selection, infogrowth):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert launched.returncode == 0, launched.stderr
-    assert launched.stdout.count("pairs offered") == 1
+    assert launched.stdout.count("pairs processed") == 1
     one, two = (selection.home / name for name in ("out.json", "ranks.json"))
     assert one.read_bytes() == two.read_bytes()
     ours, theirs = (read_growth(selection.home / name) for name in ("growth", "ranks"))

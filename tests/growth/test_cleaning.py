@@ -84,7 +84,7 @@ def test_auto_min_align_is_recorded_and_used_and_needs_seeds():
     assert growth.settings["min_align"] == choose_min_align(image[:300], text[:300])
     assert growth.settings["min_align_rule"].startswith("auto: ")
     swapped = growth.process(ids[300:], ids[300:], image[300:], np.roll(text[300:], 1, axis=0))
-    assert swapped.counts()["dropped"] > 95
+    assert swapped.verdicts.count("dropped") > 95
 
 
 def label_oracle(ids, labels, image, k, min_align):
@@ -143,7 +143,7 @@ def test_seeds_of_a_labelled_dataset_are_not_filtered_and_it_can_be_restored():
     ids = [f"s{n}" for n in range(60)]
     growth = InfoGrowth(modality="image", device="cpu")
     assert set(growth.seed(ids[:30], labels[:30], image[:30]).reasons) == {"seed"}
-    saved = growth.settings, growth.kept_ids, growth.kept_captions, growth.kept_gains
+    saved = growth.settings, growth.kept_ids, labels[:30], growth.kept_gains
     other = InfoGrowth.restore(*saved, growth.kept_features("image"), device="cpu")
     arguments = ids[30:], labels[30:], image[30:]
     assert list(other.process(*arguments)) == list(growth.process(*arguments))

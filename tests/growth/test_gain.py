@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infogrowth.growth.gain import mean_distance
+from infogrowth.growth.engine import mean_distance
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

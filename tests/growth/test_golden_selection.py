@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infogrowth.growth.decisions import DecisionBatch
 from infogrowth.growth.engine import InfoGrowth, Recaption
 from infogrowth.neighbors import cells, pruned
 
@@ -39,23 +38,34 @@ def grow(growth, start, stop, batch_size, recaptions):
     return [growth.process(*rows(at, min(at + batch_size, stop)), recaptions) for at in steps]
 
 
+def captions_of(growth):
+    return [entry["caption"] for entry in growth.annotations()]
+
+
+def joined(decisions, column):
+    return np.concatenate([column(part) for part in decisions])
+
+
 def assert_golden(growth, decisions, with_recaptions):
     prefix = "" if with_recaptions else "nr_"
     assert growth.kept_ids == STORY[f"{prefix}kept_ids"]
     np.testing.assert_allclose(growth.kept_gains, ARRAYS[f"{prefix}gains_exact"], atol=1e-6, rtol=0)
-    kept = np.flatnonzero(decisions.kept)
+    kept = np.flatnonzero(joined(decisions, lambda part: part.kept))
     np.testing.assert_array_equal(kept, ARRAYS[f"{prefix}kept_rows"])
-    np.testing.assert_array_equal(decisions.gains[kept], growth.kept_gains)
+    gains = joined(decisions, lambda part: part.gains)
+    np.testing.assert_array_equal(gains[kept], growth.kept_gains)
     if with_recaptions:
-        assert growth.kept_captions == STORY["final_captions"]
-        verdicts = np.array(decisions.verdicts)[kept]
+        assert captions_of(growth) == STORY["final_captions"]
+        verdicts = joined(decisions, lambda part: np.array(part.verdicts))[kept]
         np.testing.assert_array_equal(verdicts == "recaptioned", ARRAYS["recaptioned"])
-        np.testing.assert_allclose(decisions.alignment[kept], ARRAYS["final_align"], atol=1e-6)
-        np.testing.assert_array_equal(decisions.image_positions[kept], ARRAYS["nn_exact"][:, 0])
-        np.testing.assert_array_equal(decisions.text_positions[kept], ARRAYS["nn_exact"][:, 1])
+        alignment = joined(decisions, lambda part: part.alignment)
+        np.testing.assert_allclose(alignment[kept], ARRAYS["final_align"], atol=1e-6)
+        for column, space in enumerate(("image", "text")):
+            nearest = joined(decisions, lambda part, space=space: part.neighbors[space].positions)
+            np.testing.assert_array_equal(nearest[kept], ARRAYS["nn_exact"][:, column])
     else:
         captions = dict(zip(STORY["ids"], STORY["captions"], strict=True))
-        assert growth.kept_captions == [captions[name] for name in growth.kept_ids]
+        assert captions_of(growth) == [captions[name] for name in growth.kept_ids]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 4096])
@@ -64,32 +74,33 @@ def test_golden_selection_at_any_batch_size(batch_size):
     stream = grow(growth, SEEDS, ROWS, batch_size, RECAPTIONS)
     if batch_size == 1:
         assert stream[0][0].id == STORY["ids"][SEEDS]
-    assert_golden(growth, DecisionBatch.concatenate(seeds + stream), with_recaptions=True)
+    assert_golden(growth, seeds + stream, with_recaptions=True)
 
 
 @pytest.mark.parametrize("batch_size", [64, 4096])
 def test_golden_selection_without_a_recaption_table(batch_size):
     growth, seeds = seeded()
     stream = grow(growth, SEEDS, ROWS, batch_size, None)
-    assert_golden(growth, DecisionBatch.concatenate(seeds + stream), with_recaptions=False)
+    assert_golden(growth, seeds + stream, with_recaptions=False)
 
 
 def test_golden_selection_in_two_runs_over_a_saved_dataset():
     first, decisions = seeded()
     decisions += grow(first, SEEDS, 777, 64, RECAPTIONS)
-    saved = json.loads(json.dumps([first.settings, first.kept_ids, first.kept_captions]))
+    saved = json.loads(json.dumps([first.settings, first.kept_ids, captions_of(first)]))
     gains = first.kept_gains
     features = [first.kept_features(space) for space in ("image", "text")]
     second = InfoGrowth.restore(*saved, gains, *features, device="cpu")
     decisions += grow(second, 777, ROWS, 100, RECAPTIONS)
     assert second.settings == first.settings
-    assert_golden(second, DecisionBatch.concatenate(decisions), with_recaptions=True)
+    assert_golden(second, decisions, with_recaptions=True)
 
 
 def test_golden_alignments_are_those_of_the_original():
     growth, seeds = seeded()
-    decisions = DecisionBatch.concatenate([*seeds, growth.process(*rows(SEEDS, ROWS))])
-    np.testing.assert_allclose(decisions.original_alignment, ARRAYS["align_f32"], atol=1e-6)
+    decisions = [*seeds, growth.process(*rows(SEEDS, ROWS))]
+    alignment = joined(decisions, lambda part: part.original_alignment)
+    np.testing.assert_allclose(alignment, ARRAYS["align_f32"], atol=1e-6)
 
 
 def test_planted_copies_of_kept_samples_have_a_neighbor_at_no_distance():
@@ -112,4 +123,4 @@ def test_skipping_rows_from_early_on_chooses_the_same(monkeypatch):
     monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
     growth = InfoGrowth(k=4, min_align=0.4, index="exact", device="cpu")
     decisions = [growth.seed(*rows(0, SEEDS)), *grow(growth, SEEDS, ROWS, 64, RECAPTIONS)]
-    assert_golden(growth, DecisionBatch.concatenate(decisions), with_recaptions=True)
+    assert_golden(growth, decisions, with_recaptions=True)

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from infogrowth.errors import UserError
+from infogrowth.growth.decisions import REASON_CODE, SCHEMA, Decisions, Reason
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.ledger import SCHEMA, Source, read_growth
+from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.ledger_writer import GrowthLedger
-from infogrowth.growth.records import decision_table, refusal_table
+from infogrowth.growth.plan import SourceProgress
 
 SETTINGS = {
     "k": 4,
@@ -35,8 +35,7 @@ def samples(count, first=0, seed=0):
 
 def record(ledger, growth, count, first):
     decisions = growth.process(*samples(count, first))
-    table = decision_table(decisions, np.arange(first, first + count))
-    ledger.record(0, table, {"image": decisions.kept_image, "text": decisions.kept_text})
+    ledger.record(0, [(decisions, np.arange(first, first + count))])
     return decisions
 
 
@@ -45,8 +44,8 @@ def grown(tmp_path):
     """A folder with two commits, and the engine whose decisions it holds."""
     growth = InfoGrowth(device="cpu")
     with GrowthLedger(tmp_path / "growth") as ledger:
-        ledger.settle(SETTINGS)
-        ledger.manifest.sources.append(Source("stream", "features", rows=50, position=50))
+        ledger.begin(SETTINGS)
+        ledger.sources.append(SourceProgress("stream", "features", rows=50, position=50))
         record(ledger, growth, 20, 0)
         record(ledger, growth, 10, 20)
         ledger.commit()
@@ -101,7 +100,7 @@ def test_decision_records_become_columns_one_to_one(tmp_path):
     text[5] = 0
     ids[7] = ids[0]
     decisions = growth.process(ids, captions, image, text)
-    rows = decision_table(decisions, np.arange(12)).to_pylist()
+    rows = decisions.table(0, np.arange(12)).to_pylist()
     for row, decision in zip(rows, decisions, strict=True):
         for name in ("id", "verdict", "reason", "alignment", "gain_image", "gain_text", "caption"):
             assert row[name] == getattr(decision, name)
@@ -116,8 +115,9 @@ def test_decision_records_become_columns_one_to_one(tmp_path):
 
 
 def test_refused_samples_get_a_record_without_numbers(tmp_path):
-    table = refusal_table(np.array([4]), [""], ["a cat"], ["id is missing"])
-    assert [field.name for field in table.schema] == SCHEMA.names[2:]
+    codes = np.array([REASON_CODE[Reason.ID_MISSING]], np.int8)
+    table = Decisions([""], ["a cat"], {}, codes, []).table(0, np.array([4]))
+    assert [field.name for field in table.schema] == SCHEMA.names[1:]
     (row,) = table.to_pylist()
     assert (row["verdict"], row["reason"], row["caption"]) == ("dropped", "id is missing", "a cat")
     assert row["gain_image"] is None
@@ -141,7 +141,7 @@ def test_what_was_recorded_but_not_committed_is_forgotten(grown):
     before = (directory / "manifest.json").read_bytes()
     with GrowthLedger(directory) as ledger:
         record(ledger, growth, 5, 100)
-        assert ledger.waiting_rows == 5
+        assert ledger.pending_rows == 5
     assert (directory / "manifest.json").read_bytes() == before
     assert read_growth(directory).decisions().num_rows == 50
 
@@ -149,7 +149,7 @@ def test_what_was_recorded_but_not_committed_is_forgotten(grown):
 def test_one_commit_makes_one_file_of_each_kind_whatever_was_recorded(tmp_path):
     growth = InfoGrowth(device="cpu")
     with GrowthLedger(tmp_path / "g") as ledger:
-        ledger.settle(SETTINGS)
+        ledger.begin(SETTINGS)
         for first in range(0, 60, 3):
             record(ledger, growth, 3, first)
         ledger.commit()
@@ -185,25 +185,24 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
 def test_other_settings_are_refused_by_name(grown, name, value, told):
     directory, _ = grown
     with GrowthLedger(directory) as ledger:
-        ledger.settle(SETTINGS)  # the same ones are fine
+        ledger.begin(SETTINGS)  # the same ones are fine
         with pytest.raises(UserError, match=told):
-            ledger.settle({**SETTINGS, name: value})
+            ledger.begin({**SETTINGS, name: value})
 
 
 def test_an_unknown_encoder_is_no_difference(grown):
     directory, _ = grown
     with GrowthLedger(directory) as ledger:
-        ledger.settle({**SETTINGS, "encoder": None})
+        ledger.begin({**SETTINGS, "encoder": None})
         assert ledger.settings["encoder"]["name"] == "tiny"
 
 
 def test_image_growth_has_one_space_and_its_gain_in_both_places(tmp_path):
-    table = decision_table(InfoGrowth(device="cpu").process(*samples(4)), np.arange(4))
-    column = table.schema.get_field_index("gain_text")
-    table = table.set_column(column, "gain_text", pa.nulls(4, pa.float64()))
+    ids, labels, image, _ = samples(4)
+    decisions = InfoGrowth(modality="image", device="cpu").process(ids, labels, image)
     with GrowthLedger(tmp_path / "g") as ledger:
-        ledger.settle({**SETTINGS, "dimension": {"image": 8, "text": None}})
-        ledger.record(0, table, {"image": np.zeros((2, 8), np.float32)})
+        ledger.begin({**SETTINGS, "dimension": {"image": 8, "text": None}})
+        ledger.record(0, [(decisions, np.arange(4))])
         ledger.commit()
     folder = read_growth(tmp_path / "g")
     assert folder.spaces == ("image",)
@@ -233,12 +232,12 @@ def test_a_folder_without_its_manifest_is_refused_by_readers_and_writers(grown):
 
 def test_a_folder_killed_right_after_its_settings_were_written_is_begun_again(tmp_path):
     with GrowthLedger(tmp_path / "growth") as ledger:
-        ledger.settle(SETTINGS)
+        ledger.begin(SETTINGS)
     (tmp_path / "growth/manifest.json").unlink()
     assert read_growth(tmp_path / "growth").totals["pairs"] == 0
     with GrowthLedger(tmp_path / "growth") as ledger:
-        ledger.settle(SETTINGS)
-        ledger.manifest.sources.append(Source("stream", "features", rows=20, position=20))
+        ledger.begin(SETTINGS)
+        ledger.sources.append(SourceProgress("stream", "features", rows=20, position=20))
         record(ledger, InfoGrowth(device="cpu"), 20, 0)
         ledger.commit()
     assert read_growth(tmp_path / "growth").totals["pairs"] == 20

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from infogrowth.errors import UserError
-from infogrowth.growth.ledger import Source
-from infogrowth.growth.passes import WAITING_REASONS, plan_seeds, plan_stream
+from infogrowth.growth.ledger import PENDING_REASONS
+from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
 
 
 @dataclass
@@ -127,11 +127,11 @@ def test_seeds_by_id_stay_as_they_were_when_the_features_grow():
 
 
 def test_only_what_a_better_caption_could_change_is_offered_again():
-    assert "alignment below min_align" in WAITING_REASONS
-    assert "alignment and recaption below min_align" in WAITING_REASONS
-    assert not {"image feature is zero", "id is already in the dataset"} & WAITING_REASONS
+    assert "alignment below min_align" in PENDING_REASONS
+    assert "alignment and recaption below min_align" in PENDING_REASONS
+    assert not {"image feature is zero", "id is already in the dataset"} & PENDING_REASONS
 
 
 def test_a_source_without_progress_is_known_by_its_path():
-    sources = [Source("stream", "a", rows=6)]
+    sources = [SourceProgress("stream", "a", rows=6)]
     assert plan_stream(sources, Rows("a", "abcdef")) == [0]

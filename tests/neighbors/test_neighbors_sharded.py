@@ -99,7 +99,8 @@ with distributed.process_group("cpu"):
     growth.process(*rows(slice(101, 900)), table)
     features = [growth.kept_features(space) for space in ("image", "text")]
     local = growth._indexes["image"].local.count
-    saved = growth.settings, growth.kept_ids, growth.kept_captions, growth.kept_gains
+    captions = [entry["caption"] for entry in growth.annotations()]
+    saved = growth.settings, growth.kept_ids, captions, growth.kept_gains
     growth = InfoGrowth.restore(*saved, *features, device="cpu")
     growth.process(*rows(slice(900, 1600)), table)
     result = {"annotations": growth.annotations(), "local": local, "held": len(features[0])}

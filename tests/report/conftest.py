@@ -16,7 +16,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from infogrowth.data.lmdb_store import LmdbWriter
-from infogrowth.growth.ledger import SCHEMA, Manifest, Source
+from infogrowth.growth.decisions import SCHEMA
+from infogrowth.growth.ledger import Manifest
+from infogrowth.growth.plan import SourceProgress
 
 COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
 HOSTILE = '<script>window.__injected=1</script>"><img src=x onerror="window.__injected=2">'
@@ -86,8 +88,8 @@ def write_growth(growth, rows, image, text, images=None, min_align=0.4, skipped=
     np.save(growth / "kept/text_000000.npy", text.astype(np.float32))
     seeds = sum(row["reason"] == "seed" for row in rows)
     sources = [
-        Source("seed", "clean/seeds", position=seeds, rows=seeds),
-        Source("stream", "features/a$b_{1}", position=len(rows), rows=len(rows),
+        SourceProgress("seed", "clean/seeds", position=seeds, rows=seeds),
+        SourceProgress("stream", "features/a$b_{1}", position=len(rows), rows=len(rows),
                skipped={"not an image": 3, "no <caption>": 1} if skipped is None else skipped),
     ]  # fmt: skip
     manifest = Manifest(parts=1, rows=len(rows), sources=sources)

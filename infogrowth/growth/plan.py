@@ -1,4 +1,4 @@
-"""Which samples a run still has to offer: the growth folder's sources against what was given.
+"""Which samples a run still has to process: the growth folder's sources against what was given.
 
 The rules, in words:
 
@@ -7,23 +7,60 @@ The rules, in words:
 * Features are known by their content (the fingerprint of what was read), else by their path: the
   same ones go on where they were left, also when shards have been added; finished ones are done.
 * One source is read with one recaption table. When another table comes, samples that were dropped
-  for their alignment before, and that the table knows, are offered again at the end, in their old
-  order: a "retry". A table already used on a source starts none.
+  for their alignment before, and that the table knows, are processed again at the end, in their
+  old order: a "retry". A table already used on a source starts none.
 """
 
+from __future__ import annotations
+
 import os
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from infogrowth.errors import UserError
-from infogrowth.growth.decisions import Reason
-from infogrowth.growth.ledger import GrowthFolder, Source
 
-WAITING_REASONS = frozenset(
-    reason.value for reason in Reason if reason.value.startswith("alignment")
-)
-"""Dropped for one of these, a sample may join later with a (better) caption."""
+
+@dataclass
+class SourceProgress:
+    """Samples that were given to `grow`, in row order, and how far they have been decided.
+
+    Attributes:
+        kind: ``"seed"``, ``"stream"``, or ``"retry"`` (dropped samples processed again because a
+            recaption table arrived).
+        features: the features' path, as it was given.
+        start: the first row of the features that belongs to this source.
+        position: rows before this one are decided; the next run goes on here.
+        rows: where the source ends, as far as was known when it was last opened.
+        digest: fingerprint of the features up to ``position``: tells the same ones again.
+        recaptions: fingerprint of the recaption table in use, or None.
+        retries: for ``"retry"``, the number of the source whose samples are processed again.
+        seed_ids: fingerprint of the list of seed ids, where seeds are rows of the features.
+        skipped: samples that never got features, by reason (recorded by ``embed``).
+    """
+
+    kind: str
+    features: str
+    start: int = 0
+    position: int = 0
+    rows: int = 0
+    digest: str = ""
+    recaptions: str | None = None
+    retries: int | None = None
+    seed_ids: str | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.position >= self.rows
+
+    def is_of(self, features: Features) -> bool:
+        """Whether these features were read, wherever they lie now and whatever was added."""
+        if self.position == 0:  # nothing was read yet
+            return self.has_path_of(features)
+        return self.position <= features.rows and self.digest == features.fingerprint(self.position)
+
+    def has_path_of(self, features: Features) -> bool:
+        return os.path.abspath(self.features) == os.path.abspath(features.path)
 
 
 class Features(Protocol):
@@ -36,7 +73,7 @@ class Features(Protocol):
 
 
 def plan_seeds(
-    sources: list[Source], features: Features | None, seed_ids: str | None = None
+    sources: list[SourceProgress], features: Features | None, seed_ids: str | None = None
 ) -> list[int]:
     """Numbers of the seed sources that are to be read now (one or none); may append one.
 
@@ -58,24 +95,24 @@ def plan_seeds(
         return []
     for number in seeds:
         source = sources[number]
-        if source.seed_ids == seed_ids and _is_same(source, features):
+        if source.seed_ids == seed_ids and source.is_of(features):
             if seed_ids is None and source.rows != features.rows:
                 raise UserError(
                     f"the seeds {features.path} had {source.rows} rows when the dataset was begun "
-                    f"and have {features.rows} now; offer the new ones as --features"
+                    f"and have {features.rows} now; give the new ones as --features"
                 )
             return [] if source.complete else [number]
     if sources:
         raise UserError(
             f"the seeds {features.path} are not those this dataset was begun with, and seeds must "
-            "come first; leave them out, offer them as --features, or begin another --growth folder"
+            "come first; leave them out, give them as --features, or begin another --growth folder"
         )
-    sources.append(Source("seed", features.path, rows=features.rows, seed_ids=seed_ids))
+    sources.append(SourceProgress("seed", features.path, rows=features.rows, seed_ids=seed_ids))
     return [len(sources) - 1]
 
 
 def plan_stream(
-    sources: list[Source], features: Features, recaptions: str | None = None
+    sources: list[SourceProgress], features: Features, recaptions: str | None = None
 ) -> list[int]:
     """Numbers of the sources to be read now, in order: new samples, then retries; may append.
 
@@ -88,63 +125,27 @@ def plan_stream(
     streams = [
         number
         for number, source in enumerate(sources)
-        if source.kind == "stream" and _is_same(source, features)
+        if source.kind == "stream" and source.is_of(features)
     ]
     todo = _plan_new_rows(sources, streams, features, recaptions)
     return todo + _plan_retries(sources, streams, features, recaptions)
 
 
-def waiting_ids(folder: GrowthFolder, before_source: int) -> set[str]:
-    """Ids that wait for a better caption: dropped for their alignment, and never joined since.
-
-    Args:
-        before_source: count only what was decided before this source began (a retry that goes on
-            must offer the same samples as one that was never interrupted).
-    """
-    waiting: set[str] = set()
-    joined: set[str] = set()
-    names = ("source", "id", "verdict", "reason")
-    for table in folder.decision_parts(names):
-        for source, sample, verdict, reason in zip(
-            *(table[name].to_pylist() for name in names), strict=True
-        ):
-            if source == before_source:
-                return waiting - joined
-            if verdict != "dropped":
-                joined.add(sample)
-            elif reason in WAITING_REASONS:
-                waiting.add(sample)
-    return waiting - joined
-
-
-def seeded_rows(folder: GrowthFolder, features: Features) -> set[int]:
-    """Rows of ``features`` that were taken out of it as seeds, so are not offered again."""
-    numbers = [
-        number
-        for number, source in enumerate(folder.manifest.sources)
-        if source.kind == "seed" and source.seed_ids is not None and _is_same(source, features)
-    ]
-    rows: set[int] = set()
-    if numbers:
-        for table in folder.decision_parts(("source", "source_row")):
-            mask = np.isin(table["source"].to_numpy(), numbers)
-            rows.update(table["source_row"].to_numpy()[mask].tolist())
-    return rows
-
-
 def _plan_new_rows(
-    sources: list[Source], streams: list[int], features: Features, recaptions: str | None
+    sources: list[SourceProgress], streams: list[int], features: Features, recaptions: str | None
 ) -> list[int]:
     """The rows of the features that no source has decided yet."""
     latest = max(streams, key=lambda number: sources[number].position, default=None)
     if latest is None:
         for source in sources:
-            if source.kind == "stream" and not source.complete and _same_path(source, features):
+            if source.kind == "stream" and not source.complete and source.has_path_of(features):
                 raise UserError(
                     f"the features {features.path} have changed since {source.position} of their "
                     f"{source.rows} rows were grown; restore them, or copy the new ones elsewhere"
                 )
-        sources.append(Source("stream", features.path, rows=features.rows, recaptions=recaptions))
+        sources.append(
+            SourceProgress("stream", features.path, rows=features.rows, recaptions=recaptions)
+        )
         return [len(sources) - 1]
     source = sources[latest]
     if source.position >= features.rows:
@@ -154,7 +155,7 @@ def _plan_new_rows(
         return [latest]
     source.rows = source.position  # from here on another table is used: another source
     sources.append(
-        Source(
+        SourceProgress(
             "stream",
             features.path,
             start=source.position,
@@ -167,7 +168,7 @@ def _plan_new_rows(
 
 
 def _plan_retries(
-    sources: list[Source], streams: list[int], features: Features, recaptions: str | None
+    sources: list[SourceProgress], streams: list[int], features: Features, recaptions: str | None
 ) -> list[int]:
     """Retries for the rows that were read without this recaption table."""
     if recaptions is None:
@@ -181,7 +182,7 @@ def _plan_retries(
         if retry is None:
             retry = len(sources)
             sources.append(
-                Source(
+                SourceProgress(
                     "retry",
                     features.path,
                     start=source.start,
@@ -196,21 +197,8 @@ def _plan_retries(
     return todo
 
 
-def _find_retry(sources: list[Source], number: int, recaptions: str) -> int | None:
+def _find_retry(sources: list[SourceProgress], number: int, recaptions: str) -> int | None:
     for known, source in enumerate(sources):
         if source.retries == number and source.recaptions == recaptions:
             return known
     return None
-
-
-def _is_same(source: Source, features: Features) -> bool:
-    """Whether ``source`` read these features, wherever they lie now and whatever was added."""
-    if source.position == 0:  # nothing was read yet
-        return _same_path(source, features)
-    return source.position <= features.rows and source.digest == features.fingerprint(
-        source.position
-    )
-
-
-def _same_path(source: Source, features: Features) -> bool:
-    return os.path.abspath(source.features) == os.path.abspath(features.path)
