@@ -15,7 +15,7 @@ from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.config import option
 from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
 from infogrowth.errors import UserError
-from infogrowth.growth.ledger import Layout, read_growth
+from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.sampling import normalized_gains, select_bernoulli, select_top
 
 if TYPE_CHECKING:
@@ -150,8 +150,7 @@ def _from_growth(config: Config, stack: ExitStack) -> _Choice:
     from infogrowth.data.sample_table import SampleTable
 
     folder = read_growth(str(config.growth))
-    layout = Layout(folder.directory)
-    parts = [layout.decisions(part) for part in range(folder.manifest.parts)]
+    parts = folder.decision_files
     if not parts:
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
     query = (

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from infogrowth.annotations import SPACES
 from infogrowth.data.feature_files import reading
 from infogrowth.data.feature_layouts import (
     FeatureShard,
@@ -25,8 +26,6 @@ from infogrowth.data.feature_layouts import (
 )
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
-
-SPACES = ("image", "text")
 
 
 @dataclass(frozen=True)
