@@ -23,8 +23,8 @@ from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.evaluation.rerank import NOT_RANKED, retrieval_scores
 from infogrowth.randomness import generator, torch_generator
+from infogrowth.training.options import Vit
 from infogrowth.training.precision import Precision, PrecisionName
-from infogrowth.training.settings import Vit
 
 CAPTIONS_PER_IMAGE = 5
 MAX_LENGTH = 35

@@ -29,20 +29,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infogrowth import distributed
 from infogrowth.blip.config import preset
+from infogrowth.blip.negatives import negative_weights
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import training_transform
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
-from infogrowth.training.checkpointing import Checkpoints
-from infogrowth.training.loading import Batch, EpochBatches
-from infogrowth.training.loop import LoopSettings, Trainer, adamw
+from infogrowth.training.epoch import TrainingState, adamw, on_device, optimizer_step
+from infogrowth.training.loader import EpochLoader
+from infogrowth.training.options import RunOptions, Vit
 from infogrowth.training.precision import Precision, PrecisionName
 from infogrowth.training.schedule import Schedule
-from infogrowth.training.settings import Vit
 
 TEXT_LENGTH = 30
 PAIRS = 512
@@ -66,28 +67,24 @@ class Config:
     compile: bool = option(False, "torch.compile in our step")
 
 
-class NumberForward:
-    """The step's inputs without a tokenizer: captions of 9 to 22 tokens, 13 on average.
+class NumberTokens:
+    """The step's texts without a vocabulary: captions of 9 to 22 tokens, 13 on average.
 
     Padded to the longest of the batch, as our training does, or to the full length.
     """
 
-    def __init__(self, device: torch.device, longest: bool = True) -> None:
-        self.device, self.longest = device, longest
+    def __init__(self, longest: bool = True) -> None:
+        self.longest = longest
         self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, PAIRS).astype(int).clip(0, 13)
 
-    def __call__(
-        self, model: torch.nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
-    ) -> Any:
-        rows = batch["index"]
+    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.tensor([int(caption) for caption in captions])
         lengths = torch.from_numpy(self.lengths)[rows][:, None]
-        place = torch.arange(int(lengths.max()) if self.longest else TEXT_LENGTH)
-        ids = 1000 + (rows[:, None] * 30 + place) % 20_000
+        position = torch.arange(int(lengths.max()) if self.longest else TEXT_LENGTH)
+        ids = 1000 + (rows[:, None] * 30 + position) % 20_000
         ids[:, 0] = 101
-        ids = ids.where(place < lengths - 1, 102).where(place < lengths, 0)
-        inputs = (batch["image"], ids, (ids > 0).long(), rows)
-        images, ids, mask, rows = (x.to(self.device, non_blocking=True) for x in inputs)
-        return model(images, ids, mask, alpha, sample_ids=rows, generator=negatives)
+        ids = ids.where(position < lengths - 1, 102).where(position < lengths, 0)
+        return ids, (ids > 0).long()
 
 
 class StraightforwardBlip(BlipPretrain):
@@ -95,9 +92,10 @@ class StraightforwardBlip(BlipPretrain):
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        for online, slow in self.momentum_pairs:
-            for theirs, mine in zip(online.parameters(), slow.parameters(), strict=True):
-                mine.data = mine.data * self.momentum + theirs.data * (1.0 - self.momentum)
+        for online, momentum in self.momentum_pairs:
+            pairs = zip(online.parameters(), momentum.parameters(), strict=True)
+            for source, target in pairs:
+                target.data = target.data * self.momentum + source.data * (1.0 - self.momentum)
 
     def itm_logits(
         self,
@@ -110,11 +108,25 @@ class StraightforwardBlip(BlipPretrain):
             image_tokens_GLW = image_tokens_GLW[image_rows_N]
         return super().itm_logits(image_tokens_GLW, ids_NT, mask_NT)
 
+    def hard_negatives(
+        self,
+        logits_BC: torch.Tensor,
+        forbidden_BC: torch.Tensor,
+        floor: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A negative per row, each drawn by itself and read back from the device."""
+        weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
+        rows = [int(torch.multinomial(row, 1, generator=generator).item()) for row in weights_BC]
+        return torch.tensor(rows, device=logits_BC.device), ~forbidden_BC.all(1)
 
-def one_by_one(weights_BG: torch.Tensor, negatives: torch.Generator | None) -> torch.Tensor:
-    """A negative per row, each drawn by itself and read back from the device."""
-    chosen = [int(torch.multinomial(row, 1, generator=negatives).item()) for row in weights_BG]
-    return torch.tensor(chosen, device=weights_BG.device)
+
+def losses(
+    model: torch.nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """As in train/pretrain_gain.py."""
+    inputs = (batch["image"], batch["ids"], batch["mask"], alpha)
+    return model(*inputs, sample_ids=batch["index"], generator=negatives)
 
 
 def make_pictures(directory: Path) -> None:
@@ -129,71 +141,67 @@ def make_pictures(directory: Path) -> None:
             writer.put(f"{number:05d}", buffer.getvalue())
 
 
-def open_batches(config: Config, pictures: Path, workers: int, device: torch.device) -> Any:
-    """Endless enough batches from the LMDB, augmented."""
-    annotations = [{"image": f"{n:05d}", "caption": "a picture"} for n in range(PAIRS)]
+def open_loader(
+    config: Config, pictures: Path, workers: int, device: torch.device, longest: bool
+) -> EpochLoader:
+    """Batches from the LMDB, augmented."""
+    annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in range(PAIRS)]
     dataset = PairDataset(annotations, str(pictures), training_transform(config.image_size))
     gains = generator(0, "gains").random((PAIRS, 2))
     sampler = GainSampler(gains, mode="proportional")
-    return EpochBatches(dataset, sampler, config.batch_size, workers, device)
+    return EpochLoader(dataset, sampler, NumberTokens(longest), config.batch_size, workers, device)
 
 
-def endless(batches: EpochBatches) -> Any:
+def endless(loader: EpochLoader) -> Any:
     """Epoch after epoch."""
     for epoch in range(10**6):
-        yield from batches.epoch(epoch)
+        yield from loader.epoch(epoch)
 
 
 def ours(config: Config, pictures: Path, model: BlipPretrain, device: torch.device) -> Any:
     """A function that makes one step of the project's own training loop."""
     if config.compile:
         model.compile_encoders()
-    batches = open_batches(config, pictures, config.num_workers, device)
-    trainer = Trainer(
-        model=model,
-        forward=NumberForward(device, longest=not config.compile),
-        optimizer=adamw(model, 1e-4, 0.05),
-        schedule=Schedule("step", 1e-4, 1e-6, 1),
-        batches=batches,
-        precision=Precision(config.precision, device),
-        checkpoints=Checkpoints(pictures.parent / "none"),
-        settings=LoopSettings(0, 1, 0.4, 2, ("ita", "itm", "lm")),
+    loader = open_loader(config, pictures, config.num_workers, device, not config.compile)
+    state = TrainingState(
+        model,
+        adamw(model, 1e-4, 0.05),
+        loader,
+        Precision(config.precision, device),
+        RunOptions(output_dir="unused", max_epoch=1, init_lr=1e-4),
     )
+    schedule = Schedule("step", 1e-4, 1e-6, 1, ramp_epochs=2)
     model.train()
-    stream = endless(batches)
-    return lambda: trainer._optimize([next(stream)], 1e-4, 1000)
+    stream = endless(loader)
+    return lambda: optimizer_step(state, [next(stream)], losses, schedule)
 
 
 def straightforward(config: Config, pictures: Path, model: BlipPretrain, device: Any) -> Any:
     """A function that makes one straightforward step."""
-    model.choose_negatives = one_by_one
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, foreach=False)
-    forward = NumberForward(device, longest=False)
-    stream = endless(open_batches(config, pictures, 1, device))
+    stream = endless(open_loader(config, pictures, 1, device, longest=False))
     negatives = torch.Generator(device=device).manual_seed(0)
 
     def step() -> float:
         optimizer.zero_grad()
-        losses = forward(model, next(stream), 0.4, negatives)
-        losses.total.backward()
+        parts = losses(model, on_device(next(stream), device), 0.4, negatives)
+        sum(parts.values()).backward()
         optimizer.step()
-        return sum(part.item() for part in (losses.ita, losses.itm, losses.lm))
+        return sum(part.item() for part in parts.values())
 
     return step
 
 
 def flops_per_step(model: BlipPretrain, config: Config, device: torch.device) -> int:
     """Operations of the matrix products of one forward and backward pass."""
-    batch = {
-        "image": torch.randn(config.batch_size, 3, config.image_size, config.image_size),
-        "index": torch.arange(config.batch_size),
-    }
+    ids, mask = NumberTokens()([str(row) for row in range(config.batch_size)])
+    images = torch.randn(config.batch_size, 3, config.image_size, config.image_size)
+    batch = {"image": images, "ids": ids, "mask": mask, "index": torch.arange(config.batch_size)}
     with FlopCounterMode(display=False) as counter:
         negatives = torch.Generator(device=device)
-        losses = NumberForward(device)(model, batch, 0.4, negatives)
-        losses.total.backward()
+        sum(losses(model, on_device(batch, device), 0.4, negatives).values()).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    (python3? .+|make .+)$", README, flags=re.MULTILINE)
 PROGRAMS = {
-    "train/pretrain_gain.py": ("infogrowth.training.settings", "PretrainConfig"),
-    "train/train_retrieval.py": ("infogrowth.training.settings", "RetrievalConfig"),
+    "train/pretrain_gain.py": ("train.pretrain_gain", "PretrainConfig"),
+    "train/train_retrieval.py": ("train.train_retrieval", "RetrievalConfig"),
 }
 
 

@@ -4,14 +4,202 @@
     python3 -m torch.distributed.run --nproc_per_node=8 train/pretrain_gain.py --config …
 
 One process, several Gloo processes, several GPUs and several nodes run this same file. It goes on
-from the last checkpoint of --output_dir; see train/README.md for every word.
+from the last checkpoint of --output_dir; train/README.md explains what it leaves there.
 """
 
+import logging
 import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from infogrowth import distributed
+from infogrowth.annotations import gains_array, load_annotations
+from infogrowth.blip.checkpoint import load_weights, save_folder
+from infogrowth.blip.config import preset
+from infogrowth.blip.initialize import initialize
+from infogrowth.blip.pretrain import OBJECTIVES, BlipPretrain, Objective
+from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.cli import run_script
-from infogrowth.training.pretrain import pretrain
-from infogrowth.training.settings import PretrainConfig
+from infogrowth.config import option
+from infogrowth.data.loading import Batch
+from infogrowth.data.pairs import PairDataset
+from infogrowth.data.transforms import training_transform
+from infogrowth.errors import UserError
+from infogrowth.growth.sampling import GainSampler, Mode
+from infogrowth.training.checkpoints import Checkpoints
+from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
+from infogrowth.training.loader import EpochLoader
+from infogrowth.training.logger import Logger
+from infogrowth.training.options import RunOptions, Vit
+from infogrowth.training.precision import Precision
+from infogrowth.training.schedule import Decay, Schedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunOptions):
+    """Options of pretraining; configs/pretrain_cc3m_gain.yaml explains them one by one."""
+
+    annotations: str = option(help="result JSON of `infogrowth grow`: image, caption, gains")
+    images: str = option(help="LMDB of the images (or a folder of them)")
+    sampler: Mode = option("two_phase", "how an epoch is drawn from the gains")
+    vit: Vit = option("base", "size of the model")
+    image_size: int = option(224, "pixels a side")
+    embed_dim: int | None = option(None, "width of the common feature space; none: the size's own")
+    text_dropout: float = option(0.1, "dropout of the text transformers")
+    drop_path: float | None = option(None, "stochastic depth; none: the size's own")
+    vocabulary: str = option("bert-base-uncased", "name, folder or vocab.txt")
+    vision_init: str = option("auto", "random, deit, imagenet21k or a local file of ViT weights")
+    text_init: str = option("auto", "random, bert-base-uncased or a local folder of BERT weights")
+    pretrained: str | None = option(None, "start from this BLIP checkpoint instead")
+    max_length: int = option(30, "tokens of a caption that are kept")
+    min_crop: float = option(0.2, "smallest share of the image that a random crop keeps")
+    batch_size: int = option(75, "pairs per rank and forward pass")
+    objectives: list[Objective] = option([*OBJECTIVES], "losses: ita (contrastive), itm, lm")
+    label_smoothing: float = option(0.1, "of the language modelling loss")
+    id_aware_targets: bool = option(False, "hide queued copies of a sample from its own negatives")
+    max_epoch: int = option(20, "epochs")
+    init_lr: float = option(3e-4, "learning rate after warm-up")
+    min_lr: float = option(1e-6, "learning rate that decay does not go below")
+    warmup_lr: float = option(1e-6, "learning rate at the first step")
+    warmup_steps: int = option(3000, "optimizer steps of warm-up, counted over the whole run")
+    lr_decay: Decay = option("step", "by epoch")
+    lr_decay_rate: float = option(0.9, "factor per epoch of the step decay")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.objectives:
+            raise UserError("objectives must name at least one of ita, itm and lm")
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Train BLIP on a grown dataset, drawing the samples by their gains."""
+    with distributed.process_group(config.device) as device:
+        tokenizer = load_tokenizer(config.vocabulary)
+        loader = build_loader(config, tokenizer, device)
+        model = build_model(config, tokenizer).to(device)
+        if config.compile:
+            model.compile_encoders()
+        optimizer = adamw(model, config.init_lr, config.weight_decay)
+        schedule = Schedule(
+            decay=config.lr_decay,
+            init_lr=config.init_lr,
+            min_lr=config.min_lr,
+            max_epoch=config.max_epoch,
+            decay_rate=config.lr_decay_rate,
+            warmup_lr=config.warmup_lr,
+            warmup_steps=config.warmup_steps,
+            alpha=config.alpha,
+            ramp_epochs=2,  # as in BLIP
+        )
+        precision = Precision(config.precision, device)
+        state = TrainingState(model, optimizer, loader, precision, config)
+        output = Path(config.output_dir)
+        checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints)
+        checkpoints.resume(state, config.resume)
+        if distributed.is_main():  # beside the checkpoints, so that each is a whole model
+            save_vocabulary(tokenizer, checkpoints.directory)
+        with Logger(state) as log:
+            while not state.finished:
+                train_one_epoch(state, losses, schedule, checkpoints, log)
+                if state.epoch_done:
+                    log.epoch(state.epoch_means())
+                    if distributed.is_main():
+                        save_folder(model, output / "model", tokenizer)
+                    state.next_epoch()
+                checkpoints.save(state)
+        distributed.barrier()  # no rank leaves before the last checkpoint is on disk
+    return 0
+
+
+def losses(
+    model: nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The losses of a batch by objective; their sum is minimised."""
+    return model(
+        batch["image"],
+        batch["ids"],
+        batch["mask"],
+        alpha,
+        sample_ids=batch["index"],
+        generator=negatives,
+    )
+
+
+def build_loader(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> EpochLoader:
+    """The batches of this rank, in the order that the gains give.
+
+    Raises:
+        UserError: missing files, samples without gains, or zero total gain.
+    """
+    annotations = load_annotations(config.annotations)
+    if not annotations:
+        raise UserError(f"the annotation file {config.annotations} holds no samples")
+    dataset = PairDataset(
+        annotations,
+        config.images,
+        training_transform(config.image_size, min_scale=config.min_crop),
+        max_words=config.max_words,
+        seed=config.seed,
+    )
+    sampler = GainSampler(
+        # Uniform sampling needs no gains: a plain annotation file will do.
+        np.ones(len(annotations)) if config.sampler == "uniform" else gains_array(annotations),
+        mode=config.sampler,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return EpochLoader(
+        dataset,
+        sampler,
+        # Texts as long as the longest of their batch, unless a compiler wants one shape.
+        partial(tokenize, tokenizer, max_length=config.max_length, longest=not config.compile),
+        config.batch_size,
+        config.num_workers,
+        device,
+    )
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> BlipPretrain:
+    """The model with its starting weights, on the CPU.
+
+    Raises:
+        UserError: weights that cannot be had or do not fit.
+    """
+    changes = {"embed_dim": config.embed_dim, "drop_path": config.drop_path}
+    model = BlipPretrain(
+        preset(
+            config.vit,
+            image_size=config.image_size,
+            text_dropout=config.text_dropout,
+            **{key: value for key, value in changes.items() if value is not None},
+        ).with_tokenizer(tokenizer),
+        queue_size=config.queue_size,
+        momentum=config.momentum,
+        objectives=config.objectives,
+        label_smoothing=config.label_smoothing,
+        id_aware_targets=config.id_aware_targets,
+        vit_grad_ckpt=config.vit_grad_ckpt,
+        vit_ckpt_layer=config.vit_ckpt_layer,
+        seed=config.seed,
+    )
+    with distributed.main_first():  # downloads land in a cache that the others then find
+        if config.pretrained:
+            logger.info("%s", load_weights(model, config.pretrained))
+        else:
+            initialize(model, vision=config.vision_init, text=config.text_init)
+    return model
+
 
 if __name__ == "__main__":
     sys.exit(run_script(PretrainConfig, pretrain))

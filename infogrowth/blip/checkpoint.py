@@ -1,6 +1,7 @@
 """Loading any BLIP's weights into any model of this package, with a report of what happened."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -31,10 +32,10 @@ __all__ = [
     "open_state",
     "save_folder",
     "save_weights",
-    "shape_of",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 
 
 @dataclass
@@ -225,31 +226,29 @@ def resize_positions(positions_1LW: torch.Tensor, length: int) -> torch.Tensor |
     return torch.cat([positions_1LW[:, :1], patches], dim=1)
 
 
-def shape_of(weights: WeightFile) -> BlipConfig:
-    """The shape of a BLIP: as its file or its config.json tells, else read off its weights."""
-    return weights.config or infer_config(weights.tensors)
-
-
 def _shape(tensor: torch.Tensor) -> str:
     return "×".join(str(size) for size in tensor.shape) or "scalar"
 
 
 def load_blip(
     path: str | os.PathLike[str],
-    kind: type[Model],
+    kind: Callable[[BlipConfig], Model],
     device: str | torch.device = "cpu",
     vocabulary: str | os.PathLike[str] | None = None,
     config: BlipConfig | None = None,
+    image_size: int | None = None,
 ) -> tuple[Model, PreTrainedTokenizerBase, LoadReport]:
-    """Build a model of class ``kind`` from a checkpoint, ready to infer (``eval()``).
+    """Build a model from a checkpoint, ready to infer (``eval()``); the file is read once.
 
     Args:
-        path: as :func:`open_state`. A folder brings its shape and vocabulary; for a lone weight
-            file see :func:`shape_of`.
-        kind: ``BlipDual``, ``BlipCaptioner``, ``BlipPretrain`` or ``BlipRetrieval``.
+        path: as :func:`open_state`.
+        kind: ``BlipDual``, ``BlipCaptioner``, ``BlipPretrain`` or ``BlipRetrieval``, or what builds
+            one from a configuration.
         vocabulary: as :func:`load_tokenizer`; default: beside the weights, else
             ``bert-base-uncased``.
-        config: the shape, when it should not be read or inferred.
+        config: of a checkpoint that has none in it or beside it; default: inferred from the
+            weights.
+        image_size: pixels a side, when not the checkpoint's own; position embeddings are resized.
 
     Raises:
         UserError: missing files, no network, or weights that do not fit.
@@ -257,21 +256,22 @@ def load_blip(
     weights = open_state(path)
     folder = Path(weights.source).parent
     local = Path(path).exists()
-    if not local:  # a name on the hub: its small files land beside the weights
-        download(str(path), "config.json")
+    if not local:  # a name on the hub: its vocabulary lands beside the weights
         download(str(path), VOCABULARY_FILE)
-    whole_folder = not local or Path(path).is_dir()
     if vocabulary is None:
+        whole_folder = not local or Path(path).is_dir()
         beside = (folder / VOCABULARY_FILE).is_file()
         vocabulary = folder if beside or whole_folder else "bert-base-uncased"
     tokenizer = load_tokenizer(vocabulary)
-    if config is None:
-        config = BlipConfig.from_folder(folder) if whole_folder else shape_of(weights)
-    if len(tokenizer) != config.vocab_size:
+    words = [len(t) for name, t in weights.tensors.items() if name.endswith(WORD_EMBEDDINGS)]
+    if words and words[0] != len(tokenizer):
         raise UserError(
             f"the vocabulary {vocabulary} makes {len(tokenizer)} tokens with [DEC] and [ENC], "
-            f"but {weights.source} has {config.vocab_size}; give the vocabulary it was made with"
+            f"but {weights.source} has {words[0]}; give the vocabulary it was made with"
         )
+    config = weights.config or config or infer_config(weights.tensors)
+    if image_size is not None:
+        config = config.replace(image_size=image_size)
     model = kind(config.with_tokenizer(tokenizer))
     report = load_tensors(model, weights)
     return model.to(device).eval(), tokenizer, report

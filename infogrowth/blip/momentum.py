@@ -1,4 +1,4 @@
-"""Momentum contrast for both trainings: slow twins of the encoders, and the feature queues.
+"""Momentum contrast for both trainings: momentum encoders, and the feature queues.
 
 Shapes: B rows of this rank, D feature width, C candidates: the batch's momentum features, then
 the queue.
@@ -12,6 +12,7 @@ from torch import nn
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual, seeded
 from infogrowth.blip.losses import similarity_logits, unit
+from infogrowth.blip.negatives import drawable, negative_weights, sample_negatives
 from infogrowth.blip.queue import register_queues
 from infogrowth.blip.text import build_text_encoder
 from infogrowth.blip.vision import build_vision
@@ -80,7 +81,7 @@ class MomentumBlip(BlipDual):
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Each online module with the twin that follows it."""
+        """Each online module with the momentum encoder that follows it."""
         return [
             (self.visual_encoder, self.visual_encoder_m),
             (self.vision_proj, self.vision_proj_m),
@@ -91,21 +92,22 @@ class MomentumBlip(BlipDual):
     @torch.no_grad()
     def copy_to_momentum(self) -> None:
         """Make the momentum encoders equal to the online ones; they never take a gradient."""
-        for online, slow in self.momentum_pairs:
-            for theirs, mine in zip(online.parameters(), slow.parameters(), strict=True):
-                mine.copy_(theirs)
-                mine.requires_grad_(False)
+        for online, momentum in self.momentum_pairs:
+            pairs = zip(online.parameters(), momentum.parameters(), strict=True)
+            for source, target in pairs:
+                target.copy_(source)
+                target.requires_grad_(False)
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        """``slow = momentum · slow + (1 − momentum) · online``, in a few launches for all."""
-        online: list[torch.Tensor] = []
-        slow: list[torch.Tensor] = []
-        for mine, twin in self.momentum_pairs:
-            online.extend(mine.parameters())
-            slow.extend(twin.parameters())
-        torch._foreach_mul_(slow, self.momentum)
-        torch._foreach_add_(slow, online, alpha=1.0 - self.momentum)
+        """``m · momentum + (1 − m) · online`` with m = ``momentum``, in few launches for all."""
+        sources: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        for online, momentum in self.momentum_pairs:
+            sources.extend(online.parameters())
+            targets.extend(momentum.parameters())
+        torch._foreach_mul_(targets, self.momentum)
+        torch._foreach_add_(targets, sources, alpha=1.0 - self.momentum)
 
     @torch.no_grad()
     def momentum_features(
@@ -115,27 +117,6 @@ class MomentumBlip(BlipDual):
         image = self.vision_proj_m(self.visual_encoder_m(images_BCHW)[:, 0])
         text = self.text_proj_m(self._text(self.text_encoder_m, ids_BT, mask_BT)[:, 0])
         return unit(image), unit(text)
-
-    @torch.no_grad()
-    def similarity(
-        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
-    ) -> torch.Tensor:
-        """Cosine ``(B,)`` of image i with text i as the contrastive loss sees it, no temperature.
-
-        The mean of online image with momentum text and momentum image with online text. Unlike
-        the paper's helper of this name it moves no weight and no queue, and it computes without
-        dropout whatever mode the model is in.
-        """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            _, image = self.encode_image(images_BCHW)
-            _, text = self.encode_text(ids_BT, mask_BT)
-            image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
-        finally:
-            for module, training in modes:
-                module.training = training
-        return ((image * text_momentum).sum(1) + (image_momentum * text).sum(1)) / 2
 
     def contrast(
         self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
@@ -175,3 +156,18 @@ class MomentumBlip(BlipDual):
             similarity_logits(features.image_momentum, features.text_candidates, self.temp),
             similarity_logits(features.text_momentum, features.image_candidates, self.temp),
         )
+
+    def hard_negatives(
+        self,
+        logits_BC: torch.Tensor,
+        forbidden_BC: torch.Tensor,
+        floor: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A wrong partner for each row, alike ones likelier: its column, whether there is one.
+
+        Both ``(B,)``; see :func:`negative_weights` and :func:`drawable`.
+        """
+        weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
+        usable_BC, exists_B = drawable(weights_BC, forbidden_BC)
+        return sample_negatives(usable_BC, generator), exists_B

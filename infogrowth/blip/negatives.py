@@ -1,14 +1,9 @@
 """Hard negatives: how likely each wrong partner is, and the draw, as pure functions."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from infogrowth.blip.losses import full_precision, widened
-
-# (weights (B, C), generator) -> the chosen column of each row (B,) int64
-Chooser = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]
 
 
 @torch.no_grad()
@@ -51,10 +46,3 @@ def sample_negatives(
         drawn_B1 = torch.multinomial(weights_BC.to(generator.device), 1, generator=generator)
         return drawn_B1.to(weights_BC.device).squeeze(1)
     return torch.multinomial(weights_BC, 1, generator=generator).squeeze(1)
-
-
-def hardest_negatives(
-    weights_BC: torch.Tensor, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """The heaviest column of each row ``(B,)``, the first among equals; draws nothing."""
-    return weights_BC.argmax(1)

@@ -17,23 +17,7 @@ from infogrowth.blip.losses import (
     soft_targets,
 )
 from infogrowth.blip.momentum import Features, MomentumBlip
-from infogrowth.blip.negatives import Chooser, drawable, negative_weights, sample_negatives
-from infogrowth.blip.pretrain import StepDetails, step_details
 from infogrowth.blip.queue import write_queue
-
-
-@dataclass(frozen=True)
-class RetrievalLosses:
-    """The two losses of a step as float32 scalars, and on request its details."""
-
-    ita: torch.Tensor
-    itm: torch.Tensor
-    details: StepDetails | None = None
-
-    @property
-    def total(self) -> torch.Tensor:
-        """Their sum, which is what is minimised."""
-        return self.ita + self.itm
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,6 @@ class BlipRetrieval(MomentumBlip):
             vit_ckpt_layer=vit_ckpt_layer,
         )
         self.negative_all_rank = negative_all_rank
-        self.choose_negatives: Chooser = sample_negatives
 
     def forward(
         self,
@@ -97,9 +80,8 @@ class BlipRetrieval(MomentumBlip):
         image_ids: torch.Tensor,
         alpha: float,
         generator: torch.Generator | None = None,
-        details: bool = False,
-    ) -> RetrievalLosses:
-        """The losses of one batch; moves the momentum weights and writes the queues.
+    ) -> dict[str, torch.Tensor]:
+        """The losses ita and itm of one batch, float32; moves momentum weights, writes queues.
 
         Args:
             images_BCHW: normalised images.
@@ -107,13 +89,12 @@ class BlipRetrieval(MomentumBlip):
             image_ids: ``int64`` >= 0; pairs with the same id match each other.
             alpha: share of the momentum model in the contrastive targets, 0 to 1.
             generator: draws the negatives; None draws from torch's global state.
-            details: also return the step's intermediate values.
         """
         features = self.contrast(images_BCHW, ids_BT, mask_BT)
         hard_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
         losses = [
-            contrastive_loss(mine, soft_targets(slow, hard_BC, alpha))
-            for mine, slow in zip(
+            contrastive_loss(online, soft_targets(momentum, hard_BC, alpha))
+            for online, momentum in zip(
                 self.both_ways(features), self.momentum_both_ways(features), strict=True
             )
         ]
@@ -128,9 +109,8 @@ class BlipRetrieval(MomentumBlip):
             ],
         )
         pool = self._pool(features, ids_BT, mask_BT, image_ids, all_ids_G)
-        itm, seen = self._matching(features, pool, ids_BT, mask_BT, image_ids, generator)
-        kept = step_details(features, **seen) if details else None
-        return RetrievalLosses((losses[0] + losses[1]) / 2, itm, kept)
+        itm = self._matching(features, pool, ids_BT, mask_BT, image_ids, generator)
+        return {"ita": (losses[0] + losses[1]) / 2, "itm": itm}
 
     def _pool(
         self,
@@ -160,29 +140,23 @@ class BlipRetrieval(MomentumBlip):
         mask_BT: torch.Tensor,
         image_ids: torch.Tensor,
         generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> torch.Tensor:
         """Matching loss against hard negatives of other images in the pool."""
         forbidden_BG = image_ids[:, None] == pool.image_ids[None, :]
-        seen: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             # The wrong images of all texts are drawn first, then the wrong texts.
-            for name, wanted, mine, candidates in (
-                ("image_for_text", "negative_image", features.text, pool.image),
-                ("text_for_image", "negative_text", features.image, pool.text),
-            ):
-                logits_BG = similarity_logits(mine, candidates, self.temp)
-                weights_BG = negative_weights(logits_BG, forbidden_BG)
-                seen[f"weights_{name}"] = weights_BG
-                usable_BG, has_negative_B = drawable(weights_BG, forbidden_BG)
-                seen[wanted] = self.choose_negatives(usable_BG, generator)
-        wrong_text_B = seen["negative_text"]
+            wrong_image_B, _ = self.hard_negatives(
+                similarity_logits(features.text, pool.image, self.temp), forbidden_BG, 0, generator
+            )
+            wrong_text_B, exists_B = self.hard_negatives(
+                similarity_logits(features.image, pool.text, self.temp), forbidden_BG, 0, generator
+            )
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         # Own images, then the wrong ones: of a large pool only those are read.
         logits_N2 = self.itm_logits(
-            torch.cat([features.image_tokens, pool.image_tokens[seen["negative_image"]]]),
+            torch.cat([features.image_tokens, pool.image_tokens[wrong_image_B]]),
             torch.cat([ids_BT, ids_BT, pool.ids[wrong_text_B]]),
             torch.cat([mask_BT, mask_BT, pool.mask[wrong_text_B]]),
             torch.cat([rows_B, rows_B + len(rows_B), rows_B]),
         )
-        seen["itm_logits"] = logits_N2.detach()
-        return matching_loss(logits_N2, has_negative_B), seen
+        return matching_loss(logits_N2, exists_B)

@@ -46,6 +46,8 @@ def open_state(path: str | os.PathLike[str]) -> WeightFile:
         UserError: nothing there, no network for a name, or a file that is not plain weights.
     """
     file = locate(path)
+    if not Path(path).exists():  # a name on the hub: its configuration lands beside the weights
+        download(str(path), CONFIG_FILE)
     if file.name.endswith(".index.json"):
         shards = sorted(set(read_json(file, "the weight index")["weight_map"].values()))
         raw = {k: v for shard in shards for k, v in read_tensors(file.parent / shard).items()}

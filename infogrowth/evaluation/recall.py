@@ -6,11 +6,14 @@ because everything outside the re-ranked candidates has one and the same score.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from infogrowth import distributed
 from infogrowth.errors import UserError
+from infogrowth.files import atomic_write, atomic_write_json
 
 DEPTHS = (1, 5, 10)
 
@@ -99,3 +102,26 @@ def as_text(tables: dict[str, dict[str, Any]]) -> str:
 
 def _recalls(ranks: np.ndarray) -> list[float]:
     return [100.0 * float((ranks < depth).sum()) / len(ranks) for depth in DEPTHS]
+
+
+def save_tables(
+    tables: dict[str, dict[str, float]], sets: dict[str, Any], path: str | Path
+) -> None:
+    """Print the tables beside what guessing gives, and write them as ``path``.json and .txt.
+
+    Rank 0 only; nothing when there are no tables.
+
+    Args:
+        sets: the evaluation set of each table: as many images as its length, its ``texts``.
+    """
+    if not tables or not distributed.is_main():
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        rows[name] = table
+        rows[f"{name} (chance)"] = chance_table(len(sets[name]), len(sets[name].texts))
+    text = as_text(rows)
+    print(text)
+    atomic_write_json(Path(f"{path}.json"), tables, indent=2)
+    with atomic_write(Path(f"{path}.txt"), "w") as file:
+        file.write(f"{text}\n")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from spying import hardest_negatives, watched
 from torch.nn.parallel import DistributedDataParallel
 
 from infogrowth import distributed
 from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.negatives import hardest_negatives
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 
@@ -19,15 +19,15 @@ def matching_over_ranks(config, golden, batch):
     """Matching loss and its gradient with negatives from both ranks, averaged over ranks."""
     model = BlipRetrieval(config, queue_size=32, negative_all_rank=True)
     load_weights(model, golden / "retrieval_init.safetensors")
-    model.choose_negatives = hardest_negatives
     image_ids = batch.pop("image_ids")
-    losses = model(*batch.values(), image_ids, 0.4, details=True)
-    losses.itm.backward()
-    results = {"itm": distributed.all_reduce_mean(losses.itm)}
+    with watched(model) as seen:
+        itm = model(*batch.values(), image_ids, 0.4)["itm"]
+    itm.backward()
+    results = {"itm": distributed.all_reduce_mean(itm)}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             results[f"grad.{name}"] = distributed.all_reduce_mean(parameter.grad)
-    results["negative_image"] = losses.details.negative_image
+    results["negative_image"] = seen.negative_image
     results["idx_queue"] = model.idx_queue
     return results
 
@@ -36,21 +36,21 @@ def pretraining_under_ddp(config, golden, batch):
     """Two optimizer steps under DistributedDataParallel, recomputing image blocks."""
     model = BlipPretrain(config, queue_size=5, vit_grad_ckpt=True, vit_ckpt_layer=2)
     load_weights(model, golden / "pretrain_init.safetensors")
-    model.choose_negatives = hardest_negatives
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     results = {}
     for step in range(2):
-        losses = parallel(*batch.values(), 0.4)
+        with hardest_negatives():
+            loss = sum(parallel(*batch.values(), 0.4).values())
         optimizer.zero_grad()
-        losses.total.backward()
+        loss.backward()
         if step == 0:
             results = {
                 f"grad.{n}": p.grad.clone()
                 for n, p in model.named_parameters()
                 if p.grad is not None
             }
-            results |= {"first_image_queue": model.image_queue.clone(), "loss": losses.total}
+            results |= {"first_image_queue": model.image_queue.clone(), "loss": loss}
         optimizer.step()
     for name, tensor in model.state_dict().items():
         results[f"state.{name}"] = tensor

@@ -18,7 +18,6 @@ from infogrowth.blip.losses import (
 )
 from infogrowth.blip.negatives import (
     drawable,
-    hardest_negatives,
     negative_weights,
     sample_negatives,
 )
@@ -146,7 +145,6 @@ def test_weights_are_softmax_plus_floor_without_the_forbidden():
         expected = [p + 1e-4 for p in softmax(logits[row].tolist())]
         expected[row] = 0.0
         assert weights[row].tolist() == pytest.approx(expected)
-    assert torch.equal(hardest_negatives(weights), weights.argmax(1))
 
 
 def test_rows_without_any_negative_are_told_and_do_not_stop_the_draw():

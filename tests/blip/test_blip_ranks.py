@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spying import hardest_negatives, watched
 
 from infogrowth.blip.checkpoint import load_weights
-from infogrowth.blip.negatives import hardest_negatives
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 
@@ -49,15 +49,15 @@ def test_matching_with_negatives_of_all_ranks_is_matching_of_the_whole_batch(
 ):
     model = BlipRetrieval(golden_config, queue_size=32)
     load_weights(model, golden / "retrieval_init.safetensors")
-    model.choose_negatives = hardest_negatives
     image_ids = retrieval_golden.values["idx"][0]
-    losses = model(*retrieval_golden.batch(0), image_ids, 0.4, details=True)
-    losses.itm.backward()
+    with watched(model) as seen:
+        itm = model(*retrieval_golden.batch(0), image_ids, 0.4)["itm"]
+    itm.backward()
     one, two = ranks["retrieval"]
     chosen = torch.cat([one["negative_image"], two["negative_image"]])
-    assert torch.equal(chosen, losses.details.negative_image)
+    assert torch.equal(chosen, seen.negative_image)
     assert (chosen[:2] >= 2).any() and (chosen[2:] < 2).any()  # negatives did cross ranks
-    torch.testing.assert_close(one["itm"], losses.itm.detach())
+    torch.testing.assert_close(one["itm"], itm.detach())
     for rank in (one, two):
         assert rank["idx_queue"][0, :4].tolist() == image_ids.tolist()
         for name, parameter in model.named_parameters():
@@ -79,8 +79,9 @@ def test_pretraining_under_ddp_averages_the_ranks_and_keeps_them_equal(
     for half in (slice(0, 2), slice(2, 4)):
         model = BlipPretrain(golden_config, queue_size=5)
         load_weights(model, golden / "pretrain_init.safetensors")
-        model.choose_negatives = hardest_negatives
-        model(*(tensor[half] for tensor in pretrain_golden.batch(0)), 0.4).total.backward()
+        with hardest_negatives():
+            losses = model(*(tensor[half] for tensor in pretrain_golden.batch(0)), 0.4)
+        sum(losses.values()).backward()
         halves.append(model)
     queue = torch.cat([model.image_queue[:, :2] for model in halves], dim=1)
     torch.testing.assert_close(one["first_image_queue"][:, :4], queue)

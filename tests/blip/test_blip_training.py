@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from spying import hardest_negatives, watched
 
 from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.negatives import hardest_negatives
+from infogrowth.blip.negatives import sample_negatives
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 
@@ -32,25 +33,28 @@ def test_pretraining_takes_any_batch_with_any_queue(golden_config, rows, queue_s
     model = BlipPretrain(golden_config, queue_size=queue_size)
     for step in range(3):
         losses = model(*batch(golden_config, rows, seed=step), 0.4)
-        losses.total.backward()
-        assert losses.total.isfinite() and finite_gradients(model)
+        total = sum(losses.values())
+        total.backward()
+        assert total.isfinite() and finite_gradients(model)
     assert model.queue_ptr.item() == (3 * rows % queue_size if queue_size else 0)
 
 
 def test_a_batch_of_one_is_matched_with_its_own_pair_only(golden_config):
     model = BlipPretrain(golden_config, queue_size=4)
-    losses = model(*batch(golden_config, 1), 0.4, details=True)
-    own = torch.nn.functional.cross_entropy(losses.details.itm_logits[:1], torch.tensor([1]))
-    torch.testing.assert_close(losses.itm.detach(), own)
+    with watched(model) as seen:
+        losses = model(*batch(golden_config, 1), 0.4)
+    own = torch.nn.functional.cross_entropy(seen.itm_logits[:1], torch.tensor([1]))
+    torch.testing.assert_close(losses["itm"], own)
 
 
 @pytest.mark.parametrize("all_ranks", [True, False])
 def test_a_batch_of_one_image_is_matched_with_its_own_pairs_only(golden_config, all_ranks):
     model = BlipRetrieval(golden_config, queue_size=4, negative_all_rank=all_ranks)
-    losses = model(*batch(golden_config, 3), torch.tensor([5, 5, 5]), 0.4, details=True)
-    own = torch.nn.functional.cross_entropy(losses.details.itm_logits[:3], torch.ones(3).long())
-    torch.testing.assert_close(losses.itm.detach(), own)
-    losses.total.backward()
+    with watched(model) as seen:
+        losses = model(*batch(golden_config, 3), torch.tensor([5, 5, 5]), 0.4)
+    own = torch.nn.functional.cross_entropy(seen.itm_logits[:3], torch.ones(3).long())
+    torch.testing.assert_close(losses["itm"], own)
+    sum(losses.values()).backward()
     assert finite_gradients(model)
 
 
@@ -62,7 +66,7 @@ def test_the_same_generator_gives_the_same_step_and_leaves_global_state(golden_c
         inputs = batch(golden_config, 4, seed=step)
         one = first(*inputs, 0.4, generator=torch.Generator().manual_seed(step))
         two = second(*inputs, 0.4, generator=torch.Generator().manual_seed(step))
-        assert one.total.item() == two.total.item()
+        assert [v.item() for v in one.values()] == [v.item() for v in two.values()]
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -81,9 +85,9 @@ def test_building_a_model_depends_on_its_seed_alone(golden_config):
 
 def test_a_fresh_models_momentum_encoders_equal_the_online_ones(golden_config):
     state = BlipPretrain(golden_config, queue_size=8).state_dict()
-    slow = [name for name in state if name.split(".")[0].endswith("_m")]
-    assert len(slow) > 100
-    for name in slow:
+    momentum = [name for name in state if name.split(".")[0].endswith("_m")]
+    assert len(momentum) > 100
+    for name in momentum:
         part, _, rest = name.partition(".")
         assert torch.equal(state[name], state[f"{part.removesuffix('_m')}.{rest}"])
 
@@ -110,14 +114,17 @@ def test_id_aware_targets_make_a_returning_sample_no_enemy(golden_config):
         for logits in (image @ text.T / model.temp, text @ image.T / model.temp):
             counts = torch.full((4, 4), 3.0).fill_diagonal_(own_copies)
             expected += ((logits + counts.log()).logsumexp(1) - logits.diagonal()).mean() / 2
-        assert model(*inputs, 0.0, **extra).ita.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert model(*inputs, 0.0, **extra)["ita"].item() == pytest.approx(
+            expected.item(), abs=1e-4
+        )
 
 
 def test_id_aware_negatives_are_never_the_same_sample(golden_config):
     model = BlipPretrain(golden_config, queue_size=8, id_aware_targets=True)
     ids = torch.tensor([1, 1, 1, 2])
     for step in range(10):
-        seen = model(*batch(golden_config, 4, seed=step), 0.4, sample_ids=ids, details=True).details
+        with watched(model, draw=sample_negatives) as seen:
+            model(*batch(golden_config, 4, seed=step), 0.4, sample_ids=ids)
         assert seen.negative_image[:3].tolist() == seen.negative_text[:3].tolist() == [3, 3, 3]
 
 
@@ -138,10 +145,10 @@ def test_recomputing_blocks_changes_neither_names_nor_numbers(golden_config, lay
         block.norm1.register_forward_hook(lambda *_, index=index: forwards.append(index))
     results = []
     for model in (plain, saving):
-        model.choose_negatives = hardest_negatives
-        losses = model(*batch(golden_config, 3), 0.4)
-        losses.total.backward()
-        results.append((losses.total, {n: p.grad for n, p in model.named_parameters()}))
+        with hardest_negatives():
+            total = sum(model(*batch(golden_config, 3), 0.4).values())
+        total.backward()
+        results.append((total, {n: p.grad for n, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
         if gradient is not None:
@@ -167,13 +174,14 @@ def test_bfloat16_autocast_gives_float32_losses_near_the_full_ones(golden_config
     extra = () if kind is BlipPretrain else (torch.arange(4),)
     results = []
     for model, enabled in ((full, False), (half, True)):
-        model.choose_negatives = hardest_negatives
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+        with hardest_negatives(), autocast:
             losses = model(*inputs, *extra, 0.4)
-        losses.total.backward()
-        assert losses.ita.dtype == losses.itm.dtype == torch.float32
+        total = sum(losses.values())
+        total.backward()
+        assert {loss.dtype for loss in losses.values()} == {torch.float32}
         assert finite_gradients(model) and model.image_queue.dtype == torch.float32
-        results.append(losses.total.item())
+        results.append(total.item())
     assert results[1] == pytest.approx(results[0], rel=0.02)
 
 
@@ -186,11 +194,38 @@ def test_compiled_encoders_keep_names_and_numbers(golden_config):
     assert list(compiled.state_dict()) == list(plain.state_dict())
     totals = []
     for model in (plain, compiled):
-        model.choose_negatives = hardest_negatives
-        losses = model(*batch(config, 3), 0.4)
-        losses.total.backward()
-        totals.append(losses.total)
+        with hardest_negatives():
+            total = sum(model(*batch(config, 3), 0.4).values())
+        total.backward()
+        totals.append(total)
     torch.testing.assert_close(*totals, atol=1e-5, rtol=1e-5)
     for (name, one), two in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(one.grad, two.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("objectives", [["ita"], ["itm"], ["lm"], ["ita", "lm"], ["itm", "lm"]])
+def test_objectives_left_out_cost_nothing_and_change_nothing_of_the_others(
+    golden_config, objectives
+):
+    whole = BlipPretrain(golden_config, queue_size=8)
+    part = BlipPretrain(golden_config, queue_size=8, objectives=objectives)
+    assert list(part.state_dict()) == list(whole.state_dict())
+    fused = []
+    for layer in part.text_encoder.encoder.layer:  # the decoder's are the same modules
+        layer.crossattention.register_forward_hook(lambda *_: fused.append("read an image"))
+    with hardest_negatives():
+        expected = whole(*batch(golden_config, 4), 0.4)
+        losses = part(*batch(golden_config, 4), 0.4)
+    assert losses.keys() == set(objectives)
+    assert bool(fused) == (objectives != ["ita"])
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], atol=0, rtol=0)
+    sum(losses.values()).backward()
+    sum(expected[name] for name in objectives).backward()
+    for (name, mine), theirs in zip(part.named_parameters(), whole.parameters(), strict=True):
+        assert (mine.grad is None) == (not mine.requires_grad), name  # ranks wait for no gradient
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=0, rtol=0, msg=name)
+        else:
+            assert theirs.grad is None or not theirs.grad.any(), name

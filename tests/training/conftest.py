@@ -1,28 +1,31 @@
 """A very small world to train in: coloured squares, captions of them, a model of 2 layers."""
 
-import dataclasses
+import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from infogrowth.blip.config import preset
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.tokenizer import load_tokenizer, tokenize
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
-from infogrowth.training.checkpointing import Checkpoints
-from infogrowth.training.forward import PretrainForward
-from infogrowth.training.journal import Journal
-from infogrowth.training.loading import EpochBatches
-from infogrowth.training.loop import LoopSettings, Trainer, adamw
+from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
+from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
+from infogrowth.training.loader import EpochLoader
+from infogrowth.training.logger import Logger
+from infogrowth.training.options import RunOptions
 from infogrowth.training.precision import Precision
 from infogrowth.training.schedule import Schedule
+from train.pretrain_gain import losses
 
 WORDS = ("dog", "cat", "boat", "car", "snow", "bus", "pizza", "horse")
 
 
 class Squares(torch.utils.data.Dataset):
-    """Item (row, epoch, place): a square whose colour is the row's, with noise of the place."""
+    """Item (row, epoch, position): a square of the row's colour, with noise of the position."""
 
     def __init__(self, count=24, size=16):
         self.count, self.size = count, size
@@ -30,13 +33,58 @@ class Squares(torch.utils.data.Dataset):
     def __len__(self):
         return self.count
 
-    def __getitem__(self, place):
-        row, epoch, position = place
+    def __getitem__(self, index):
+        row, epoch, position = index
         noise = generator(0, "noise", epoch, position).normal(size=(3, self.size, self.size))
         image = torch.from_numpy(noise).float() * 0.1
         image[row % 3, : 4 + row % 9, : 4 + row // 3] += 2.0
         caption = f"a {WORDS[row % 8]} and a {WORDS[row // 8]}"
         return {"image": image, "caption": caption, "index": row}
+
+
+class SmallRun:
+    """A run of train/pretrain_gain.py but for its files: what it builds, and its loop."""
+
+    def __init__(self, directory, model, loader, precision, options):
+        config = RunOptions(**{**options, "output_dir": str(directory)})
+        self.directory, self.model, self.loader = Path(directory), model, loader
+        self.optimizer = adamw(model, 1e-3, 0.05)
+        self.state = TrainingState(model, self.optimizer, loader, precision, config)
+        self.schedule = Schedule("step", 1e-3, 1e-6, 3, 0.9, 1e-6, 4, ramp_epochs=2)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep=2)
+
+    @property
+    def progress(self):
+        return self.state.progress
+
+    def train(self):
+        with Logger(self.state) as log:
+            while not self.state.finished:
+                train_one_epoch(self.state, losses, self.schedule, self.checkpoints, log)
+                if self.state.epoch_done:
+                    log.epoch(self.state.epoch_means())
+                    self.state.next_epoch()
+                self.checkpoints.save(self.state)
+        return self
+
+    def newest(self):
+        """What the newest checkpoint holds."""
+        return load_checkpoint(self.checkpoints.latest())
+
+    def log(self):
+        return records(self.directory)
+
+
+def records(directory):
+    """The records of a run's log without what the clock says."""
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("time", "samples_per_s")} for r in lines]
+
+
+@pytest.fixture(scope="session")
+def read_log():
+    """Of an output folder; see records."""
+    return records
 
 
 @pytest.fixture(scope="session")
@@ -45,55 +93,38 @@ def tokenizer(golden):
 
 
 @pytest.fixture
-def make_trainer(tmp_path, tokenizer):
-    """Trainers on the same small world; keyword arguments change one thing at a time."""
+def make_run(tmp_path, tokenizer):
+    """Runs in the same small world; keyword arguments change one thing at a time."""
 
     def make(
         directory="run", rows=24, batch_size=4, queue_size=20, mode="two_phase", workers=0,
-        precision="fp32", dataset=None, dropout=0.1, **settings,
+        precision="fp32", dataset=None, dropout=0.1, longest=True, **options,
     ):  # fmt: skip
-        shape = preset(
+        config = preset(
             "tiny", image_size=16, patch_size=8, vision_width=32, vision_depth=2, vision_heads=2,
             text_width=32, text_depth=2, text_heads=2, text_feedforward=64, embed_dim=16,
             text_dropout=dropout,
         ).with_tokenizer(tokenizer)  # fmt: skip
-        model = BlipPretrain(shape, queue_size=queue_size, seed=1)
-        device = torch.device("cpu")
-        gains = generator(0, "gains").random((rows, 2))
-        sampler = GainSampler(gains, mode=mode, seed=3)
-        loop = LoopSettings(
-            seed=5, max_epoch=3, alpha=0.4, ramp_epochs=2, part_names=("ita", "itm", "lm"),
-            log_every=1,
-        )  # fmt: skip
-        trainer = Trainer(
-            model=model,
-            forward=PretrainForward(tokenizer, 12, device),
-            optimizer=adamw(model, 1e-3, 0.05),
-            schedule=Schedule("step", 1e-3, 1e-6, 3, 0.9, 1e-6, 4),
-            batches=EpochBatches(dataset or Squares(rows), sampler, batch_size, workers),
-            precision=Precision(precision, device),
-            checkpoints=Checkpoints(tmp_path / directory / "checkpoints", keep=2),
-            settings=dataclasses.replace(loop, **settings),
+        loader = EpochLoader(
+            dataset or Squares(rows),
+            GainSampler(generator(0, "gains").random((rows, 2)), mode=mode, seed=3),
+            partial(tokenize, tokenizer, max_length=12, longest=longest),
+            batch_size,
+            workers,
         )
-        trainer.directory = tmp_path / directory
-        return trainer
+        defaults = {
+            "seed": 5,
+            "max_epoch": 3,
+            "log_every": 1,
+            "init_lr": 1e-3,
+            "tensorboard": False,
+        }
+        return SmallRun(
+            tmp_path / directory,
+            BlipPretrain(config, queue_size=queue_size, seed=1),
+            loader,
+            Precision(precision, torch.device("cpu")),
+            {**defaults, **options},
+        )
 
     return make
-
-
-@pytest.fixture
-def run():
-    """Train to the end, with a journal as a real run has it."""
-
-    def run(trainer):
-        journal = Journal(
-            trainer.directory, resumed_at=trainer.progress.step, tensorboard=False,
-            planned_batches=trainer.planned_batches(), done_batches=trainer.done_batches(),
-        )  # fmt: skip
-        try:
-            trainer.run(journal)
-        finally:
-            journal.close()
-        return trainer
-
-    return run

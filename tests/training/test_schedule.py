@@ -5,13 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from infogrowth.training.schedule import (
-    Schedule,
-    cosine_rate,
-    ramped_alpha,
-    step_rate,
-    warmup_rate,
-)
+from infogrowth.training.schedule import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +15,25 @@ def lr(golden):
 
 def test_cosine_is_the_golden_one(lr):
     for case in lr["cosine"]:
+        schedule = Schedule("cosine", case["init_lr"], case["min_lr"], case["max_epoch"])
         for epoch, value in enumerate(case["values"]):
-            found = cosine_rate(epoch, case["max_epoch"], case["init_lr"], case["min_lr"])
-            assert found == pytest.approx(value, rel=1e-12, abs=1e-20)
+            assert schedule.rate(epoch, 0) == pytest.approx(value, rel=1e-12, abs=1e-20)
 
 
 def test_step_decay_is_the_golden_one(lr):
     for case in lr["step"]:
+        schedule = Schedule("step", case["init_lr"], case["min_lr"], 1, case["decay_rate"])
         for epoch, value in enumerate(case["values"]):
-            found = step_rate(epoch, case["init_lr"], case["min_lr"], case["decay_rate"])
-            assert found == pytest.approx(value, rel=1e-12)
+            assert schedule.rate(epoch, 0) == pytest.approx(value, rel=1e-12)
 
 
 def test_warmup_is_the_golden_one(lr):
     for case in lr["warmup"]:
+        schedule = Schedule(
+            "step", case["max_lr"], 0.0, 1, 1.0, case["init_lr"], case["max_step"]
+        )  # fmt: skip
         for step, value in case["values"].items():
-            found = warmup_rate(int(step), case["max_step"], case["init_lr"], case["max_lr"])
-            assert found == pytest.approx(value, rel=1e-12)
+            assert schedule.rate(0, int(step)) == pytest.approx(value, rel=1e-12)
 
 
 def test_pretraining_follows_the_golden_loop_except_that_warmup_goes_on_after_epoch_0(lr):
@@ -46,12 +42,13 @@ def test_pretraining_follows_the_golden_loop_except_that_warmup_goes_on_after_ep
     schedule = Schedule(
         "step", config["init_lr"], config["min_lr"], config["max_epoch"],
         config["lr_decay_rate"], config["warmup_lr"], config["warmup_steps"],
+        config["alpha"], ramp_epochs=2,
     )  # fmt: skip
     per_epoch = config["steps_per_epoch"]
     differing = []
     for epoch, i, rate, alpha in golden["rows"]:
         step = epoch * per_epoch + i
-        assert ramped_alpha(config["alpha"], epoch, i, per_epoch, 2) == pytest.approx(alpha)
+        assert schedule.ramped_alpha(epoch, i, per_epoch) == pytest.approx(alpha)
         if schedule.rate(epoch, step) != pytest.approx(rate, rel=1e-12):
             differing.append(step)
             assert schedule.rate(epoch, step) == pytest.approx(lr["warmup"][1]["values"][str(step)])
@@ -68,10 +65,11 @@ def test_a_short_first_epoch_does_not_make_the_rate_jump():
 
 def test_retrieval_alpha_rises_over_the_first_epoch(lr):
     golden = lr["retrieval_alpha"]
+    schedule = Schedule("cosine", 1.0, 0.0, 6, alpha=golden["alpha"], ramp_epochs=1)
+    batches = golden["steps_per_epoch"]
     for i, value in enumerate(golden["epoch0"]):
-        found = ramped_alpha(golden["alpha"], 0, i, golden["steps_per_epoch"], 1)
-        assert found == pytest.approx(value)
-    assert ramped_alpha(golden["alpha"], 1, 0, golden["steps_per_epoch"], 1) == golden["later"]
+        assert schedule.ramped_alpha(0, i, batches) == pytest.approx(value)
+    assert schedule.ramped_alpha(1, 0, batches) == golden["later"]
 
 
 def test_no_warmup_starts_at_the_full_rate():

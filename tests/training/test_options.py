@@ -7,23 +7,37 @@ import yaml
 
 from infogrowth.config import load_config
 from infogrowth.errors import UserError
-from infogrowth.training.settings import PretrainConfig, RetrievalConfig
+from train.pretrain_gain import PretrainConfig
+from train.train_retrieval import RetrievalConfig
 
 REQUIRED = {"output_dir": "out", "annotations": "a.json", "images": "lmdb"}
-SHIPPED = {
-    "pretrain_cc3m_gain.yaml": PretrainConfig,
-    "pretrain_sample.yaml": PretrainConfig,
-    "retrieval_coco.yaml": RetrievalConfig,
-    "retrieval_sample.yaml": RetrievalConfig,
-}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_files_hold_every_key_once_and_load(repository, name):
+@pytest.mark.parametrize(
+    ("name", "config_class"),
+    [("pretrain_cc3m_gain.yaml", PretrainConfig), ("retrieval_coco.yaml", RetrievalConfig)],
+)
+def test_the_main_files_hold_every_key(repository, name, config_class):
     path = repository / "train" / "configs" / name
-    config = load_config(SHIPPED[name], path)
+    config = load_config(config_class, path)
     keys = yaml.safe_load(path.read_text()).keys()
     assert set(keys) == {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class"),
+    [
+        ("pretrain_sample.yaml", PretrainConfig),
+        ("pretrain_tiny.yaml", PretrainConfig),
+        ("retrieval_sample.yaml", RetrievalConfig),
+    ],
+)
+def test_the_other_files_hold_only_what_differs_from_the_defaults(repository, name, config_class):
+    path = repository / "train" / "configs" / name
+    config = load_config(config_class, path)
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for key in yaml.safe_load(path.read_text()):
+        assert getattr(config, key) != defaults[key], key
 
 
 @pytest.mark.parametrize("name", ["pretrain_cc3m_gain.yaml", "retrieval_coco.yaml"])

@@ -9,7 +9,7 @@ import torch
 from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.dual import BlipDual
 from infogrowth.errors import UserError
-from infogrowth.training.checkpointing import Checkpoints, load_checkpoint
+from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 
 STATE = {"progress": {"step": 1}, "model": {"weight": torch.arange(3.0)}}
 
@@ -17,7 +17,7 @@ STATE = {"progress": {"step": 1}, "model": {"weight": torch.arange(3.0)}}
 def test_the_last_n_are_kept_and_latest_names_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 9, 100):
-        assert checkpoints.save(STATE, step) == checkpoints.latest()
+        assert checkpoints.write(STATE, step) == checkpoints.latest()
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
         "step_00000009.pth",
         "step_00000100.pth",
@@ -33,7 +33,7 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
         pass
 
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save({**STATE, "progress": {"step": 1}}, 1)
+    checkpoints.write({**STATE, "progress": {"step": 1}}, 1)
     calls = []
 
     def dying(real):
@@ -50,7 +50,7 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
             patch.setattr(os, name, dying(getattr(os, name)))
         patch.setattr(torch, "save", dying(torch.save))
         try:
-            checkpoints.save({**STATE, "progress": {"step": 2}}, 2)
+            checkpoints.write({**STATE, "progress": {"step": 2}}, 2)
             finished = True
         except Killed:
             finished = False
@@ -67,13 +67,13 @@ def test_resume_auto_without_checkpoints_starts_anew(tmp_path):
 
 
 def test_resume_none_does_not_throw_an_earlier_run_away(tmp_path):
-    Checkpoints(tmp_path).save(STATE, 3)
+    Checkpoints(tmp_path).write(STATE, 3)
     with pytest.raises(UserError, match="earlier run"):
         Checkpoints(tmp_path).find("none")
 
 
 def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
-    path = Checkpoints(tmp_path / "run" / "checkpoints").save(STATE, 3)
+    path = Checkpoints(tmp_path / "run" / "checkpoints").write(STATE, 3)
     for given in (path, path.parent, tmp_path / "run"):
         assert Checkpoints(tmp_path / "other").find(str(given)) == path
     with pytest.raises(UserError, match="no checkpoint at"):
@@ -81,14 +81,14 @@ def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
 
 
 def test_a_pointer_to_nothing_is_told(tmp_path):
-    path = Checkpoints(tmp_path).save(STATE, 3)
+    path = Checkpoints(tmp_path).write(STATE, 3)
     path.unlink()
     with pytest.raises(UserError, match=r"names step_00000003.pth, which is gone"):
         Checkpoints(tmp_path).find("auto")
 
 
 def test_damaged_and_foreign_files_are_told(tmp_path):
-    path = Checkpoints(tmp_path).save(STATE, 3)
+    path = Checkpoints(tmp_path).write(STATE, 3)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(path)
@@ -110,12 +110,12 @@ def test_loading_executes_nothing(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_training_checkpoint_is_also_an_official_one(make_trainer, run):
-    trainer = run(make_trainer(max_steps=1))
-    model = BlipDual(trainer.model.config)
-    report = load_weights(model, trainer.checkpoints.latest())
+def test_a_training_checkpoint_is_also_an_official_one(make_run):
+    small = make_run(max_steps=1).train()
+    model = BlipDual(small.model.config)
+    report = load_weights(model, small.checkpoints.latest())
     assert not report.missing and not report.mismatched
-    assert torch.equal(model.vision_proj.weight, trainer.model.vision_proj.weight)
+    assert torch.equal(model.vision_proj.weight, small.model.vision_proj.weight)
 
 
 def test_keeping_no_checkpoint_is_refused(tmp_path):

@@ -9,18 +9,28 @@ import logging
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from infogrowth import distributed
+from infogrowth.config import config_as_dict
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, remove_leftovers
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from infogrowth.training.epoch import TrainingState
+    from infogrowth.training.options import RunOptions
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 POINTER = "latest"
+# Keys that may change between a checkpoint and its resume without a word.
+_FREE = {
+    *("resume", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("max_steps", "tensorboard", "output_dir", "compile", "vit_grad_ckpt", "vit_ckpt_layer"),
+}
 
 
 class Checkpoints:
@@ -53,8 +63,28 @@ class Checkpoints:
             )
         return path
 
-    def save(self, state: dict[str, Any], step: int) -> Path:
-        """Write ``state`` as the newest checkpoint; call it on rank 0 only."""
+    def save(self, state: "TrainingState") -> None:
+        """Write a checkpoint on rank 0; the other ranks' state is the same."""
+        if distributed.is_main():
+            self.write(state.state_dict(), state.progress.step)
+
+    def resume(self, state: "TrainingState", resume: str) -> None:
+        """Load the checkpoint that ``resume`` means (see :meth:`find`), if there is one.
+
+        Raises:
+            UserError: no such checkpoint, or one that does not fit.
+        """
+        path = self.find(resume)
+        if path is None:
+            return
+        content = load_checkpoint(path)
+        state.load_state_dict(content)
+        _report_changes(content["run"], state.config)
+        progress = state.progress
+        logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
+
+    def write(self, state: dict[str, Any], step: int) -> Path:
+        """Write ``state`` as the newest checkpoint."""
         name = f"step_{step:08d}.pth"
         with atomic_write(self.directory / name, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -124,3 +154,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             "them as --pretrained"
         )
     return state
+
+
+def _report_changes(before: dict[str, Any], config: "RunOptions") -> None:
+    now = config_as_dict(config)
+    changed = [key for key in now if key not in _FREE and before.get(key, now[key]) != now[key]]
+    for key in changed:
+        logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])

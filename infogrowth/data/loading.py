@@ -1,0 +1,92 @@
+"""torch's DataLoader as training and evaluation use it: errors are items, batches are stacked."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from infogrowth.errors import UserError
+
+Batch = dict[str, Any]
+# captions -> token ids and mask, both (B, T)
+Tokenize = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def open_loader(
+    dataset: Dataset,
+    batches: Iterable[list[Any]],
+    workers: int,
+    device: torch.device,
+    tokenize: Tokenize | None = None,
+    persistent: bool = False,
+) -> DataLoader:
+    """A loader of the batches that ``batches`` names; read it through :func:`checked`.
+
+    Args:
+        dataset: items are dicts of tensors, numbers and text.
+        batches: a sized iterable of lists of what the dataset is asked for.
+        workers: decoding processes; 0 decodes in this one.
+        device: batches for CUDA are pinned.
+        tokenize: adds ``ids`` and ``mask`` of the items' ``caption``, in the workers.
+        persistent: the workers outlive an iteration.
+    """
+    return DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]  # any sized iterable will do
+        num_workers=workers,
+        collate_fn=Collate(tokenize),
+        pin_memory=device.type == "cuda",
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
+        # The loader draws a seed for its workers: from here, not from the global state.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def checked(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    """The batches; an error that came in place of one is raised here, in the main process."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class Collate:
+    """Stack tensors and numbers, keep text as lists, tokenize captions; an error wins."""
+
+    def __init__(self, tokenize: Tokenize | None = None) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, items: Sequence[Batch | UserError]) -> Batch | UserError:
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+        batch: Batch = {
+            key: _column([item[key] for item in items])  # type: ignore[index]
+            for key in items[0]  # type: ignore[union-attr]
+        }
+        if self.tokenize is not None:
+            batch["ids"], batch["mask"] = self.tokenize(batch["caption"])
+        return batch
+
+
+def _column(values: list[Any]) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.stack(values)
+    if isinstance(values[0], int):
+        return torch.tensor(values, dtype=torch.int64)
+    return values
+
+
+class _ErrorsAsItems(Dataset):
+    """Returns a UserError as the item: raised in a worker it would arrive as a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error

@@ -1,0 +1,275 @@
+"""One epoch of training, the same for both programs in train/.
+
+Per optimizer step: forward passes over ``gradient_accumulation`` batches, a look at the losses
+(stop when they are not finite), the optimizer step, progress, perhaps a log line, perhaps a
+checkpoint. Everything random is named by (seed, rank, forward pass), so a checkpoint needs no
+random state, and a resumed run is the uninterrupted one.
+
+Gradient accumulation: the gradient is the mean over the batches of the step. Each forward pass
+still updates the momentum encoders (with unchanged weights in between) and writes the queue, as
+if the batches were steps of their own; in-batch negatives come from one batch.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infogrowth import distributed
+from infogrowth.blip.momentum import MomentumBlip
+from infogrowth.config import config_as_dict
+from infogrowth.data.loading import Batch
+from infogrowth.errors import UserError
+from infogrowth.randomness import torch_generator
+from infogrowth.training.checkpoints import Checkpoints
+from infogrowth.training.loader import EpochLoader
+from infogrowth.training.logger import Logger
+from infogrowth.training.options import RunOptions
+from infogrowth.training.precision import Precision, step_randomness
+from infogrowth.training.schedule import Schedule
+
+# (model, batch on the device, alpha, generator of negatives) -> the losses by name
+Forward = Callable[[nn.Module, Batch, float, torch.Generator], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Progress:
+    """Where training is; plain values."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done, per rank
+    step: int = 0  # optimizer steps of the run
+    forwards: int = 0  # forward passes of the run, per rank
+    samples_seen: int = 0  # over all ranks
+    epoch_steps: int = 0
+    epoch_sums: dict[str, float] = field(default_factory=dict)  # losses over those steps
+    best: dict[str, Any] = field(default_factory=dict)  # the program's own: best epoch so far
+
+
+class TrainingState:
+    """Everything that the next step depends on; a checkpoint is its :meth:`state_dict`.
+
+    Args:
+        model: on its device; wrapped for several ranks here.
+    """
+
+    def __init__(
+        self,
+        model: MomentumBlip,
+        optimizer: torch.optim.Optimizer,
+        loader: EpochLoader,
+        precision: Precision,
+        config: RunOptions,
+    ) -> None:
+        self.model, self.optimizer, self.loader = model, optimizer, loader
+        self.precision, self.device, self.config = precision, precision.device, config
+        self.progress = Progress()
+        self.parallel: nn.Module = model
+        if distributed.world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            # Queues are equal on all ranks by construction: no buffer needs sending round.
+            self.parallel = DistributedDataParallel(model, ids, broadcast_buffers=False)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``max_steps`` is reached."""
+        return self.config.max_steps is not None and self.progress.step >= self.config.max_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.stopped or self.progress.epoch >= self.config.max_epoch
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether all batches of this epoch were trained on."""
+        return self.progress.batch >= self.loader.count(self.progress.epoch)
+
+    def next_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        progress = self.progress
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch_steps, progress.epoch_sums = 0, {}
+        self.loader.sampler.set_epoch(progress.epoch)
+
+    def epoch_means(self) -> dict[str, Any]:
+        """What is logged of an epoch: its mean losses and where training is."""
+        steps = self.progress.epoch_steps
+        means = {name: total / max(steps, 1) for name, total in self.progress.epoch_sums.items()}
+        return {**_record(self, means), "steps": steps}
+
+    def batches(self) -> tuple[int, int]:
+        """Forward passes on one rank: those done, those of the whole run."""
+        each = [self.loader.count(epoch) for epoch in range(self.config.max_epoch)]
+        return sum(each[: self.progress.epoch]) + self.progress.batch, sum(each)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; weights, optimizer and queues are equal on all ranks."""
+        return {
+            "model": self.model.state_dict(),
+            "config": self.model.config.as_dict(),  # the model's, where official files have it
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "sampler": self.loader.state_dict(self.progress.batch),
+            "progress": asdict(self.progress),
+            "run": config_as_dict(self.config),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            UserError: it belongs to another model, annotation file, sampler or seed.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the checkpoint does not fit this configuration's model: {reason}"
+            ) from error
+        if self.precision.scaler.is_enabled() and state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        self.progress.batch = self.loader.load_state_dict(state["sampler"])
+
+
+def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over all trained parameters in one group, as BLIP has it; fused kernels."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay, fused=True)
+
+
+def train_one_epoch(
+    state: TrainingState,
+    forward: Forward,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    logger: Logger,
+) -> None:
+    """Train from where ``state`` is to the end of its epoch, or to ``max_steps``.
+
+    Raises:
+        UserError: the loss is not finite, or a sample cannot be read.
+    """
+    progress, config = state.progress, state.config
+    state.model.train()
+    batches = state.loader.epoch(progress.epoch, start=progress.batch)
+    while window := list(islice(batches, config.gradient_accumulation)):
+        losses = optimizer_step(state, window, forward, schedule)
+        samples = sum(len(batch["image"]) for batch in window) * distributed.world_size()
+        progress.batch += len(window)
+        progress.forwards += len(window)
+        progress.samples_seen += samples
+        progress.epoch_steps += 1
+        for name, value in losses.items():
+            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
+        logger.batches_done(len(window), samples)
+        if progress.step % config.log_every == 0 or progress.step == 1:
+            logger.step(_record(state, losses))
+        if state.stopped:
+            return
+        at_mark = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+        if at_mark and not state.epoch_done:
+            checkpoints.save(state)
+
+
+def optimizer_step(
+    state: TrainingState, window: list[Batch], forward: Forward, schedule: Schedule
+) -> dict[str, float]:
+    """One optimizer step over the batches of ``window``; its mean losses over them and all ranks.
+
+    Raises:
+        UserError: they are not finite; the weights are then as before.
+    """
+    progress, scaler = state.progress, state.precision.scaler
+    readings = []
+    for offset, batch in enumerate(window):
+        with _exchanged(state.parallel, last=offset == len(window) - 1):
+            readings.append(forward_backward(state, batch, forward, schedule, offset, len(window)))
+    names = readings[0].keys()
+    values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
+    losses = dict(zip(names, distributed.all_reduce_mean(values).tolist(), strict=True))
+    if not all(math.isfinite(value) for value in losses.values()):
+        _give_up(progress, losses)
+    for group in state.optimizer.param_groups:
+        group["lr"] = schedule.rate(progress.epoch, progress.step)
+    if state.config.clip_grad_norm is not None:
+        scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_grad_norm)
+    scaler.step(state.optimizer)
+    scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    return losses
+
+
+def forward_backward(
+    state: TrainingState,
+    batch: Batch,
+    forward: Forward,
+    schedule: Schedule,
+    offset: int = 0,
+    window: int = 1,
+) -> dict[str, torch.Tensor]:
+    """One forward and backward pass: ``loss`` and its parts, on the device, without gradient.
+
+    Args:
+        offset, window: which of how many batches of the optimizer step this is.
+    """
+    progress, seed = state.progress, state.config.seed
+    stream = (distributed.rank(), progress.forwards + offset)
+    alpha = schedule.ramped_alpha(
+        progress.epoch, progress.batch + offset, state.loader.count(progress.epoch)
+    )
+    negatives = torch_generator(seed, "negatives", *stream, device=state.device)
+    batch = on_device(batch, state.device)
+    # Backward too: a checkpointed block runs forward again in it.
+    with step_randomness(state.device, seed, "dropout", *stream):
+        with state.precision.autocast():
+            parts = forward(state.parallel, batch, alpha, negatives)
+            total: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
+        state.precision.scaler.scale(total / window).backward()
+    named = {"loss": total, **{f"loss_{name}": value for name, value in parts.items()}}
+    return {name: value.detach() for name, value in named.items()}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }
+
+
+def _record(state: TrainingState, losses: dict[str, float]) -> dict[str, Any]:
+    return {
+        "epoch": state.progress.epoch,
+        "step": state.progress.step,
+        "samples_seen": state.progress.samples_seen,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        **losses,
+    }
+
+
+def _give_up(progress: Progress, losses: dict[str, float]) -> None:
+    values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    raise UserError(
+        f"the loss is not finite at step {progress.step + 1} of epoch {progress.epoch} ({values}); "
+        "the weights were not updated: resume from the last checkpoint with a lower init_lr, "
+        "clip_grad_norm, or another precision"
+    )
+
+
+def _exchanged(parallel: nn.Module, last: bool) -> AbstractContextManager:
+    """Ranks exchange gradients once per optimizer step, with its last batch."""
+    if not last and isinstance(parallel, DistributedDataParallel):
+        return parallel.no_sync()
+    return nullcontext()
