@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import infogrowth.threads  # noqa: F401 - before torch
+
 import numpy as np
 import torch
 from torch import nn

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import infogrowth.threads  # noqa: F401 - before torch
+
 import numpy as np
 import torch
 from torch import nn
