@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from infogrowth.growth.decisions import Decision
     from infogrowth.growth.engine import InfoGrowth, Recaption
     from infogrowth.growth.sampling import GainSampler
+    from infogrowth.growth.shard_sampling import GainShards
 
 threads.set_defaults()  # here, for this runs before anything that loads torch
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Decision",
     "GainSampler",
+    "GainShards",
     "InfoGrowth",
     "Recaption",
     "UserError",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "Decision": "infogrowth.growth.decisions",
     "GainSampler": "infogrowth.growth.sampling",
+    "GainShards": "infogrowth.growth.shard_sampling",
     "InfoGrowth": "infogrowth.growth.engine",
     "Recaption": "infogrowth.growth.engine",
     "UserError": "infogrowth.errors",

@@ -13,7 +13,13 @@ import pyarrow as pa
 
 from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.config import option
-from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
+from infogrowth.data.exports import (
+    ExportChoices,
+    check_outputs,
+    is_folder_output,
+    uid_repeats,
+    write_export,
+)
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.sampling import normalized_gains, select_bernoulli, select_top
@@ -33,7 +39,8 @@ class Config:
     """Options of `select`."""
 
     output: list[str] = option(
-        help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face metadata)"
+        help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face "
+        "metadata); or a folder of webdataset shards"
     )
     annotations: str | None = option(None, help="select from a result JSON of `grow`")
     growth: str | None = option(None, help="select from a growth folder: all columns of decisions")
@@ -49,6 +56,10 @@ class Config:
         False, help="take each sample with its gain (over the 0.99 quantile) as the chance"
     )
     seed: int = option(0, help="of the random choice")
+    images: str | None = option(
+        None, help="for shards: LMDB, folder or shards of the pictures [those of the growth folder]"
+    )
+    shard_size: int = option(10_000, help="samples per webdataset shard")
     legacy_strings: bool = option(False, help="write JSON gains as strings, as the paper's files")
     uid_repeats: int = option(1, help="repeat a .npy uid up to this often, by its gain")
     file_ending: str = option(".jpg", help="for ids without one, in file_name of a .jsonl")
@@ -101,6 +112,16 @@ class _Choice:
             return [self.entries[position] for position in positions.tolist()]
         return (_annotation(row) for table in self.rows(positions) for row in table.to_pylist())
 
+    def records(self, positions: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The samples at these positions with all that is known of them."""
+        if self.entries is None:
+            yield from (row for table in self.rows(positions) for row in table.to_pylist())
+            return
+        for sample in self.samples(positions):
+            image, text = sample["gains"]
+            others = {key: value for key, value in sample.items() if key != "gains"}
+            yield {**others, "gain_image": image, "gain_text": text}
+
     def rows(self, positions: np.ndarray) -> Iterator[pa.Table]:
         """The samples at these positions as a table, with the extra columns."""
         assert self.table is not None
@@ -114,7 +135,7 @@ def _annotation(row: dict[str, Any]) -> Annotation:
 
 
 def _check(config: Config) -> None:
-    check_outputs(config.output)
+    check_outputs(config.output, folders=True)
     if (config.annotations is None) == (config.growth is None):
         raise UserError("give either --annotations FILE.json or --growth DIR to select from")
     if config.among != "kept" and config.growth is None:
@@ -127,8 +148,11 @@ def _check(config: Config) -> None:
         )
     if config.scores and config.where is None:
         raise UserError("--scores brings columns for a condition: give --where")
-    if config.uid_repeats < 1:
-        raise UserError(f"uid_repeats must be at least 1, not {config.uid_repeats}")
+    for name in ("uid_repeats", "shard_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if any(map(is_folder_output, config.output)) and not (config.growth or config.images):
+        raise UserError("shards hold pictures: give --images, the LMDB or folder that has them")
 
 
 def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
@@ -202,6 +226,9 @@ def _by_gain(config: Config, gains: np.ndarray) -> np.ndarray:
 
 def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: np.ndarray) -> None:
     for path in config.output:
+        if is_folder_output(path):
+            _write_shards(config, Path(path), choice, positions)
+            continue
         repeats = None
         if config.uid_repeats > 1 and Path(path).suffix == ".npy":
             repeats = uid_repeats(probability, config.uid_repeats)
@@ -209,3 +236,30 @@ def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: 
         # What a result JSON knows of its samples is in its entries, unless a condition added to it.
         tables = partial(choice.rows, positions) if choice.entries is None or choice.extra else None
         write_export(path, choice.samples(positions), choices, tables)
+
+
+def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
+    from infogrowth.data.shards import write_shards
+    from infogrowth.encoders.piles import pairs_by_id
+
+    where = config.images or (read_growth(config.growth).settings if config.growth else {}).get(
+        "images"
+    )
+    if where is None:
+        raise UserError(f"{config.growth} does not tell where its pictures are: give --images")
+    ids = [sample["image"] for sample in choice.samples(positions)]
+    images = pairs_by_id(where, ids, [""] * len(ids))
+    records = choice.records(positions)
+    quiet = not log.isEnabledFor(logging.INFO)
+    written = write_shards(folder, records, len(ids), images, config.shard_size, quiet)
+    earlier = f" ({written.resumed} of them by an earlier run)" if written.resumed else ""
+    log.info(
+        "%s: %s samples in %s shards%s", folder, f"{written.samples:,}", written.shards, earlier
+    )
+    for reason, number in written.skipped.most_common(5):
+        log.warning("  %s left out: %s", f"{number:,}", reason)
+    if written.unusual:
+        log.warning(
+            "  %s pictures are neither JPEG nor PNG nor WebP: common loaders pass them over",
+            f"{written.unusual:,}",
+        )

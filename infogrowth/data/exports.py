@@ -42,15 +42,26 @@ class ExportChoices:
     file_ending: str = ".jpg"
 
 
-def check_outputs(paths: Sequence[str]) -> None:
-    """Refuse no output, outputs of unknown kind, or named twice, before any work is done."""
+def is_folder_output(path: str) -> bool:
+    """Whether an output is a folder of shards: it ends in a slash or has no file ending."""
+    return path.endswith("/") or not Path(path).suffix
+
+
+def check_outputs(paths: Sequence[str], folders: bool = False) -> None:
+    """Refuse no output, outputs of unknown kind, or named twice, before any work is done.
+
+    Args:
+        folders: whether folders of webdataset shards may be written too.
+    """
     if not paths:
         raise UserError("output is empty: give --output at least one file")
     seen: set[str] = set()
     for path in paths:
-        if Path(path).suffix not in ENDINGS:
-            raise UserError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
-        if Path(path).is_dir():
+        is_folder = folders and is_folder_output(path)
+        if Path(path).suffix not in ENDINGS and not is_folder:
+            or_folder = ", or be a folder for webdataset shards" if folders else ""
+            raise UserError(f"--output {path} must end in one of {', '.join(ENDINGS)}{or_folder}")
+        if Path(path).is_dir() and not is_folder:
             raise UserError(f"--output {path} is a folder; give a file")
         place = os.path.realpath(path)
         if place in seen:
@@ -84,6 +95,14 @@ def write_export(
         _write_uids(path, samples, choices.repeats)
     else:
         _write_table(path, tables() if tables else iter([_sample_table(samples)]))
+
+
+def as_column(values: list[Any]) -> pa.Array:
+    """Values as a column; as JSON text where no column could hold them together."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values])
 
 
 def uid_repeats(normalized_gains: np.ndarray, most: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 The database may read the given files and no others.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from infogrowth.annotations import Annotation
 from infogrowth.data.conditions import Condition
+from infogrowth.data.exports import as_column
 from infogrowth.data.feature_files import ID_COLUMNS
 from infogrowth.data.lmdb_store import ENDINGS
 from infogrowth.errors import UserError
@@ -268,22 +268,15 @@ def columns_of(annotations: Sequence[Annotation], gains: np.ndarray) -> pa.Table
     columns: dict[str, Any] = {
         POSITION: np.arange(len(annotations)),
         "id": [entry["image"] for entry in annotations],
-        "caption": _column([entry["caption"] for entry in annotations]),
+        "caption": as_column([entry["caption"] for entry in annotations]),
         "gain_image": gains[:, 0],
         "gain_text": gains[:, 1],
         "gain": gains.mean(axis=1),
     }
     for key in dict.fromkeys(key for entry in annotations for key in entry):
         if key not in (*columns, "image", "gains"):
-            columns[key] = _column([entry.get(key) for entry in annotations])
+            columns[key] = as_column([entry.get(key) for entry in annotations])
     return pa.table(columns)
-
-
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values])
 
 
 def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
