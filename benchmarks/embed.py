@@ -2,7 +2,7 @@
 
 python benchmarks/embed.py                               # tiny BLIP, made-up photographs
 python benchmarks/embed.py --encoder base --pairs 20000  # BLIP ViT-B/16 224, random weights
-python benchmarks/embed.py --encoder NAME --source DIR   # any encoder, real pictures
+python benchmarks/embed.py --encoder NAME --source DIR   # any encoder, real images
 """
 
 import io
@@ -29,18 +29,16 @@ from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.encoders import piles
-from infogrowth.encoders.embedding import embed_pairs
+from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source
+from infogrowth.encoders.embedding import Timing, computed, embed_pairs, threads_for, workers_for
 from infogrowth.encoders.loading import load_encoder
-from infogrowth.encoders.pile import Batch, Pile, decoded_batches
-from infogrowth.encoders.pipeline import Timing, computed, lanes_for, workers_for
 from infogrowth.encoders.protocols import DualEncoder
-from infogrowth.encoders.shards import ShardedOutput, cut
+from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.files import atomic_write_json
 from infogrowth.randomness import generator
 
 _SHARD = 2048
-_DIFFERENT_PICTURES = 256
+_DIFFERENT_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class MadeUpPairs:
 
     def __init__(self, side: int) -> None:
         random = generator(0, "benchmark")
-        self._jpegs = [_photograph(random, side) for _ in range(_DIFFERENT_PICTURES)]
+        self._jpegs = [_photograph(random, side) for _ in range(_DIFFERENT_IMAGES)]
         letters = random.integers(97, 123, (2000, 5))
         words = ["".join(map(chr, word)) for word in letters.tolist()]
         self._captions = [
@@ -78,19 +76,18 @@ def run(config: Config) -> int:
     with distributed.process_group(config.device) as device, _folders() as (output, models):
         name = _random_base(models) if config.encoder == "base" else config.encoder
         encoder = load_encoder(name, device)
-        pile = piles.pile_of_source(config.source) if config.source else _made_up_pile(config)
-        workers = config.workers
-        workers = workers_for(device, distributed.world_size()) if workers == "auto" else workers
-        decoding = _decoding(pile, encoder, config.batch_size, workers)
-        model = _model(pile, encoder, config.batch_size, device)
-        identity = {"encoder": {"fingerprint": encoder.fingerprint}, "rows": len(pile)}
-        destination = ShardedOutput(output, identity, {}, len(cut(len(pile), _SHARD)))
-        result = embed_pairs(pile, encoder, destination, _SHARD, device, config.batch_size, workers)
+        pairs = pairs_of_source(config.source) if config.source else _made_up_pairs(config)
+        workers = workers_for(device) if config.workers == "auto" else config.workers
+        decoding = _decoding(pairs, encoder, config.batch_size, workers)
+        model = _model(pairs, encoder, config.batch_size, device)
+        identity = {"encoder": {"fingerprint": encoder.fingerprint}}
+        destination = ShardedOutput(output, identity, {}, len(pairs), _SHARD)
+        result = embed_pairs(pairs, encoder, destination, device, config.batch_size, workers)
         together = result.pairs / result.seconds
         row: dict[str, Any] = {
             "encoder": config.encoder,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "threads": lanes_for(device),
+            "threads": threads_for(device),
             "workers": workers,
             "batch_size": config.batch_size,
             "pairs": result.pairs,
@@ -115,34 +112,37 @@ def _bound(decoding: float, model: float, device: torch.device, workers: int) ->
     return 1 / (1 / decoding + 1 / model)
 
 
-def _decoding(pile: Pile, encoder: DualEncoder, batch_size: int, workers: int) -> float:
-    shards = {0: range(len(pile))}
-    batches = decoded_batches(pile, encoder.preprocess, shards, batch_size, workers)
+def _decoding(table: PairTable, encoder: DualEncoder, batch_size: int, workers: int) -> float:
+    whole = [(0, range(len(table)))]
+    batches = decoded_batches(
+        table, encoder.preprocess, encoder.tokenize, whole, batch_size, workers
+    )
     started, pairs = time.perf_counter(), 0
     for batch in batches:
         pairs += len(batch.rows)
     return pairs / (time.perf_counter() - started)
 
 
-def _model(pile: Pile, encoder: DualEncoder, batch_size: int, device: torch.device) -> float:
-    """Images and texts through the encoder, already decoded, as many as half of the pile."""
-    first = {0: range(min(8 * batch_size, len(pile)))}
-    decoded = list(decoded_batches(pile, encoder.preprocess, first, batch_size, 0))
+def _model(table: PairTable, encoder: DualEncoder, batch_size: int, device: torch.device) -> float:
+    """Images and texts through the encoder, already decoded, as many as half of the dataset."""
+    first = [(0, range(min(8 * batch_size, len(table))))]
+    parts = decoded_batches(table, encoder.preprocess, encoder.tokenize, first, batch_size, 0)
+    decoded = list(parts)
 
-    def compute(batch: Batch) -> int:
-        encoder.encode_images(batch.pictures)  # type: ignore[arg-type]
-        encoder.encode_texts(batch.captions)
+    def compute(batch: DecodedBatch) -> int:
+        encoder.encode_images(batch.images)  # type: ignore[arg-type]
+        encoder.encode_tokens(batch.tokens)  # type: ignore[arg-type]
         return len(batch.rows)
 
     compute(decoded[0])  # kernels are chosen and memory is taken on the first call
-    repeated = decoded * max(1, len(pile) // (2 * batch_size * len(decoded)))
+    repeated = decoded * max(1, len(table) // (2 * batch_size * len(decoded)))
     started = time.perf_counter()
-    pairs = sum(n for _, n in computed(repeated, compute, lanes_for(device), Timing()))
+    pairs = sum(n for _, n in computed(repeated, compute, threads_for(device), Timing()))
     return pairs / (time.perf_counter() - started)
 
 
-def _made_up_pile(config: Config) -> Pile:
-    return Pile([f"{i:09d}" for i in range(config.pairs)], {}, MadeUpPairs(config.side))
+def _made_up_pairs(config: Config) -> PairTable:
+    return PairTable([f"{i:09d}" for i in range(config.pairs)], {}, MadeUpPairs(config.side))
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:

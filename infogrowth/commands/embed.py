@@ -1,4 +1,4 @@
-"""`infogrowth embed`: image and text features of a pile of pairs, as clip-retrieval shards."""
+"""`infogrowth embed`: image and text features of a dataset, as clip-retrieval shards."""
 
 import logging
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from infogrowth.config import option
 from infogrowth.errors import UserError
 
 if TYPE_CHECKING:
-    from infogrowth.encoders.embedding import Run
+    from infogrowth.encoders.embedding import Summary
     from infogrowth.encoders.protocols import DualEncoder
 
 HELP = "compute image and text features of all pairs"
@@ -30,7 +30,7 @@ class Config:
     """Options of `embed`."""
 
     output: str = option(help="the features folder to write; an interrupted one is continued")
-    lmdb: str | None = option(None, help="LMDB with the pictures, from cc3m_lmdb_writer.py")
+    lmdb: str | None = option(None, help="LMDB with the images, from cc3m_lmdb_writer.py")
     annotations: str | None = option(None, help="annotation JSON of the LMDB: image and caption")
     source: str | None = option(
         None,
@@ -45,48 +45,55 @@ class Config:
     vocabulary: str | None = option(
         None, help="vocab.txt for a BLIP checkpoint that has none beside it"
     )
-    batch_size: int = option(64, help="pairs per batch")
-    workers: int | Literal["auto"] = option("auto", help="processes that decode pictures")
+    batch_size: int | Literal["auto"] = option(
+        "auto", help="pairs per batch; auto: 64 on a CPU, 256 on a GPU"
+    )
+    workers: int | Literal["auto"] = option("auto", help="processes that decode images")
     shard_size: int | Literal["auto"] = option("auto", help="pairs per shard")
-    device: str = option("auto", help="auto, cpu or cuda")
+    part: str | None = option(
+        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
+    )
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(config: Config) -> int:
-    """Embed the pile; under the launcher the shards are divided among the ranks."""
+    """Embed the dataset; under the launcher each rank takes the next shard when it is free."""
     _refuse_nonsense(config)
     from infogrowth import distributed
-    from infogrowth.encoders import piles
+    from infogrowth.encoders import dataset
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
-    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
+    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size
 
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(config.device, collectives_on="cpu") as device:
         if config.source is not None:
-            pile = piles.pile_of_source(config.source)
+            pairs = dataset.pairs_of_source(config.source)
         else:
             assert config.lmdb is not None and config.annotations is not None
-            pile = piles.pile_of_lmdb(config.lmdb, config.annotations)
-        if not len(pile):
+            pairs = dataset.pairs_of_lmdb(config.lmdb, config.annotations)
+        if not len(pairs):
             raise UserError(f"{config.annotations or config.source} holds no samples to embed")
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(config.encoder, device, config.vocabulary)
         size = config.shard_size
-        size = automatic_shard_size(len(pile)) if size == "auto" else size
-        identity = {
-            "kind": "features",
-            "encoder": encoder_identity(encoder),
-            **pile.origin,
-            "rows": len(pile),
-            "shard_size": size,
-        }
-        output = ShardedOutput(config.output, identity, COMPARED, len(cut(len(pile), size)))
+        size = automatic_shard_size(len(pairs)) if size == "auto" else size
+        identity = {"kind": "features", "encoder": encoder_identity(encoder), **pairs.origin}
+        output = ShardedOutput(config.output, identity, COMPARED, len(pairs), size, config.part)
         if output.finished:
             logger.info("%s is finished already: nothing to do", config.output)
-        workers = None if config.workers == "auto" else config.workers
-        result = embed_pairs(pile, encoder, output, size, device, config.batch_size, workers)
+        result = embed_pairs(
+            pairs, encoder, output, device,
+            automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type]),
+            automatic(config.workers, None),
+        )  # fmt: skip
         if distributed.is_main():
             print_summary(config.output, result)
     return 0
+
+
+def automatic(value: Any, default: Any) -> Any:
+    """An option's value, or what stands for its "auto"."""
+    return default if value == "auto" else value
 
 
 def encoder_identity(encoder: "DualEncoder") -> dict[str, Any]:
@@ -98,13 +105,14 @@ def encoder_identity(encoder: "DualEncoder") -> dict[str, Any]:
     }
 
 
-def print_summary(output: str, result: "Run") -> None:
+def print_summary(output: str, result: "Summary") -> None:
     """The table at the end: what is in the folder, and how this run went."""
     description = result.description
-    skipped: dict[str, int] = description["skipped"]
-    rows = [("samples", description["rows"]), ("embedded", description["pairs"])]
-    rows += [("skipped", sum(skipped.values()))]
-    rows += [(f"  {reason}", count) for reason, count in sorted(skipped.items())]
+    skipped: dict[str, int] = description.get("skipped", {})
+    rows = [("samples", description["rows"])]
+    if description["finished"]:
+        rows += [("embedded", description["pairs"]), ("skipped", sum(skipped.values()))]
+        rows += [(f"  {reason}", count) for reason, count in sorted(skipped.items())]
     rows += [("dimension", description["encoder"]["dimension"]), ("shards", description["shards"])]
     width = max(len(name) for name, _ in rows)
     for name, count in rows:
@@ -117,11 +125,14 @@ def print_summary(output: str, result: "Run") -> None:
             f"(waited {timing.decoding:.1f} s for decoding, {timing.computing:.1f} s for the "
             f"model, {timing.writing:.1f} s for writing)"
         )
-    print(f"written: {output}")
+    if description["finished"]:
+        print(f"written: {output}")
+    else:
+        print(f"this part is written; {output} is finished once all parts are")
 
 
 def _refuse_nonsense(config: Config) -> None:
-    """What can be told before anything is loaded."""
+    """What can be said before anything is loaded."""
     if config.source is not None:
         if config.lmdb is not None or config.annotations is not None:
             raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
@@ -131,8 +142,12 @@ def _refuse_nonsense(config: Config) -> None:
 
 
 def refuse_bad_numbers(config: Any) -> None:
-    """Batch size, shard size and workers that mean nothing."""
-    for name, least in (("batch_size", 1), ("shard_size", 1), ("workers", 0)):
+    """Batch size, shard size, workers and part that mean nothing."""
+    for name, minimum in (("batch_size", 1), ("shard_size", 1), ("workers", 0)):
         value = getattr(config, name)
-        if value != "auto" and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if value != "auto" and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
+    if config.part is not None:
+        from infogrowth.encoders.shards import parse_part
+
+        parse_part(config.part)

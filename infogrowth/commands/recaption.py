@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from infogrowth.encoders.awaiting import Awaiting
-    from infogrowth.encoders.embedding import Run
-    from infogrowth.encoders.pile import CaptionTable, Pile
+    from infogrowth.encoders.dataset import CaptionTable, PairTable
+    from infogrowth.encoders.embedding import Summary
     from infogrowth.encoders.protocols import Captioner, DualEncoder
 
 HELP = "write new captions and their features for badly aligned samples"
@@ -54,28 +54,33 @@ class Config:
     prompt: str = option("", help="words that the caption continues, or a chat model's question")
     beams: int = option(3, help="hypotheses of the beam search")
     max_tokens: int = option(30, help="longest caption, in tokens")
-    lmdb: str | None = option(None, help="LMDB or source of the pictures [that of the features]")
+    lmdb: str | None = option(None, help="LMDB or source of the images [that of the features]")
     encoder: str | None = option(None, help="encoder of the text [that of the features]")
     vocabulary: str | None = option(
         None, help="vocab.txt for BLIP checkpoints that have none beside them"
     )
-    batch_size: int = option(16, help="pictures per batch")
-    workers: int | Literal["auto"] = option("auto", help="processes that decode pictures")
+    batch_size: int | Literal["auto"] = option(
+        "auto", help="images per batch; auto: 16 on a CPU, 128 on a GPU"
+    )
+    workers: int | Literal["auto"] = option("auto", help="processes that decode images")
     shard_size: int | Literal["auto"] = option("auto", help="samples per shard")
-    device: str = option("auto", help="auto, cpu or cuda")
+    part: str | None = option(
+        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
+    )
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(config: Config) -> int:
-    """Recaption; under the launcher the shards are divided among the ranks."""
+    """Recaption; under the launcher each rank takes the next shard when it is free."""
     _refuse_nonsense(config)
     from infogrowth import distributed
     from infogrowth.encoders.loading import load_captioner, load_encoder
 
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(config.device, collectives_on="cpu") as device:
         told = _description(config)
         awaiting = _awaiting(config)
-        pile, origin = (
-            _imported(config, awaiting) if config.captions else _pictures(config, awaiting, told)
+        samples, origin = (
+            _imported(config, awaiting) if config.captions else _images(config, awaiting, told)
         )
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(_encoder_name(config, told), device, config.vocabulary)
@@ -86,7 +91,7 @@ def run(config: Config) -> int:
                     config.prompt, config.beams, config.max_tokens,
                 )  # fmt: skip
         _refuse_other_encoder(config, encoder, told)
-        result = _write(config, pile, origin, awaiting, captioner, encoder, device)
+        result = _write(config, samples, origin, awaiting, captioner, encoder, device)
         if distributed.is_main():
             if awaiting is not None:
                 under = "" if awaiting.min_align is None else f" under {awaiting.min_align:.4f}"
@@ -97,43 +102,41 @@ def run(config: Config) -> int:
 
 def _write(
     config: Config,
-    pile: "Pile | CaptionTable",
+    samples: "PairTable | CaptionTable",
     origin: dict[str, Any],
     awaiting: "Awaiting | None",
     captioner: "Captioner | None",
     encoder: "DualEncoder",
     device: "torch.device",
-) -> "Run":
-    from infogrowth.encoders.embedding import embed_texts, recaption_pictures
-    from infogrowth.encoders.pile import CaptionTable
-    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, cut
+) -> "Summary":
+    from infogrowth.commands.embed import automatic
+    from infogrowth.encoders.dataset import CaptionTable
+    from infogrowth.encoders.embedding import embed_texts, recaption_images
+    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size
 
     size = config.shard_size
-    size = automatic_shard_size(len(pile)) if size == "auto" else size
+    size = automatic_shard_size(len(samples)) if size == "auto" else size
     identity = {
         "kind": "recaptions",
         "encoder": encoder_identity(encoder),
         "captioner": captioner and {"name": captioner.name, "fingerprint": captioner.fingerprint},
         **origin,
         "min_align": awaiting and awaiting.min_align,
-        "rows": len(pile),
-        "shard_size": size,
     }
     compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
-    output = ShardedOutput(config.output, identity, compared, len(cut(len(pile), size)))
+    output = ShardedOutput(config.output, identity, compared, len(samples), size, config.part)
     if output.finished:
         logger.info("%s is finished already: nothing to do", config.output)
-    if isinstance(pile, CaptionTable):
-        return embed_texts(pile, encoder, output, size, device, config.batch_size)
+    batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
+    if isinstance(samples, CaptionTable):
+        return embed_texts(samples, encoder, output, device, batch_size)
     assert awaiting is not None and captioner is not None
-    workers = None if config.workers == "auto" else config.workers
     extra: dict[str, list[Any]] = {
         "original_caption": awaiting.captions,
         "original_alignment": awaiting.alignments,
     }
-    return recaption_pictures(
-        pile, captioner, encoder, output, size, device, config.batch_size, workers, extra
-    )
+    workers = automatic(config.workers, None)
+    return recaption_images(samples, captioner, encoder, output, device, batch_size, workers, extra)
 
 
 def _awaiting(config: Config) -> "Awaiting | None":
@@ -164,29 +167,29 @@ def _awaiting(config: Config) -> "Awaiting | None":
     return awaiting_in_features(features, min_align, seeds)
 
 
-def _pictures(
+def _images(
     config: Config, awaiting: "Awaiting | None", told: dict[str, Any]
-) -> "tuple[Pile | CaptionTable, dict[str, Any]]":
-    """The pictures of the samples that want a caption, and how features.json tells of them."""
-    from infogrowth.encoders.pile import Pile
-    from infogrowth.encoders.piles import pairs_by_id
+) -> "tuple[PairTable | CaptionTable, dict[str, Any]]":
+    """The images of the samples that need a caption, and how features.json records them."""
+    from infogrowth.encoders.dataset import PairTable, pairs_by_id
     from infogrowth.encoders.shards import list_digest
 
     assert awaiting is not None
     where = config.lmdb or told.get("images")
     if where is None:
         raise UserError(
-            f"{config.features or config.growth} does not tell where its pictures are: give --lmdb"
+            f"{config.features or config.growth} does not record where its images are: give --lmdb"
         )
     pairs = pairs_by_id(where, awaiting.ids, awaiting.captions)
-    return Pile(awaiting.ids, {}, pairs), {"images": where, "samples": list_digest(awaiting.ids)}
+    digest = list_digest(awaiting.ids)
+    return PairTable(awaiting.ids, {}, pairs), {"images": where, "samples": digest}
 
 
 def _imported(
     config: Config, awaiting: "Awaiting | None"
-) -> "tuple[Pile | CaptionTable, dict[str, Any]]":
+) -> "tuple[PairTable | CaptionTable, dict[str, Any]]":
     """Captions from a file, for the samples that want one or, if none are known, for all in it."""
-    from infogrowth.encoders.piles import table_of_captions
+    from infogrowth.encoders.dataset import table_of_captions
     from infogrowth.encoders.shards import list_digest
 
     assert config.captions is not None

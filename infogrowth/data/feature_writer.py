@@ -9,7 +9,7 @@ A shard counts as finished once ``finished/{i}.json`` is there, which is written
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError
 from infogrowth.files import (
+    TEMPORARY_MARK,
     atomic_write,
     atomic_write_array,
     atomic_write_json,
@@ -50,10 +51,21 @@ class FeatureWriter:
                     f"fit {shards} shards; give --output another folder"
                 )
 
-    def remove_leftovers(self) -> None:
-        """Delete temporary files of a killed run; call on one rank, before any rank writes."""
-        for folder in ("", *_FOLDERS):
-            remove_leftovers(self.directory / folder)
+    def remove_leftovers(self, shards: Iterable[int] | None = None) -> None:
+        """Delete temporary files of a killed run; call on one rank, before any rank writes.
+
+        Args:
+            shards: only those of these shards, where other jobs write the rest; None: all.
+        """
+        if shards is None:
+            for folder in ("", *_FOLDERS):
+                remove_leftovers(self.directory / folder)
+            return
+        numbers = {self._number(index) for index in shards}
+        for path in self.directory.glob(f"*/*{TEMPORARY_MARK}*"):
+            name = Path(path.name.partition(TEMPORARY_MARK)[0]).stem
+            if name.rpartition("_")[2] in numbers:
+                path.unlink(missing_ok=True)
 
     def finished_shards(self) -> set[int]:
         """Numbers of the shards that are wholly written, all their files in place."""

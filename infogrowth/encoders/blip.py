@@ -1,23 +1,31 @@
 """BLIP as an encoder and as a captioner, whichever of its file layouts it comes from."""
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.transforms.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.captioning import BlipCaptioner
 from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.tokenizer import tokenize
 from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import MEAN, STD
 from infogrowth.encoders.fingerprint import fingerprint
-from infogrowth.encoders.inference import half_on_cuda, pixels, unit_rows
+from infogrowth.encoders.inference import (
+    CaptionTokenizer,
+    UnitFeatures,
+    half_on_cuda,
+    half_products,
+    halving,
+    moved,
+    pixels,
+)
+from infogrowth.encoders.protocols import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -56,24 +64,32 @@ class BlipEncoder:
         self, path: Path, name: str, device: torch.device, vocabulary: str | None = None
     ) -> None:
         self.name = name
-        self._device = device
-        self._model, self._tokenizer = _open(path, BlipDual, device, vocabulary)
-        self._tokenizing = Lock()
-        self.preprocess = ResizeToSquare(self._model.config.image_size)
-        self.dimension = self._model.config.embed_dim
+        model, tokenizer = _open(path, BlipDual, device, vocabulary)
+        self.preprocess = ResizeToSquare(model.config.image_size)
+        self.tokenize = CaptionTokenizer(
+            tokenizer,
+            partial(pre_caption, max_words=_MAX_WORDS),
+            padding="longest",
+            max_length=_MAX_TOKENS,
+            return_token_type_ids=False,
+        )
+        self.dimension = model.config.embed_dim
         reading = {"words": _MAX_WORDS, "tokens": _MAX_TOKENS}
-        self.fingerprint = _blip_fingerprint(self._model, self._tokenizer, reading)
+        self.fingerprint = _blip_fingerprint(model, tokenizer, reading)
+        self._features = UnitFeatures(model, device)
+        self._normalize = Normalize(device)
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels_BCHW = normalized(images_BCHW, self._device)
-        return unit_rows(lambda: self._model.encode_image(pixels_BCHW)[1], self._device)
+        pixels_BCHW = self._normalize(images_BCHW)
+        return self._features(lambda model: model.encode_image(pixels_BCHW)[1])
+
+    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
+        on_device = moved(tokens, self._features.device)
+        ids, mask = on_device["input_ids"], on_device["attention_mask"]
+        return self._features(lambda model: model.encode_text(ids, mask)[1])
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        words = [pre_caption(caption, _MAX_WORDS) for caption in captions]
-        with self._tokenizing:  # the tokenizers library refuses to be shared between threads
-            ids, mask = tokenize(self._tokenizer, words, max_length=_MAX_TOKENS, longest=True)
-        ids, mask = ids.to(self._device), mask.to(self._device)
-        return unit_rows(lambda: self._model.encode_text(ids, mask)[1], self._device)
+        return self.encode_tokens(self.tokenize(captions))
 
 
 class BlipDescriber:
@@ -107,16 +123,33 @@ class BlipDescriber:
             "min_length": 0,
         }
         self.fingerprint = _blip_fingerprint(self._model, self._tokenizer, self._options)
+        if device.type == "cuda":
+            half_products(self._model)
+        self._normalize = Normalize(device)
 
-    def caption(self, pictures: list[torch.Tensor]) -> list[str]:
-        images_BCHW = normalized(torch.stack(pictures), self._device)
+    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+        stacked = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
+        return halving(self._caption, stacked)
+
+    def _caption(self, images_BCHW: torch.Tensor) -> list[str]:
         with torch.inference_mode(), half_on_cuda(self._device):
-            return self._model.caption(images_BCHW, self._tokenizer, **self._options)
+            pixels_BCHW = self._normalize(images_BCHW)
+            return self._model.caption(pixels_BCHW, self._tokenizer, **self._options)
 
 
-def normalized(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 pixels to normalised float32, on the device."""
-    return normalize(images_BCHW.to(device, non_blocking=True).float() / 255, MEAN, STD)
+class Normalize:
+    """uint8 pixels to normalised float32 on the device, without waiting for it.
+
+    (torchvision's own copies mean and deviation there in every call, and reads one of them back.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._mean, self._std = (torch.tensor(c, device=device)[:, None, None] for c in (MEAN, STD))
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels = images_BCHW.to(self._device, non_blocking=True).float() / 255
+        return pixels.sub_(self._mean).div_(self._std)
 
 
 def _open(

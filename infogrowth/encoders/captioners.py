@@ -1,5 +1,6 @@
 """Any Hugging Face image-to-text model as a captioner: GIT, ViT-GPT2, BLIP-2, LLaVA, …"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,17 +15,17 @@ from infogrowth.encoders.huggingface import (
     load_tokenizer,
     refuse_missing_weights,
 )
-from infogrowth.encoders.inference import generate, pixels
+from infogrowth.encoders.inference import halving, pixels
 from infogrowth.errors import UserError
 
-_LARGEST_SIDE = 2048
+_MAX_SIDE = 2048
 _QUESTION = "Describe this image in one short sentence."
 
 
 class HuggingFaceCaptioner:
     """A model of transformers' image-text-to-text family with the processor beside its weights.
 
-    Beam search without sampling, so that the same picture always gets the same words. On CUDA the
+    Beam search without sampling, so that the same image always gets the same words. On CUDA the
     weights are bfloat16 (what such models are published in), on a CPU float32.
 
     Args:
@@ -57,13 +58,12 @@ class HuggingFaceCaptioner:
             "AutoModelForImageTextToText", folder, name, "weights", output_loading_info=True
         )
         refuse_missing_weights(loading["missing_keys"], name)
-        self._model = model.eval().to(device, self._dtype)
         self._load_processor(folder)
         self._processing = Lock()
         self._prompt = prompt
         self._options = {"do_sample": False, "num_beams": beams, "max_new_tokens": max_tokens}
         self.fingerprint = fingerprint(
-            self._model.state_dict(),
+            model.state_dict(),
             {
                 "config": comparable_config(model.config),
                 "vocabulary": sorted(self._tokenizer.get_vocab().items()),
@@ -71,17 +71,23 @@ class HuggingFaceCaptioner:
                 **self._options,
             },
         )
+        self._model = model.eval().to(device, self._dtype)
 
-    def caption(self, pictures: list[torch.Tensor]) -> list[str]:
+    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+        return halving(self._caption, images)
+
+    def _caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
         with self._processing:  # the tokenizers library refuses to be shared between threads
-            inputs = self._inputs(pictures).to(self._device, self._dtype)
-        ids = generate(lambda: self._model.generate(**inputs, **self._options))
-        asked = inputs.get("input_ids")
-        if asked is not None and ids.shape[1] >= asked.shape[1]:
-            length = asked.shape[1]
-            if torch.equal(ids[:, :length], asked.cpu()):  # decoder-only models repeat the question
+            inputs = self._inputs(list(images)).to(self._device, self._dtype)
+        with torch.inference_mode():
+            ids = self._model.generate(**inputs, **self._options).cpu()
+        prompt = inputs.get("input_ids")
+        if prompt is not None and ids.shape[1] >= prompt.shape[1]:
+            length = prompt.shape[1]
+            if torch.equal(ids[:, :length], prompt.cpu()):  # decoder-only models repeat it
                 ids = ids[:, length:]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        with self._processing:
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()).removeprefix(self._prompt).strip() for text in texts]
 
     def _load_processor(self, folder: Path) -> None:
@@ -102,26 +108,26 @@ class HuggingFaceCaptioner:
         # New words follow the last token of the question, so padding goes before it.
         self._tokenizer.padding_side = "left"
 
-    def _inputs(self, pictures: list[torch.Tensor]) -> Any:
+    def _inputs(self, images: list[torch.Tensor]) -> Any:
         if self._processor is not None and self._processor.chat_template:
             question = {"type": "text", "text": self._prompt or _QUESTION}
             turn = {"role": "user", "content": [{"type": "image"}, question]}
             text = self._processor.apply_chat_template([turn], add_generation_prompt=True)
-            images: list[Any] = [[picture] for picture in pictures]
+            given: list[Any] = [[image] for image in images]
         elif self._prompt and self._processor is not None:
-            text, images = self._prompt, list(pictures)
+            text, given = self._prompt, list(images)
         else:
-            return self._image_processor(images=list(pictures), return_tensors="pt")
+            return self._image_processor(images=images, return_tensors="pt")
         return self._processor(
-            images=images, text=[text] * len(pictures), padding=True, return_tensors="pt"
+            images=given, text=[text] * len(images), padding=True, return_tensors="pt"
         )
 
 
 class ToPixels:
-    """An RGB picture as uint8 ``(3, H, W)`` of its own size, at most 2048 on a side; picklable."""
+    """An RGB image as uint8 ``(3, H, W)`` of its own size, at most 2048 on a side; picklable."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        if max(image.size) > _LARGEST_SIDE:
+        if max(image.size) > _MAX_SIDE:
             image = image.copy()
-            image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.BICUBIC)
+            image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
         return pixels(image)

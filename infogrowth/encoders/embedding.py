@@ -1,30 +1,78 @@
-"""Running an encoder, or a captioner and an encoder, over a pile into a features folder."""
+"""Running an encoder, or a captioner and an encoder, over a dataset into a features folder.
+
+Batches are decoded by one thread (or by worker processes) while others run the model, and results
+come in an order that never changes. On a CPU every batch is computed by a single thread, several
+batches side by side: a matrix product split among threads rounds differently for another number of
+threads, and the features must not depend on how many processors a run had. A GPU is fed by two
+threads, so that the next batch is queued while the results of one are copied back.
+"""
 
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
-from infogrowth.encoders.pile import Batch, CaptionTable, Pile, decoded_batches
-from infogrowth.encoders.pipeline import Timing, computed, lanes_for, workers_for
+from infogrowth.encoders.dataset import (
+    CaptionTable,
+    DecodedBatch,
+    PairTable,
+    decoded_batches,
+    rows_of_batches,
+)
 from infogrowth.encoders.protocols import Captioner, DualEncoder
-from infogrowth.encoders.shards import ShardedOutput, cut
+from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 EMPTY_CAPTION = "the captioner gave no words"
+_MAX_WORKERS = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Timing:
+    """Where the time went, in seconds of this rank.
+
+    Attributes:
+        decoding: waiting for the next decoded batch.
+        computing: waiting for the model, with all threads busy.
+        writing: writing finished shards.
+    """
+
+    decoding: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+
+    @contextmanager
+    def of(self, activity: str) -> Iterator[None]:
+        """Count the block's time under ``activity``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, activity, getattr(self, activity) + time.perf_counter() - start)
+
+    def bound(self) -> str:
+        """Which activity a run would gain most from making faster."""
+        times = {"decoding": self.decoding, "the model": self.computing, "writing": self.writing}
+        return max(times, key=lambda name: times[name])
 
 
 @dataclass(frozen=True)
-class Run:
+class Summary:
     """What a run did, over all ranks.
 
     Attributes:
@@ -41,8 +89,8 @@ class Run:
 
 
 @dataclass
-class _Shard:
-    """One shard while it fills up."""
+class _Computed:
+    """Features of some rows of a shard: one batch's, or those of the shard so far."""
 
     captions: dict[int, str] = field(default_factory=dict)
     image: list[torch.Tensor] = field(default_factory=list)
@@ -52,25 +100,22 @@ class _Shard:
     def __len__(self) -> int:
         return len(self.captions) + len(self.skipped)
 
-
-@dataclass(frozen=True)
-class _Result:
-    captions: dict[int, str]
-    image: torch.Tensor | None
-    text: torch.Tensor | None
-    skipped: dict[int, str]
+    def add(self, more: "_Computed") -> None:
+        self.captions.update(more.captions)
+        self.skipped.update(more.skipped)
+        self.image += more.image
+        self.text += more.text
 
 
 def embed_pairs(
-    pile: Pile,
+    pairs: PairTable,
     encoder: DualEncoder,
     output: ShardedOutput,
-    shard_size: int,
     device: torch.device,
     batch_size: int,
     workers: int | None = None,
-) -> Run:
-    """Write image and text features of a pile; shards that are there already are left alone.
+) -> Summary:
+    """Write image and text features of a dataset; shards that are there already are left alone.
 
     Args:
         device: where ``encoder`` runs.
@@ -78,159 +123,170 @@ def embed_pairs(
         workers: decoding processes; None chooses by device.
     """
 
-    def compute(batch: Batch) -> _Result:
+    def compute(batch: DecodedBatch) -> _Computed:
         captions = dict(zip(batch.rows, batch.captions, strict=True))
-        if not captions:
-            return _Result(captions, None, None, batch.skipped)
-        if not isinstance(batch.pictures, torch.Tensor):
+        if batch.tokens is None:
+            return _Computed(captions, skipped=batch.skipped)
+        if not isinstance(batch.images, torch.Tensor):
             raise UserError(
-                f"the preprocessing of {encoder.name} gives pictures of different sizes; "
+                f"the preprocessing of {encoder.name} gives images of different sizes; "
                 "its processor must crop or resize to one size"
             )
-        image = encoder.encode_images(batch.pictures)
-        text = encoder.encode_texts(batch.captions)
-        return _Result(captions, image, text, batch.skipped)
+        image, text = encoder.encode_images(batch.images), encoder.encode_tokens(batch.tokens)
+        return _Computed(captions, [image], [text], batch.skipped)
 
-    shards = cut(len(pile), shard_size)
-    waiting = {number: shards[number] for number in output.waiting()}
-    workers = workers_for(device, distributed.world_size()) if workers is None else workers
     batches = decoded_batches(
-        pile, encoder.preprocess, waiting, batch_size, workers, pinned=device.type == "cuda"
-    )
-    return _run(pile.ids, output, waiting, batches, compute, encoder.dimension, device, images=True)
+        pairs, encoder.preprocess, encoder.tokenize, output.claim(), batch_size,
+        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
+    )  # fmt: skip
+    return _run(pairs.ids, output, batches, compute, encoder.dimension, device, images=True)
 
 
-def recaption_pictures(
-    pile: Pile,
+def recaption_images(
+    pairs: PairTable,
     captioner: Captioner,
     encoder: DualEncoder,
     output: ShardedOutput,
-    shard_size: int,
     device: torch.device,
     batch_size: int,
     workers: int | None = None,
     extra: dict[str, list[Any]] | None = None,
-) -> Run:
-    """Describe the pictures of a pile anew and write the captions with their text features.
+) -> Summary:
+    """Describe the images of a dataset anew and write the captions with their text features.
 
     Args:
-        extra: more metadata columns, one value per row of the pile.
+        extra: more metadata columns, one value per row.
     """
 
-    def compute(batch: Batch) -> _Result:
-        pictures = [torch.as_tensor(picture) for picture in batch.pictures]
-        texts = captioner.caption(pictures) if pictures else []
-        said = dict(zip(batch.rows, texts, strict=True))
-        captions = {row: text for row, text in said.items() if text}
-        silent = {row: EMPTY_CAPTION for row, text in said.items() if not text}
-        text = encoder.encode_texts(list(captions.values())) if captions else None
-        return _Result(captions, None, text, {**batch.skipped, **silent})
+    def compute(batch: DecodedBatch) -> _Computed:
+        images: Sequence[torch.Tensor] | torch.Tensor
+        if isinstance(batch.images, torch.Tensor):
+            images = batch.images
+        else:
+            images = [torch.as_tensor(image) for image in batch.images]
+        texts = captioner.caption(images) if batch.rows else []
+        answers = dict(zip(batch.rows, texts, strict=True))
+        captions = {row: text for row, text in answers.items() if text}
+        empty = {row: EMPTY_CAPTION for row, text in answers.items() if not text}
+        text = [encoder.encode_texts(list(captions.values()))] if captions else []
+        return _Computed(captions, [], text, {**batch.skipped, **empty})
 
-    shards = cut(len(pile), shard_size)
-    waiting = {number: shards[number] for number in output.waiting()}
-    workers = workers_for(device, distributed.world_size()) if workers is None else workers
-    batches = decoded_batches(pile, captioner.preprocess, waiting, batch_size, workers)
-    return _run(
-        pile.ids, output, waiting, batches, compute, encoder.dimension, device, images=False,
-        extra=extra,
+    batches = decoded_batches(
+        pairs, captioner.preprocess, None, output.claim(), batch_size,
+        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
     )  # fmt: skip
+    return _run(pairs.ids, output, batches, compute, encoder.dimension, device, False, extra)
 
 
 def embed_texts(
     table: CaptionTable,
     encoder: DualEncoder,
     output: ShardedOutput,
-    shard_size: int,
     device: torch.device,
     batch_size: int,
-) -> Run:
-    """Write the text features of captions that came without pictures."""
-    shards = cut(len(table), shard_size)
-    waiting = {number: shards[number] for number in output.waiting()}
+) -> Summary:
+    """Write the text features of captions that came without images."""
 
-    def batches() -> Iterator[Batch]:
-        for number, rows in waiting.items():
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                skipped = {row: table.problems[row] for row in part if row in table.problems}
-                good = [row for row in part if row not in skipped]
-                yield Batch(number, good, [table.captions[row] for row in good], [], skipped)
+    def batches() -> Iterator[DecodedBatch]:
+        for shard, rows in rows_of_batches(output.claim(), batch_size):
+            skipped = {row: table.problems[row] for row in rows if row in table.problems}
+            good = [row for row in rows if row not in skipped]
+            captions = [table.captions[row] for row in good]
+            yield DecodedBatch(shard, good, captions, [], None, skipped)
 
-    def compute(batch: Batch) -> _Result:
+    def compute(batch: DecodedBatch) -> _Computed:
         captions = dict(zip(batch.rows, batch.captions, strict=True))
-        text = encoder.encode_texts(batch.captions) if captions else None
-        return _Result(captions, None, text, batch.skipped)
+        text = [encoder.encode_texts(batch.captions)] if captions else []
+        return _Computed(captions, [], text, batch.skipped)
 
-    return _run(
-        table.ids, output, waiting, batches(), compute, encoder.dimension, device, images=False
-    )
+    return _run(table.ids, output, batches(), compute, encoder.dimension, device, images=False)
 
 
 def _run(
     ids: Sequence[str],
     output: ShardedOutput,
-    waiting: dict[int, range],
-    batches: Iterator[Batch],
-    compute: Callable[[Batch], _Result],
+    batches: Iterator[DecodedBatch],
+    compute: Callable[[DecodedBatch], _Computed],
     dimension: int,
     device: torch.device,
     images: bool,
     extra: dict[str, list[Any]] | None = None,
-) -> Run:
+) -> Summary:
     """The one loop: decode, compute, gather into shards, write each shard when it is full."""
     timing, started, pairs = Timing(), time.perf_counter(), 0
-    shard = _Shard()
-    for number in [number for number, rows in waiting.items() if not rows]:
-        _write(output, number, ids, shard, dimension, images, extra)
-    with _progress(sum(map(len, waiting.values()))) as bar:
-        for batch, result in computed(batches, compute, lanes_for(device), timing):
-            _add(shard, result)
-            bar.update(len(result.captions) + len(result.skipped))
-            rows = waiting[batch.shard]
-            if len(shard) < len(rows):
+    shard = _Computed()
+    with _progress(output) as bar:
+        for batch, result in computed(batches, compute, threads_for(device), timing):
+            shard.add(result)
+            bar.update(len(result))
+            if len(shard) < len(output.shards[batch.shard]):
                 continue
             pairs += len(shard.captions)
             with timing.of("writing"):
-                _write(output, batch.shard, ids, shard, dimension, images, extra)
-            shard = _Shard()
+                output.writer.write_shard(
+                    batch.shard,
+                    [ids[row] for row in shard.captions],
+                    list(shard.captions.values()),
+                    _joined(shard.image, dimension) if images else None,
+                    _joined(shard.text, dimension),
+                    {k: [column[r] for r in shard.captions] for k, column in (extra or {}).items()},
+                    [_skipped(ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
+                )
+            shard = _Computed()
     seconds = time.perf_counter() - started
     description = output.finish()
     totals = distributed.all_gather_objects((pairs, seconds))
-    return Run(sum(p for p, _ in totals), max(s for _, s in totals), timing, description)
+    return Summary(sum(p for p, _ in totals), max(s for _, s in totals), timing, description)
 
 
-def _add(shard: _Shard, result: _Result) -> None:
-    shard.captions.update(result.captions)
-    shard.skipped.update(result.skipped)
-    if result.image is not None:
-        shard.image.append(result.image)
-    if result.text is not None:
-        shard.text.append(result.text)
+def computed(
+    items: Iterable[Item],
+    compute: Callable[[Item], Result],
+    threads: int,
+    timing: Timing,
+) -> Iterator[tuple[Item, Result]]:
+    """``compute`` of every item, in order, on ``threads`` that run ahead of the consumer."""
+    source = iter(items)
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while True:
+            # One more than there are threads waits ready, so that none idles during decoding.
+            while len(running) <= threads:
+                with timing.of("decoding"):
+                    item = next(source, None)
+                if item is None:
+                    break
+                running.append((item, pool.submit(compute, item)))
+            if not running:
+                return
+            item, future = running.popleft()
+            with timing.of("computing"):
+                result = future.result()
+            yield item, result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what new threads begin with, for whatever comes next
 
 
-def _write(
-    output: ShardedOutput,
-    number: int,
-    ids: Sequence[str],
-    shard: _Shard,
-    dimension: int,
-    images: bool,
-    extra: dict[str, list[Any]] | None,
-) -> None:
-    output.writer.write_shard(
-        number,
-        [ids[row] for row in shard.captions],
-        list(shard.captions.values()),
-        _joined(shard.image, dimension) if images else None,
-        _joined(shard.text, dimension),
-        {name: [values[row] for row in shard.captions] for name, values in (extra or {}).items()},
-        [_skipped(ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
-    )
+def threads_for(device: torch.device) -> int:
+    """Batches computed side by side: two on a GPU, as many as torch has threads on a CPU."""
+    return 2 if device.type == "cuda" else max(torch.get_num_threads(), 1)
 
 
-def _skipped(sample: str, told: str) -> dict[str, str]:
+def workers_for(device: torch.device) -> int:
+    """Decoding processes: on a CPU none (the threads use it up), else this rank's share of the
+    cores of its node."""
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(_MAX_WORKERS, (cores or 1) // distributed.local_world_size() - 1))
+
+
+def _skipped(sample: str, problem: str) -> dict[str, str]:
     """A record of a bad sample: reasons are few and can be counted, details are all different."""
-    reason, _, detail = told.partition(": ")
+    reason, _, detail = problem.partition(": ")
     return {"id": sample, "reason": reason} | ({"detail": detail} if detail else {})
 
 
@@ -240,7 +296,10 @@ def _joined(parts: list[torch.Tensor], dimension: int) -> np.ndarray:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tqdm]:
+def _progress(output: ShardedOutput) -> Iterator[tqdm]:
+    """A bar of rank 0's likely share, on rank 0."""
+    rows = sum(len(output.shards[number]) for number in output.pending)
     quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
+    total = rows // distributed.world_size()
     with tqdm(total=total, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
         yield bar

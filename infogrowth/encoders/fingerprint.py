@@ -12,8 +12,9 @@ def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     """Hash weights and settings into 32 hex digits.
 
     The tensors are hashed, not the files that held them: a momentum copy, an optimizer state or
-    another file layout makes no difference, one changed weight does. It costs one pass over the
-    weights in memory (about a second for a billion bytes), less than loading them did.
+    another file layout makes no difference, one changed weight does. Nor does the device: what the
+    weights are in float32 is hashed, so hash them before they are rounded for a GPU. It costs one
+    pass over the weights (about a second for a billion bytes), less than loading them did.
 
     Args:
         weights: every tensor that takes part, by name; the order of the mapping does not matter.
@@ -23,7 +24,7 @@ def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # A view as bytes, without a copy; bfloat16 has no numpy type of its own.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -1,14 +1,14 @@
 """Any Hugging Face dual encoder (CLIP, SigLIP, …): a model with get_image/text_features."""
 
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from PIL import Image
 
 from infogrowth.encoders.fingerprint import fingerprint
-from infogrowth.encoders.inference import unit_rows
+from infogrowth.encoders.inference import CaptionTokenizer, UnitFeatures, moved
+from infogrowth.encoders.protocols import Tokens
 from infogrowth.errors import UserError
 
 # These were trained on captions padded to full length, so a shorter padding changes the feature.
@@ -38,53 +38,48 @@ class HuggingFaceDualEncoder:
                     "encoder such as CLIP, SigLIP or BLIP"
                 )
         refuse_missing_weights(loading["missing_keys"], name)
-        self._model = model.float().eval().to(device)
         self.preprocess = ProcessorTransform(
             load_part("AutoImageProcessor", folder, name, "image processor"), name
         )
-        self._tokenizer = load_tokenizer(folder, name)
-        self._tokenizing = Lock()
-        self._text_length = self._longest_text()
-        self._padding: bool | str = (
-            "max_length" if model.config.model_type in _PADDED_TO_FULL_LENGTH else True
+        tokenizer = load_tokenizer(folder, name)
+        length = _max_tokens(model.config, tokenizer)
+        full = model.config.model_type in _PADDED_TO_FULL_LENGTH
+        self.tokenize = CaptionTokenizer(
+            tokenizer, padding="max_length" if full else True, max_length=length
         )
         self.fingerprint = fingerprint(
-            self._model.state_dict(),
+            model.state_dict(),
             {
                 "config": comparable_config(model.config),
                 "image_processor": comparable_config(self.preprocess.processor),
-                "vocabulary": sorted(self._tokenizer.get_vocab().items()),
-                "text_length": self._text_length,
+                "vocabulary": sorted(tokenizer.get_vocab().items()),
+                "text_length": length,
             },
         )
+        self._features = UnitFeatures(model.float(), device)
         self.dimension = self.encode_texts(["a"]).shape[1]
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels = images_BCHW.to(self._device, non_blocking=True)
-        return unit_rows(
-            lambda: _pooled(self._model.get_image_features(pixel_values=pixels)), self._device
-        )
+        pixels = images_BCHW.to(self._features.device, non_blocking=True)
+        return self._features(lambda model: _pooled(model.get_image_features(pixel_values=pixels)))
+
+    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
+        on_device = moved(tokens, self._features.device)
+        return self._features(lambda model: _pooled(model.get_text_features(**on_device)))
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        with self._tokenizing:  # the tokenizers library refuses to be shared between threads
-            tokens = self._tokenizer(
-                captions,
-                padding=self._padding,
-                truncation=True,
-                max_length=self._text_length,
-                return_tensors="pt",
-            ).to(self._device)
-        return unit_rows(lambda: _pooled(self._model.get_text_features(**tokens)), self._device)
+        return self.encode_tokens(self.tokenize(captions))
 
-    def _longest_text(self) -> int:
-        """Tokens per caption: what both the tokenizer and the position table allow."""
-        text_config = getattr(self._model.config, "text_config", self._model.config)
-        positions = getattr(text_config, "max_position_embeddings", None) or 512
-        return min(int(self._tokenizer.model_max_length), int(positions))
+
+def _max_tokens(config: Any, tokenizer: Any) -> int:
+    """Tokens per caption: what both the tokenizer and the position table allow."""
+    text_config = getattr(config, "text_config", config)
+    positions = getattr(text_config, "max_position_embeddings", None) or 512
+    return min(int(tokenizer.model_max_length), int(positions))
 
 
 class ProcessorTransform:
-    """One RGB picture through a Hugging Face image processor, as a CHW tensor; picklable."""
+    """One RGB image through a Hugging Face image processor, as a CHW tensor; picklable."""
 
     def __init__(self, processor: Any, name: str) -> None:
         self.processor = processor
@@ -142,7 +137,7 @@ def refuse_missing_weights(missing: Any, name: str) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:3])
         raise UserError(
-            f"{name} lacks {len(missing)} weights of its architecture ({shown}, …); "
+            f"{name} has {len(missing)} weights missing of its architecture ({shown}, …); "
             "its features would be random"
         )
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from infogrowth.encoders.protocols import Captioner, DualEncoder
 
 BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_blip"}
-CHECKPOINT_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Everything but the weights first: a repository often holds the same weights in three formats.
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
@@ -84,12 +84,12 @@ def locate(name: str, what: str) -> Path:
     if path.is_dir():
         return _model_folder(path, name, what)
     if path.is_file():
-        if path.suffix not in CHECKPOINT_ENDINGS:
+        if path.suffix not in CHECKPOINT_SUFFIXES:
             raise UserError(
-                f"{what} {name} is not a checkpoint ({', '.join(CHECKPOINT_ENDINGS)}) or a folder"
+                f"{what} {name} is not a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}) or a folder"
             )
         return path
-    if name in BUNDLED or not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_ENDINGS:
+    if name in BUNDLED or not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_SUFFIXES:
         raise UserError(f"{what} {name} does not exist; give 'tiny', a path, or a hub name")
     return _download(name, what)
 

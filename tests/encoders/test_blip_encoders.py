@@ -11,7 +11,7 @@ from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.dual import BlipDual
 from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import evaluation_transform
-from infogrowth.encoders.blip import normalized
+from infogrowth.encoders.blip import Normalize
 from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.protocols import Captioner, DualEncoder
 from infogrowth.errors import UserError
@@ -66,7 +66,7 @@ def test_the_same_weights_have_one_fingerprint_in_every_layout(blip_folder, blip
 def test_preprocessing_is_the_evaluation_transform(blip_folder, pictures):
     preprocess = load_encoder(str(blip_folder)).preprocess
     for picture in pictures:
-        ours = normalized(preprocess(picture)[None], CPU)[0]
+        ours = Normalize(CPU)(preprocess(picture)[None])[0]
         torch.testing.assert_close(ours, evaluation_transform(32)(picture), atol=1e-6, rtol=0)
 
 
@@ -147,8 +147,8 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pictures, tmp_
     import io
 
     from infogrowth.data.features import open_features
-    from infogrowth.encoders.embedding import EMPTY_CAPTION, recaption_pictures
-    from infogrowth.encoders.pile import Pile
+    from infogrowth.encoders.dataset import PairTable
+    from infogrowth.encoders.embedding import EMPTY_CAPTION, recaption_images
     from infogrowth.encoders.shards import ShardedOutput
 
     class Pairs:
@@ -165,8 +165,8 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pictures, tmp_
             return ["a red cat", "", "the sea"][: len(given)]
 
     encoder = load_encoder(str(blip_folder))
-    output = ShardedOutput(tmp_path / "table", {"rows": 3}, {}, 1)
-    recaption_pictures(Pile(["x", "y", "z"], {}, Pairs()), Taciturn(), encoder, output, 3, CPU, 3)
+    output = ShardedOutput(tmp_path / "table", {}, {}, rows=3, shard_size=3)
+    recaption_images(PairTable(["x", "y", "z"], {}, Pairs()), Taciturn(), encoder, output, CPU, 3)
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
     assert batch.ids == ["x", "z"]
     assert batch.captions == ["a red cat", "the sea"]
