@@ -31,8 +31,11 @@ from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset
-from infogrowth.data.transforms import training_transform
+from infogrowth.data.retrieval import RetrievalEvaluation
+from infogrowth.data.transforms import evaluation_transform, training_transform
 from infogrowth.errors import UserError
+from infogrowth.evaluation.recall import recall_table
+from infogrowth.evaluation.rerank import retrieval_scores
 from infogrowth.growth.sampling import GainSampler, Mode
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
@@ -61,6 +64,9 @@ class PretrainConfig(RunOptions):
     vision_init: str = option("auto", "random, deit, imagenet21k or a local file of ViT weights")
     text_init: str = option("auto", "random, bert-base-uncased or a local folder of BERT weights")
     pretrained: str | None = option(None, "start from this BLIP checkpoint instead")
+    val_annotations: str | None = option(None, "captions to validate with; none: no validation")
+    val_images: str | None = option(None, "folder or LMDB of their images; none: as `images`")
+    validate_every: int = option(1000, "optimizer steps between validations")
     max_length: int = option(30, "tokens of a caption that are kept")
     min_crop: float = option(0.2, "smallest share of the image that a random crop keeps")
     batch_size: int = option(75, "pairs per rank and forward pass")
@@ -108,9 +114,18 @@ def pretrain(config: PretrainConfig) -> int:
         checkpoints.resume(state, config.resume)
         if distributed.is_main():  # beside the checkpoints, so that each is a whole model
             save_vocabulary(tokenizer, checkpoints.directory)
+        val_set = validation_set(config)
         with Logger(state) as log:
+
+            def validate() -> None:
+                due = state.at_last_step or state.progress.step % config.validate_every == 0
+                if val_set is not None and due:
+                    log.validation(
+                        state, cosine_recall(config, model, tokenizer, val_set, precision)
+                    )
+
             while not state.finished:
-                train_one_epoch(state, losses, schedule, checkpoints, log)
+                train_one_epoch(state, losses, schedule, checkpoints, log, after_step=validate)
                 if state.epoch_done:
                     log.epoch(state.epoch_means())
                     if distributed.is_main():
@@ -133,6 +148,41 @@ def losses(
         sample_ids=batch["index"],
         generator=negatives,
     )
+
+
+def validation_set(config: PretrainConfig) -> RetrievalEvaluation | None:
+    """The images and captions that the run is validated with, if any."""
+    if config.val_annotations is None:
+        return None
+    return RetrievalEvaluation(
+        config.val_annotations,
+        config.val_images or config.images,
+        evaluation_transform(config.image_size),
+        max_words=config.max_words,
+        split="val",
+    )
+
+
+def cosine_recall(
+    config: PretrainConfig,
+    model: BlipPretrain,
+    tokenizer: PreTrainedTokenizerBase,
+    val_set: RetrievalEvaluation,
+    precision: Precision,
+) -> dict[str, float]:
+    """Retrieval recalls by cosine alone, without re-ranking; training is left as it was."""
+    cosines = retrieval_scores(
+        model,
+        tokenizer,
+        val_set,
+        val_set.texts,
+        k_test=0,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        workers=config.num_workers,
+        autocast=precision.autocast,
+    )
+    return recall_table(cosines.i2t.numpy(), cosines.t2i.numpy(), val_set.img2txt, val_set.txt2img)
 
 
 def build_loader(

@@ -52,7 +52,8 @@ def retrieval_scores(
     """Score every image with every text; the model is put in eval mode and left as it was.
 
     Among the ``k_test`` candidates of a query (by cosine; of equal ones the lower index), the
-    score is matching logit + cosine; elsewhere −100. ``k_test`` may exceed the set.
+    score is matching logit + cosine; elsewhere −100. ``k_test`` may exceed the set; with 0 the
+    scores are the cosines themselves, and no pair is matched.
 
     Args:
         images: items ``{"image": (C, H, W)}`` by number.
@@ -74,8 +75,13 @@ def retrieval_scores(
             device = next(model.parameters()).device
             ids_TN, mask_TN = ids_TN.to(device), mask_TN.to(device)
             text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
-            own, tokens, image_ID = _encode_images(model, images, count, batch_size, workers)
+            own, tokens, image_ID = _encode_images(
+                model, images, count, batch_size, workers, keep_tokens=k_test > 0
+            )
             cosine_IT = image_ID @ text_TD.T
+            if k_test == 0:
+                scores = cosine_IT.float().cpu()
+                return RetrievalScores(scores, scores.T.contiguous(), scores)
             own_i2t, own_t2i = _match(
                 model, own, tokens, ids_TN, mask_TN, cosine_IT, k_test, progress
             )
@@ -121,7 +127,12 @@ def _encode_texts(
 
 
 def _encode_images(
-    model: BlipDual, images: Dataset, count: int, batch_size: int, workers: int
+    model: BlipDual,
+    images: Dataset,
+    count: int,
+    batch_size: int,
+    workers: int,
+    keep_tokens: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """This rank's image numbers, their tokens (kept on the CPU), and all features ``(I, D)``."""
     blocks = own_blocks(count, batch_size)
@@ -141,7 +152,8 @@ def _encode_images(
                 raise item
         batch = torch.stack(items).to(device, non_blocking=True)
         tokens_BLW, features_BD = model.encode_image(batch)
-        tokens += tokens_BLW.cpu().unbind()
+        if keep_tokens:
+            tokens += tokens_BLW.cpu().unbind()
         parts.append(features_BD)
     rows = [number for block in blocks for number in block]
     own = torch.tensor(rows, dtype=torch.int64, device=device)

@@ -87,6 +87,12 @@ class TrainingState:
         return self.stopped or self.progress.epoch >= self.config.max_epoch
 
     @property
+    def at_last_step(self) -> bool:
+        """Whether the run ends with the optimizer step that was just made."""
+        last_epoch = self.progress.epoch + 1 >= self.config.max_epoch
+        return self.stopped or (self.epoch_done and last_epoch)
+
+    @property
     def epoch_done(self) -> bool:
         """Whether all batches of this epoch were trained on."""
         return self.progress.batch >= self.loader.count(self.progress.epoch)
@@ -153,8 +159,12 @@ def train_one_epoch(
     schedule: Schedule,
     checkpoints: Checkpoints,
     logger: Logger,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Train from where ``state`` is to the end of its epoch, or to ``max_steps``.
+
+    Args:
+        after_step: called after every optimizer step, before a checkpoint of it.
 
     Raises:
         UserError: the loss is not finite, or a sample cannot be read.
@@ -174,6 +184,7 @@ def train_one_epoch(
         logger.batches_done(len(window), samples)
         if progress.step % config.log_every == 0 or progress.step == 1:
             logger.step(_record(state, losses))
+        after_step()
         if state.stopped:
             return
         at_mark = config.checkpoint_every and progress.step % config.checkpoint_every == 0

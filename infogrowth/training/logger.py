@@ -116,6 +116,15 @@ class Logger:
             self._plot(record, "train")
             self._plot({"samples_per_s": rate, "step": record["step"]}, "speed")
 
+    def validation(self, state: "TrainingState", recalls: dict[str, float]) -> None:
+        """Log the recalls of a validation, in per cent."""
+        progress = state.progress
+        where = {"step": progress.step, "samples_seen": progress.samples_seen}
+        self._write({"kind": "val", "epoch": progress.epoch, **where, **recalls})
+        if self._main:
+            logger.info("validation at step %d: mean recall %.2f", progress.step, recalls["r_mean"])
+            self._plot({**where, **recalls}, "val")
+
     def epoch(self, record: dict[str, Any]) -> None:
         """Log a finished epoch: mean losses, an evaluation."""
         self._write({"kind": "epoch", **record})

@@ -60,7 +60,7 @@ class RunOptions:
 
 _AT_LEAST_ONE = (
     *("batch_size", "batch_size_train", "batch_size_test", "max_epoch", "gradient_accumulation"),
-    *("log_every", "keep_checkpoints", "image_size", "max_words", "k_test"),
+    *("log_every", "keep_checkpoints", "image_size", "max_words", "k_test", "validate_every"),
 )
 _NOT_NEGATIVE = (
     *("num_workers", "queue_size", "init_lr", "min_lr", "warmup_lr", "warmup_steps"),

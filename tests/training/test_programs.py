@@ -13,13 +13,18 @@ import torch
 from PIL import Image, ImageDraw
 
 from infogrowth.annotations import save_annotations
+from infogrowth.blip import dual, momentum, vision, weights_files
 from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
+from infogrowth.blip.tokenizer import tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import load_config
 from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.retrieval import RetrievalEvaluation
+from infogrowth.data.transforms import evaluation_transform
 from infogrowth.errors import UserError
+from infogrowth.evaluation.recall import recall_table
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 from train.pretrain_gain import PretrainConfig, pretrain
 from train.train_retrieval import RetrievalConfig, train_or_evaluate
@@ -183,6 +188,37 @@ def test_the_run_leaves_config_versions_and_a_model_that_loads(uninterrupted, wo
     assert torch.equal(model.itm_head.weight, same.itm_head.weight)
 
 
+def test_validation_is_logged_and_changes_nothing_of_the_training(
+    read_log, world, tmp_path, uninterrupted
+):
+    values = options(
+        world, tmp_path / "validated", validate_every=4, val_annotations=str(world / "val.json"),
+        val_images=str(world / "images"),
+    )  # fmt: skip
+    pretrain(PretrainConfig(**{**values, "max_steps": 6}))
+    pretrain(PretrainConfig(**values))  # resumed between two validations
+    assert_same_weights(
+        *(Checkpoints(p / "checkpoints").latest() for p in (tmp_path / "validated", uninterrupted))
+    )
+    records = read_log(tmp_path / "validated")
+    assert [r for r in records if r["kind"] != "val"] == read_log(uninterrupted)
+    validations = [r for r in records if r["kind"] == "val"]
+    last = read_log(uninterrupted)[-1]["step"]
+    assert [r["step"] for r in validations] == sorted({*range(4, last + 1, 4), 6, last})
+    # Only the cosines count: no text was matched with an image.
+    model, tokenizer, _ = load_blip(tmp_path / "validated" / "model", BlipDual)
+    images = RetrievalEvaluation(
+        world / "val.json", str(world / "images"), evaluation_transform(16)
+    )
+    features = torch.stack([images[i]["image"] for i in range(18)])
+    with torch.no_grad():
+        cosine = model.encode_image(features)[1] @ (
+            model.encode_text(*tokenize(tokenizer, images.texts, 8))[1].T
+        )
+    expected = recall_table(cosine.numpy(), cosine.T.numpy(), images.img2txt, images.txt2img)
+    assert {key: validations[-1][key] for key in expected} == expected
+
+
 def test_a_finished_run_started_again_does_nothing(uninterrupted, world):
     before = (uninterrupted / "log.jsonl").read_bytes()
     assert pretrain(PretrainConfig(**options(world, uninterrupted))) == 0
@@ -259,6 +295,27 @@ def test_evaluation_prints_and_saves_the_recall_table(tmp_path, retrieval_option
     checkpoint = Checkpoints(run / "checkpoints").latest()
     assert evaluate("checkpoint", pretrained=checkpoint) == table
     assert evaluate("karpathy", k_test=3) != table
+
+
+def test_evaluation_reads_the_checkpoint_once_and_builds_no_momentum_encoder(
+    tmp_path, retrieval_options, monkeypatch
+):
+    opened, built = [], []
+    read, build = weights_files.safe_open, vision.build_vision
+
+    def opening(path, *rest):
+        opened.append(path)
+        return read(path, *rest)
+
+    monkeypatch.setattr(weights_files, "safe_open", opening)
+    for module in (dual, momentum):
+        monkeypatch.setattr(
+            module, "build_vision", lambda *a, **k: built.append("vision") or build(*a, **k)
+        )
+    monkeypatch.setattr(momentum, "register_queues", lambda *_: built.append("queue"))
+    values = {**retrieval_options, "evaluate": True, "output_dir": str(tmp_path)}
+    assert train_or_evaluate(RetrievalConfig(**values)) == 0
+    assert len(opened) == 1 and built == ["vision"]
 
 
 def test_an_official_checkpoint_is_evaluated(tmp_path, retrieval_options, world):
