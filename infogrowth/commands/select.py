@@ -240,7 +240,7 @@ def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: 
 
 def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
     from infogrowth.data.shards import write_shards
-    from infogrowth.encoders.piles import pairs_by_id
+    from infogrowth.encoders.dataset import pairs_by_id
 
     where = config.images or (read_growth(config.growth).settings if config.growth else {}).get(
         "images"
