@@ -24,8 +24,8 @@ SPACES = ("image", "text")
 _ROUNDING = 1e-4
 
 
-def load_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
-    """Read a result or annotation JSON.
+def load_annotations(path: str | os.PathLike[str]) -> Sequence[Annotation]:
+    """Read a result or annotation JSON, or a result in parquet (an AnnotationTable).
 
     ``gains`` may be absent (a plain annotation file), or two numbers, or strings of such;
     they come back as two floats. Keys beyond the three are kept as they are.
@@ -33,6 +33,10 @@ def load_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
     Raises:
         UserError: not JSON, or an entry that breaks the contract, named by its position and id.
     """
+    if os.fspath(path).endswith(".parquet"):
+        from infogrowth.annotation_table import AnnotationTable  # pyarrow is slow to import
+
+        return AnnotationTable(path)
     entries = read_json(path, "the annotation file")
     if not isinstance(entries, list):
         kind = type(entries).__name__
@@ -93,6 +97,8 @@ def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:
     Raises:
         UserError: a sample without gains, named by its id.
     """
+    if getattr(annotations, "gains", None) is not None:  # an AnnotationTable
+        return annotations.gains  # type: ignore[attr-defined]
     for position, entry in enumerate(annotations):
         if "gains" not in entry:
             raise UserError(

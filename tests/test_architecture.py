@@ -13,6 +13,7 @@ GROUND = {
     "files",
     "remote",
     "annotations",
+    "annotation_table",
     "config",
     "randomness",
     "distributed",

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 class PretrainConfig(RunOptions):
     """Options of pretraining; configs/pretrain_cc3m_gain.yaml explains them one by one."""
 
-    annotations: str = option(help="result JSON of `infogrowth grow`: image, caption, gains")
+    annotations: str = option(help="result of `infogrowth grow` or `select`, .json or .parquet")
     images: str = option(help="LMDB of the images (or a folder of them)")
     sampler: Mode = option("two_phase", "how an epoch is drawn from the gains")
     vit: Vit = option("base", "size of the model")

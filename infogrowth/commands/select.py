@@ -1,7 +1,7 @@
 """`infogrowth select`: a smaller dataset, chosen by gain, by a condition, or by both."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ class Config:
         help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face "
         "metadata); or a folder of webdataset shards"
     )
-    annotations: str | None = option(None, help="select from a result JSON of `grow`")
+    annotations: str | None = option(None, help="select from a result (JSON or parquet) of `grow`")
     growth: str | None = option(None, help="select from a growth folder: all columns of decisions")
     scores: list[str] = option([], help="parquet files with ids and more columns for --where")
     where: str | None = option(
@@ -103,7 +103,7 @@ class _Choice:
     positions: np.ndarray
     gains: np.ndarray
     table: "SampleTable | None" = None
-    entries: list[Annotation] | None = None
+    entries: Sequence[Annotation] | None = None
     extra: list[str] = field(default_factory=list)
 
     def samples(self, positions: np.ndarray) -> Iterable[Annotation]:
