@@ -2,8 +2,8 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing
 
 ID_COLUMNS = ("image_path", "id", "uid", "key", "image", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "label")
@@ -142,17 +142,12 @@ def read_arrays(
     return arrays, ListColumns(f"{path}:ids", Columns(ids, captions, more))
 
 
-@contextmanager
-def reading(path: Path, advice: str = "") -> Iterator[None]:
+def reading(path: Path, fault: str = "cannot be read") -> AbstractContextManager[None]:
     """What numpy, zipfile or pyarrow say of a damaged file becomes one sentence that names it."""
-    try:
-        yield
-    except (
-        OSError, ValueError, EOFError, RuntimeError,
-        zipfile.BadZipFile, zlib.error, pa.ArrowException,
-    ) as error:  # fmt: skip
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {detail}{advice}") from error
+    return refusing(
+        path, "the file", ValueError, EOFError, RuntimeError,
+        zipfile.BadZipFile, zlib.error, pa.ArrowException, fault=fault,
+    )  # fmt: skip
 
 
 def open_array(path: Path) -> np.ndarray:
@@ -247,8 +242,8 @@ def _column(path: Path, names: Sequence[str], wanted: Sequence[str], what: str) 
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    advice = "; store plain arrays (ids and captions as text arrays, not as Python objects)"
-    with reading(path, advice):
+    plain = "cannot be read as plain arrays (ids and captions as text arrays, not Python objects)"
+    with reading(path, plain):
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             raise ValueError("it is a single array (.npy), not several with names")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from infogrowth.blip.tokenizer import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
 from infogrowth.encoders.loading import load_encoder
+from infogrowth.errors import UserError
 from infogrowth.randomness import generator
 
 PAIRS = 23
@@ -168,6 +170,42 @@ def test_two_ranks_write_the_same_bytes_as_one(pile, encoder, embedded, tmp_path
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("written:") == 1
     assert _files(tmp_path / "features") == _files(embedded)
+
+
+def test_parts_of_independent_jobs_make_the_same_bytes(pile, encoder, embedded, tmp_path, capsys):
+    arguments = _arguments(pile, encoder, tmp_path / "features")
+    assert main([*arguments, "--part", "2/2"]) == 0
+    assert "once all parts are" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not finished"):
+        open_features(tmp_path / "features")
+    assert main([*arguments, "--part", "1/2"]) == 0
+    assert "written:" in capsys.readouterr().out
+    assert _files(tmp_path / "features") == _files(embedded)
+
+
+def test_nodes_that_share_no_disk_are_refused_before_any_work(pile, encoder, tmp_path):
+    """Two ranks whose relative --output lies in different places, as on two nodes' own disks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    processes = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "infogrowth", *_arguments(pile, encoder, "features")],
+                cwd=tmp_path / rank,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            )
+        )
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[0].returncode == 2 and processes[1].returncode in (1, 2)
+    assert "rank 1 on" in errors[0] and "does not see the folder features" in errors[0]
+    assert not list(tmp_path.glob("*/features/img_emb/*"))
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +366,7 @@ def test_a_broken_annotation_file_is_one_sentence(
         (["--source", "/nowhere"], "leave out --lmdb"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--workers", "-1"], "--workers must be at least 0"),
+        (["--part", "4/3"], "--part must be"),
         (["--device", "tpu"], "device must be auto, cpu"),
     ],
 )

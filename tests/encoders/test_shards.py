@@ -1,0 +1,76 @@
+"""Shards of a features folder: claimed one by one, shared by jobs, missed by name."""
+
+import numpy as np
+import pytest
+
+from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size, parse_part, split
+from infogrowth.errors import UserError
+
+
+def opened(folder, part=None, rows=23):
+    return ShardedOutput(folder, {"kind": "test"}, {"kind": "command"}, rows, 5, part)
+
+
+def write(output, number):
+    rows = output.shards[number]
+    names = [str(row) for row in rows]
+    features = np.ones((len(rows), 4), np.float32)
+    output.writer.write_shard(number, names, names, features, features)
+
+
+def test_the_split_is_a_matter_of_the_dataset_alone():
+    assert split(23, 10) == [range(0, 10), range(10, 20), range(20, 23)]
+    assert split(0, 10) == [range(0, 0)]
+    assert [automatic_shard_size(rows) for rows in (10, 64_000, 10**7)] == [256, 1000, 10_000]
+
+
+def test_who_is_slow_takes_fewer_shards_and_holds_nobody(tmp_path):
+    output = opened(tmp_path / "f")
+    slow, quick = output.claim(), output.claim()
+    assert next(slow) == (0, range(0, 5))
+    assert [number for number, _ in quick] == [1, 2, 3, 4]
+    assert list(slow) == []
+
+
+def test_finished_shards_are_never_dealt_again(tmp_path):
+    output = opened(tmp_path / "f")
+    write(output, 1), write(output, 3)
+    assert [number for number, _ in opened(tmp_path / "f").claim()] == [0, 2, 4]
+
+
+def test_a_folder_with_shards_missing_is_not_called_finished(tmp_path):
+    """As when nodes share no disk: each writes its shards where rank 0 does not see them."""
+    output = opened(tmp_path / "f")
+    for number, _ in output.claim():
+        if number not in (1, 4):
+            write(output, number)
+    with pytest.raises(UserError, match=r"lacks 2 of its 5 shards \(1, 4\).*shared"):
+        output.finish()
+    assert opened(tmp_path / "f").finished is False
+
+
+def test_jobs_share_a_folder_by_parts_and_the_last_one_finishes_it(tmp_path):
+    jobs = [opened(tmp_path / "f", part) for part in ("1/3", "2/3", "3/3")]
+    assert [[n for n, _ in job.claim()] for job in jobs] == [[0, 3], [1, 4], [2]]
+    for job in jobs:
+        for number in job.pending:
+            write(job, number)
+        assert job.finish()["finished"] is (job is jobs[2])
+    assert opened(tmp_path / "f", "2/3").finished
+
+
+def test_a_job_clears_away_only_what_it_left_itself(tmp_path):
+    opened(tmp_path / "f")
+    (tmp_path / "f" / "img_emb").mkdir()
+    own, others = (tmp_path / "f" / "img_emb" / f"img_emb_{n}.npy.tmp-7-aa" for n in (1, 2))
+    own.write_bytes(b"half"), others.write_bytes(b"half")
+    opened(tmp_path / "f", "2/3")
+    assert not own.exists() and others.exists()
+    opened(tmp_path / "f")
+    assert not others.exists()
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2"])
+def test_a_part_that_does_not_exist_is_refused(part):
+    with pytest.raises(UserError, match="--part must be"):
+        parse_part(part)
