@@ -119,7 +119,8 @@ def one_by_one(path: Path, items: Items) -> None:
 def batched(path: Path, items: Items) -> None:
     """Our writer."""
     with LmdbWriter(path) as writer:
-        writer.put_many(items)
+        for key, data in items:
+            writer.put(key, data)
 
 
 def packed(path: Path, source: Source) -> None:

@@ -70,7 +70,8 @@ def piles(config: Config, folder: Path) -> Iterator[tuple[str, Path]]:
         return
     for side in config.picture_sizes:
         with LmdbWriter(folder / f"{side}") as writer:
-            writer.put_many(made_pictures(config.source, side))
+            for item in made_pictures(config.source, side):
+                writer.put(*item)
         yield f"{side} x {side * 3 // 4} JPEG", folder / f"{side}"
 
 

@@ -52,7 +52,8 @@ def make_growth(root: Path, samples: int, dimension: int) -> None:
     ids = [f"{number:09d}" for number in range(samples)]
     pictures = [_picture(random) for _ in range(min(PICTURES, samples))]
     with LmdbWriter(root / "lmdb", map_size=1 << 30) as writer:
-        writer.put_many((name, pictures[n % len(pictures)]) for n, name in enumerate(ids))
+        for n, name in enumerate(ids):
+            writer.put(name, pictures[n % len(pictures)])
     rows = np.arange(samples)
     alignment = random.normal(0.6, 0.15, samples).clip(-1, 1)
     verdict = np.where(alignment < 0.4, "dropped", "kept")

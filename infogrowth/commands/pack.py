@@ -11,13 +11,10 @@ from typing import Literal
 from infogrowth.config import option
 from infogrowth.data.images import MAX_PIXELS
 from infogrowth.data.packing import Packed, Target, pack
-from infogrowth.data.sources import Source, open_source
+from infogrowth.data.sources import Source, open_splits
 from infogrowth.errors import UserError
 
 HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
-DOWNLOADED = ("files", "webdataset", "parquet")  # img2dataset's layouts
-RESULTS = ("cc3m_train.json", "cc3m_val.json")
-SPLITS = {"train": ("cc3m_train", "train"), "val": ("cc3m_val", "val", "validation")}
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,16 @@ class Config:
 def run(config: Config) -> int:
     """Pack image–caption pairs into LMDBs and annotation JSON files.
 
-    Reads --image_root/cc3m_train and cc3m_val (or train and validation), or --image_root itself as
-    the training set: img2dataset's files, webdataset and parquet layouts, pictures with .json or
-    .txt beside them, or a Hugging Face imagefolder. Writes lmdb_train, cc3m_train.json and
-    lmdb_train_skipped.jsonl, and the same for val. Bad samples are skipped and recorded; a killed
-    run continues when it is started again.
+    Reads all that lies below --image_root: images with .txt or .json beside them or in a metadata
+    file, in folders of any depth, and shards (.tar, .parquet) as img2dataset, webdataset and
+    Hugging Face write them. What folders and files name val or test is a set of its own. Writes
+    lmdb_train, cc3m_train.json and lmdb_train_skipped.jsonl, and the same for val and test. Bad
+    samples are skipped and recorded; a killed run continues when it is started again.
     """
     root = Path(config.image_root)
-    sources = find_splits(root)
+    if not root.is_dir():
+        raise UserError(f"--image_root {root} does not exist or is not a folder")
+    sources = open_splits(root)
     output = output_folder(root, config.output_root, sources)
     workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
     for split, source in sources.items():
@@ -60,22 +59,8 @@ def run(config: Config) -> int:
             output / f"lmdb_{split}_skipped.jsonl",
         )
         packed = pack(source, target, workers, config.max_pixels)
-        print(summary(source, target, packed), flush=True)
+        print(summary(split, source, target, packed), flush=True)
     return 0
-
-
-def find_splits(root: Path) -> dict[str, Source]:
-    """The sets of pairs below ``root``, all opened before any is packed."""
-    if not root.is_dir():
-        raise UserError(f"--image_root {root} does not exist or is not a folder")
-    found = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in SPLITS.items()
-    }
-    folders = {split: folder for split, folder in found.items() if folder is not None}
-    if not folders:
-        folders = {"train": root}
-    return {split: open_source(folder, ignore=RESULTS) for split, folder in folders.items()}
 
 
 def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> Path:
@@ -84,7 +69,9 @@ def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> 
     img2dataset reads every JSON file in its own folder as a shard's statistics, so no result may
     lie there.
     """
-    downloads = {s.path.resolve() for s in sources.values() if s.layout in DOWNLOADED}
+    containers = [container for source in sources.values() for container in source.containers]
+    shards = [c.name for c in containers if c.kind != "folder"]
+    downloads = {(root / name).parent.resolve() for name in shards}
     if given is None:
         return root / "packed" if root.resolve() in downloads else root
     if Path(given).resolve() in downloads:
@@ -95,13 +82,18 @@ def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> 
     return Path(given)
 
 
-def summary(source: Source, target: Target, packed: Packed) -> str:
-    """What was packed, in a few lines."""
+def summary(split: str, source: Source, target: Target, packed: Packed) -> str:
+    """What was found, packed, skipped and ignored, in a few lines."""
     earlier = f" ({packed.resumed} of them by an earlier run)" if packed.resumed else ""
+    earlier += f" ({packed.replaced} anew: their images changed)" if packed.replaced else ""
+    ignored = ", ".join(f"{count} {kind}" for kind, count in source.ignored.most_common())
+    repairs = packed.repairs.most_common()
     lines = [
-        f"{source.path} ({source.layout}): {packed.samples} samples, "
+        f"{source.path} ({split}, {source.layout}): {packed.samples} samples, "
         f"{packed.stored} packed{earlier}, {len(packed.skipped)} skipped",
         *(f"  {count:>8}  {reason}" for reason, count in packed.reasons().most_common()),
+        *([f"  ignored: {ignored}"] if ignored else []),
+        *(f"  repaired {count} times: {repair}" for repair, count in repairs),
         f"  images       {target.lmdb}",
         f"  annotations  {target.annotations}",
     ]

@@ -1,22 +1,50 @@
-"""From encoded bytes to an RGB picture, with guards: what is not a whole picture is refused.
+"""From encoded bytes to an RGB image, with guards: what is not a whole image is refused.
 
-Nothing here changes Pillow's process-wide switches; a bad picture raises :class:`BadImage` with a
-reason, and whoever reads a pile decides what to do with it.
+Nothing here changes Pillow's process-wide switches; a bad image raises :class:`BadImage` with a
+reason, and whoever reads a dataset decides what to do with it.
 """
 
 import io
+import struct
+import zlib
+from contextlib import suppress
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a picture
-# Only picture formats: Pillow would also hand a file to a PostScript interpreter.
+from infogrowth.errors import shorten
+
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
+# Only image formats: Pillow would also hand a file to a PostScript interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
+_OTHER_FORMATS = {  # what begins like this, in lower case, is called by its name
+    "SVG": (b"<svg",),
+    "HTML": (b"<html", b"<!doctype html"),
+    "PostScript": (b"%!ps",),
+    "PDF": (b"%pdf",),
+    "Photoshop": (b"8bps",),
+    "HEIC": (b"ftyphei", b"ftypmif1", b"ftyphev"),
+    "JPEG XL": (b"\xff\x0a", b"jxl "),
+    "a video": (b"ftypmp4", b"ftypiso", b"ftypqt", b"\x1a\x45\xdf\xa3"),
+    "ZIP": (b"pk\x03\x04",),
+    "gzip": (b"\x1f\x8b",),
+    "JSON": (b'{"',),
+}
 
 
 class BadImage(Exception):
-    """A sample's picture cannot be used; ``reason`` says why, in words fit for a record."""
+    """A sample's image cannot be used; ``reason`` says why, in words fit for a record."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -26,40 +54,53 @@ class BadImage(Exception):
 def decode_image(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least: int | None = None
 ) -> Image.Image:
-    """Decode the whole picture to RGB, upright.
+    """Decode the whole image to RGB, upright.
 
     * Rotated as its EXIF orientation says, since captions describe what people saw. (The paper's
-      code showed such pictures lying on their side.)
-    * Transparency is laid on white; a palette, CMYK, grey or 16-bit picture is converted.
+      code showed such images lying on their side.)
+    * Transparency is laid on white; a palette, CMYK, grey or 16-bit image is converted.
     * Of an animation, the first frame.
 
     Args:
-        data: the encoded picture.
-        max_pixels: larger pictures are refused before they are decoded. Pillow's own limit
+        data: the encoded image.
+        max_pixels: larger images are refused before they are decoded. Pillow's own limit
             (``MAX_PIXELS``) stands above it.
         at_least: when given, a JPEG may be decoded at a half, a quarter or an eighth of its size
             as long as neither side falls below so many pixels; for training, where time matters.
 
     Returns:
-        a loaded picture in mode RGB.
+        a loaded image in mode RGB.
 
     Raises:
-        BadImage: empty, not a picture, truncated or corrupt, too many pixels.
+        BadImage: empty, not an image, truncated or corrupt, too many pixels.
     """
     if len(data) == 0:
         raise BadImage("the image is empty")
+    try:
+        return _decoded(data, max_pixels, at_least)
+    except BadImage as error:
+        if not bytes(data[:4]).startswith((b"\x89PNG", b"\xff\xd8")):
+            raise
+        try:  # perhaps only what is told about the image is damaged, or too large for Pillow
+            return _decoded(_without_metadata(bytes(data)), max_pixels, at_least)
+        except (BadImage, IndexError):
+            raise error from None
+
+
+def _decoded(data: bytes | memoryview, max_pixels: int, at_least: int | None) -> Image.Image:
     image = _opened(data)
     if image.width * image.height > max_pixels:
         raise BadImage(f"the image has more than {max_pixels} pixels")
     try:
         if at_least is not None and image.format == "JPEG":
             _draft(image, at_least)
-        image.load()
-        return _rgb(_upright(image))
+        image.load()  # before anything is asked for: asking a PNG for its EXIF may hide an error
+        turn = _TURNS.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(turn))
     except BadImage:
         raise
     except Exception as error:  # a decoder may say anything to hostile bytes
-        raise BadImage(f"the image is truncated or corrupt: {_short(error)}") from error
+        raise BadImage(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
 
 
 def _opened(data: bytes | memoryview) -> Image.Image:
@@ -68,11 +109,50 @@ def _opened(data: bytes | memoryview) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
-        raise BadImage("not an image that can be read") from error
+        raise BadImage(_unidentified(bytes(data[:512]), formats)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("the image has too many pixels for Pillow") from error
     except Exception as error:
-        raise BadImage(f"the image is truncated or corrupt: {_short(error)}") from error
+        raise BadImage(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
+
+
+def _unidentified(start: bytes, formats: list[str]) -> str:
+    """Why no decoder takes what begins like this."""
+    for name in formats:
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(start[:16]) is True:
+            return f"the image is truncated or corrupt: no decoder takes this {name}"
+    for name, marks in _OTHER_FORMATS.items():
+        if any(mark in (start if name == "SVG" else start[:16]).lower() for mark in marks):
+            return f"not an image in a format that is read: {name}"
+    return "not an image that can be read"
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG without the parts that only tell about the image.
+
+    In a PNG the chunks of pixels, palette, transparency and EXIF stay, in a JPEG all but comments
+    and the segments of applications (except Adobe's, which says how colors are stored).
+    """
+    kept: list[bytes] = []
+    if data.startswith(b"\x89PNG"):
+        position = 8
+        while position + 8 <= len(data):
+            size = int.from_bytes(data[position : position + 4], "big") + 12
+            chunk = data[position : position + size]
+            whole = chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
+            if chunk[4:8] in _PNG_CHUNKS or (chunk[4:8] == b"eXIf" and whole):
+                kept.append(chunk)
+            position += size
+        return data[:8] + b"".join(kept)
+    position = 2
+    while data[position : position + 1] == b"\xff" and data[position + 1] != 0xDA:
+        marker = data[position + 1]
+        size = int.from_bytes(data[position + 2 : position + 4], "big") + 2
+        if marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(data[position : position + size])
+        position += size
+    return data[:2] + b"".join(kept) + data[position:]
 
 
 def _draft(image: Image.Image, at_least: int) -> None:
@@ -82,12 +162,24 @@ def _draft(image: Image.Image, at_least: int) -> None:
         image.draft(None, (image.width // scale, image.height // scale))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag, found by itself: whatever else is damaged there costs nothing."""
+    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = "<" if exif.startswith(b"II") else ">"
+    with suppress(struct.error, ValueError):
+        (position,) = struct.unpack_from(order + "4xI", exif)
+        (count,) = struct.unpack_from(order + "H", exif, position)
+        for entry in range(position + 2, position + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == _ORIENTATION:
+                if kind == 2:  # text, against the rules
+                    return int(exif[entry + 8 : entry + 12].rstrip(b"\0 "))
+                layout = order + ("I" if kind in (4, 9) else "H")
+                return struct.unpack_from(layout, exif, entry + 8)[0]
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged metadata does not make a bad picture
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata does not make a bad image
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -108,8 +200,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits a pixel, of which the upper 8 are kept (Pillow's convert would clip)."""
     wide = image.convert("I")
     return wide.point(lambda value: value * (1 / 256)).convert("L")
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:120]

@@ -1,15 +1,15 @@
 """The LMDB of pictures: one key rule, one writer, one reader.
 
-A picture's key is its id without folder and without image ending (``cc3m_train/000123.jpg`` →
+A picture's key is its id without folder and without image extension (``cc3m_train/000123.jpg`` →
 ``000123``), its value the encoded bytes as they came. Readers find a picture by its id with or
-without the ending, whichever way the LMDB was written.
+without the extension, whichever way the LMDB was written.
 """
 
 import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,43 +18,48 @@ import lmdb
 
 from infogrowth.errors import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
+# What Pillow calls the formats that images.py decodes; in order of preference.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe"),
+    *(".mpo", ".apng", ".avifs", ".dib", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
+)
 MAX_KEY_BYTES = 511  # LMDB's own limit
 
-_ENDING = re.compile("(" + "|".join(map(re.escape, ENDINGS)) + ")$", re.IGNORECASE)
+_EXTENSION = re.compile("(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$", re.IGNORECASE)
 _MAGIC = 0xBEEFC0DE.to_bytes(4, "little")  # at byte 16 of every LMDB data file
 _FIRST_MAP_SIZE = 64 << 20
 _MAX_BATCH_COUNT, _MAX_BATCH_BYTES = 1000, 64 << 20
 
 
 def image_key(name: str) -> str:
-    """The key under which a picture is stored: file name without its image ending.
+    """The key under which a picture is stored: file name without its image extension.
 
-    An id without an image ending is its own key, slashes and dots included.
+    An id without an image extension is its own key, slashes and dots included.
     """
-    stem = strip_ending(name)
+    stem = strip_extension(name)
     return stem if stem == name else stem.rsplit("/", 1)[-1]
 
 
-def strip_ending(name: str) -> str:
-    """``name`` without its image ending (``.jpg``, ``.PNG``, …), folders kept."""
-    stem = _ENDING.sub("", name)
+def strip_extension(name: str) -> str:
+    """``name`` without its image extension (``.jpg``, ``.PNG``, …), folders kept."""
+    stem = _EXTENSION.sub("", name)
     return name if not stem or stem.endswith("/") else stem  # ".jpg" alone is a name
 
 
 def possible_names(name: str) -> Iterator[str]:
     """Every name under which the picture ``name`` may be stored, the surest first."""
-    stems = dict.fromkeys((image_key(name), strip_ending(name)))
+    stems = dict.fromkeys((image_key(name), strip_extension(name)))
     yield from dict.fromkeys((name, *stems, name.rsplit("/", 1)[-1]))
     for stem in stems:
-        yield from (stem + ending for ending in ENDINGS)
+        yield from (stem + extension for extension in IMAGE_EXTENSIONS)
 
 
 class LmdbWriter:
     """Adds pictures to an LMDB in batched transactions; the map grows as needed.
 
     What was committed survives a killed process. Use it as a context manager, or call
-    :meth:`close`. Pictures that are there already are never replaced.
+    :meth:`close`.
 
     Args:
         path: the LMDB's folder; made if it does not exist.
@@ -73,10 +78,13 @@ class LmdbWriter:
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
 
-    def put(self, name: str, data: bytes) -> bool:
+    def put(self, name: str, data: bytes, replace: bool = False) -> bool:
         """Store ``data`` under ``name``'s key; False, and nothing stored, if the key is taken.
 
         It is on disk after the next :meth:`commit`, which comes by itself often enough.
+
+        Args:
+            replace: store it in place of what is there.
 
         Raises:
             UserError: the key is empty or longer than 511 bytes.
@@ -87,19 +95,13 @@ class LmdbWriter:
                 f"the id {name[:60]!r} makes a key of {len(key)} bytes; "
                 f"an LMDB takes 1 to {MAX_KEY_BYTES}"
             )
-        if key in self._pending or self._stored(key) is not None:
+        if not replace and (key in self._pending or self._stored(key) is not None):
             return False
         self._pending[key] = data
         self._pending_bytes += len(data)
         if len(self._pending) >= _MAX_BATCH_COUNT or self._pending_bytes >= _MAX_BATCH_BYTES:
             self.commit()
         return True
-
-    def put_many(self, items: Iterable[tuple[str, bytes]]) -> int:
-        """Store ``(name, data)`` pairs and commit; returns how many keys were new."""
-        added = sum(self.put(name, data) for name, data in items)
-        self.commit()
-        return added
 
     def get(self, name: str) -> bytes | None:
         """What is stored (or waits for its commit) under exactly ``name``'s key."""
@@ -113,7 +115,7 @@ class LmdbWriter:
                 with _told("write", self.path), self._env.begin(write=True) as transaction:
                     # In key order pages are filled one after the other.
                     for key in sorted(self._pending):
-                        transaction.put(key, self._pending[key], overwrite=False)
+                        transaction.put(key, self._pending[key])
                 self._pending, self._pending_bytes = {}, 0
             except lmdb.MapFullError:  # the transaction is undone: once more in a bigger map
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
@@ -170,7 +172,7 @@ class LmdbImages:
         self._opened: _Opened | None = None
 
     def read(self, name: str) -> bytes:
-        """The encoded bytes of a picture, whether its id is given with the ending or without.
+        """The encoded bytes of a picture, whether its id is given with the extension or without.
 
         Raises:
             UserError: naming the id and the LMDB, if there is no such picture.

@@ -10,7 +10,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from infogrowth.data.sources import Sample, Source
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, remove_leftovers
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _AHEAD = 16  # samples per thread that are read and decoded before their turn
 
@@ -44,13 +44,17 @@ class Packed:
         samples: how many the source lists.
         stored: how many are in the LMDB now.
         resumed: how many of those an earlier run had stored.
+        replaced: how many of those an earlier run had stored as other bytes.
         skipped: (id, reason) of the others, in the source's order, after the source's own notes.
+        repairs: how many texts were read after what repair.
     """
 
     samples: int
     stored: int = 0
     resumed: int = 0
+    replaced: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)
 
     def reasons(self) -> Counter[str]:
         """How many were skipped by each kind of reason."""
@@ -58,27 +62,27 @@ class Packed:
 
 
 def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packed:
-    """Store every good picture of ``source``, and write its annotation JSON and skipped.jsonl.
+    """Store every good image of ``source``, and write its annotation JSON and skipped.jsonl.
 
-    A picture is decoded in full before it is stored, and stored as it came. Of several samples
+    An image is decoded in full before it is stored, and stored as it came. Of several samples
     with one id the first good one is kept. The JSON is sorted by id.
 
     Args:
         workers: threads that read and decode (decoders let other threads run).
-        max_pixels: larger pictures are skipped.
+        max_pixels: larger images are skipped.
 
     Raises:
-        UserError: the LMDB holds pictures of another source, the disk is full, or no sample is
+        UserError: the LMDB holds images of another source, the disk is full, or no sample is
             good.
     """
     for folder in {target.annotations.parent, target.skipped.parent}:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    packed = Packed(len(source), skipped=list(source.notes))
+    packed = Packed(len(source), skipped=list(source.notes), repairs=Counter(source.repairs))
     annotations: list[Annotation] = []
     with LmdbWriter(target.lmdb) as writer:
         names = [image_key(name) for name in source.ids]
-        _refuse_other_pictures(writer, set(names), source, target)
+        _refuse_other_images(writer, set(names), source, target)
         repeated = {name for name, count in Counter(names).items() if count > 1}
         taken: set[str] = set()
         progress = tqdm(
@@ -86,7 +90,7 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
             desc=target.lmdb.name,
             total=len(source),
             unit=" samples",
-            disable=not log.isEnabledFor(logging.INFO),
+            disable=not logger.isEnabledFor(logging.INFO),
         )
         for sample in progress:
             name = image_key(sample.id)
@@ -95,7 +99,14 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
             elif sample.problem is not None:
                 packed.skipped.append((sample.id, sample.problem))
             else:
-                packed.resumed += not _stored_now(sample, writer, target)
+                packed.repairs.update(sample.repairs)
+                assert sample.data is not None
+                if not writer.put(sample.id, sample.data):
+                    same = writer.get(sample.id) == sample.data
+                    packed.resumed += same
+                    if not same:  # the image was encoded anew since an earlier run
+                        writer.put(sample.id, sample.data, replace=True)
+                        packed.replaced += 1
                 packed.stored += 1
                 annotations.append({"image": name, "caption": sample.caption})
                 if name in repeated:
@@ -106,28 +117,15 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
     return packed
 
 
-def _refuse_other_pictures(
+def _refuse_other_images(
     writer: LmdbWriter, names: set[str], source: Source, target: Target
 ) -> None:
-    stray = next((key for key in writer.keys() if key not in names), None)  # noqa: SIM118
-    if stray is not None:
+    unexpected = next((key for key in writer.keys() if key not in names), None)  # noqa: SIM118
+    if unexpected is not None:
         raise UserError(
-            f"the LMDB {target.lmdb} holds {stray!r}, which is not in {source.path}: it was packed "
-            "from other pictures; remove it or give another --output_root"
+            f"the LMDB {target.lmdb} holds {unexpected!r}, which is not in {source.path}: it was "
+            "packed from other images; remove it or give another --output_root"
         )
-
-
-def _stored_now(sample: Sample, writer: LmdbWriter, target: Target) -> bool:
-    """Store a good sample; False if an earlier run did."""
-    assert sample.data is not None
-    if writer.put(sample.id, sample.data):
-        return True
-    if writer.get(sample.id) != sample.data:
-        raise UserError(
-            f"the LMDB {target.lmdb} holds another picture under {sample.id!r}: it was packed from "
-            "other pictures, or they changed; remove it or give another --output_root"
-        )
-    return False
 
 
 def _checked_samples(
@@ -163,7 +161,7 @@ def _checked(source: Source, number: int, known: bytes | None, max_pixels: int) 
             decode_image(sample.data or b"", max_pixels)
         except BadImage as error:
             problem = error.reason
-    return Sample(sample.id, sample.caption, None if problem else sample.data, problem)
+    return replace(sample, data=None if problem else sample.data, problem=problem)
 
 
 def _key_problem(name: str) -> str | None:

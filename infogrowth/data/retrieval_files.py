@@ -15,10 +15,12 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from infogrowth.data.captions import Unusable, caption_of
+from infogrowth.data.records import as_id
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # "restval" is the part of COCO's validation images that Karpathy's split leaves for training.
 _SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -26,7 +28,7 @@ _SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image as a caption file names it, what it shows, and what identifies it there."""
+    """An image as a caption file names it, its captions, and what identifies it there."""
 
     image: str
     captions: list[str]
@@ -38,30 +40,38 @@ def read_captioned_images(
 ) -> list[CaptionedImage]:
     """All images of a caption file, in its order, entries of one image joined.
 
+    Entries without a caption, and captions of images that the file does not list, are left out
+    with a warning.
+
     Args:
         path: the file. ``dataset_coco.json:test`` names one split of Karpathy's own file.
         split: ``train``, ``val`` or ``test``, where the path names none.
 
     Raises:
-        UserError: unreadable, none of the three forms, an entry that is not what the form asks
-            for, no split given where the file holds several, or no captions at all.
+        UserError: unreadable, none of the three forms, no split given where the file holds
+            several, or no captions at all.
     """
     file, split = _split_of(os.fspath(path), split)
     content = read_json(file, "the caption file")
-    try:
-        images = _joined(_entries(content, split, file))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the caption file {file} has an entry that is not what its form asks for "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    usable = [image for image in images if image.captions]
-    if not usable:
+    found: dict[str, CaptionedImage] = {}
+    reasons: list[str] = []
+    for name, caption, image_id in _entries(content, split, file):
+        try:
+            if not isinstance(name, str) or not name:
+                raise Unusable("it names no image")
+            texts, _ = caption_of(caption)
+        except Unusable as error:
+            reasons.append(f"{name!r:.60}: {error.reason}")
+            continue
+        image = found.setdefault(name, CaptionedImage(name, [], as_id(image_id) or name))
+        image.captions.extend([texts] if isinstance(texts, str) else texts)
+    if not found:
         part = f" in its split {split!r}" if split else ""
-        raise UserError(f"the caption file {file} holds no image with a caption{part}")
-    if len(usable) < len(images):
-        log.warning("%s: %d images without a caption left out", file, len(images) - len(usable))
-    return usable
+        why = f" ({reasons[0]})" if reasons else ""
+        raise UserError(f"the caption file {file} holds no image with a caption{part}{why}")
+    if reasons:
+        logger.warning("%s: entries left out: %d, the first: %s", file, len(reasons), reasons[0])
+    return list(found.values())
 
 
 def _split_of(path: str, split: str | None) -> tuple[str, str | None]:
@@ -73,71 +83,64 @@ def _split_of(path: str, split: str | None) -> tuple[str, str | None]:
     return path, split
 
 
-def _entries(content: Any, split: str | None, file: str) -> Iterator[CaptionedImage]:
+def _entries(content: Any, split: str | None, file: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Image, caption or captions, and id of the image, of every entry as it stands there."""
     if isinstance(content, list):
-        return _blip_entries(content, file)
-    if isinstance(content, dict) and "images" in content and "annotations" in content:
-        return _official_entries(content, file)
-    if isinstance(content, dict) and "images" in content:
-        return _karpathy_entries(content["images"], split, file)
+        rows = [entry if isinstance(entry, dict) else {} for entry in content]
+        return ((row.get("image"), row, row.get("image_id")) for row in rows)
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        images = [image for image in content["images"] if isinstance(image, dict)]
+        if isinstance(content.get("annotations"), list):
+            return _official_entries(images, content["annotations"])
+        return _karpathy_entries(images, split, file)
     raise UserError(
         f"the caption file {file} is neither a list of images with captions, Karpathy's "
         "dataset_coco.json, nor an official COCO caption file"
     )
 
 
-def _blip_entries(content: list[Any], file: str) -> Iterator[CaptionedImage]:
-    for position, entry in enumerate(content):
-        where = f"entry {position} of the caption file {file}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f"{where} must be an object with image and caption")
-        captions = entry.get("caption")
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-            raise UserError(f"{where} ({entry['image']!r}) must have a caption: text or a list")
-        yield CaptionedImage(entry["image"], captions, str(entry.get("image_id", entry["image"])))
-
-
-def _karpathy_entries(images: list[Any], split: str | None, file: str) -> Iterator[CaptionedImage]:
-    present = {image["split"] for image in images}
+def _karpathy_entries(
+    images: list[dict[str, Any]], split: str | None, file: str
+) -> Iterator[tuple[Any, Any, Any]]:
+    present = {str(image.get("split")) for image in images}
     if split is None and len(present) > 1:
         raise UserError(
             f"the caption file {file} holds the splits {', '.join(sorted(present))}: "
             f"write {file}:train, {file}:val or {file}:test"
         )
-    wanted = present if split is None else _SPLITS[split]
     for image in images:
-        if image["split"] in wanted:
-            folder = image.get("filepath", "")
-            name = f"{folder}/{image['filename']}" if folder else image["filename"]
-            captions = [sentence["raw"] for sentence in image["sentences"]]
-            yield CaptionedImage(name, captions, str(image.get("cocoid", name)))
+        if split is None or image.get("split") in _SPLITS[split]:
+            parts = (image.get("filepath"), image.get("filename"))
+            name = "/".join(part for part in parts if isinstance(part, str) and part)
+            sentences = image.get("sentences")
+            sentences = sentences if isinstance(sentences, list) else []
+            raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+            yield name, raw, image.get("cocoid")
 
 
-def _official_entries(content: dict[str, Any], file: str) -> Iterator[CaptionedImage]:
+def _official_entries(
+    images: list[dict[str, Any]], annotations: list[Any]
+) -> Iterator[tuple[Any, Any, Any]]:
     coco = COCO()
-    coco.dataset = content
+    # Ids as text, so that 802 and "802" meet; what the index does not need is not asked for.
+    coco.dataset = {
+        "images": [{**image, "id": as_id(image.get("id"))} for image in images],
+        "annotations": [
+            {"id": number, "image_id": as_id(row.get("image_id")), "caption": row.get("caption")}
+            for number, row in enumerate(annotations)
+            if isinstance(row, dict)
+        ],
+    }
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
         coco.createIndex()
-    known = set(coco.getImgIds())
-    stray = next((a for a in content["annotations"] if a["image_id"] not in known), None)
-    if stray is not None:
-        raise UserError(
-            f"the caption file {file} has a caption for image {stray['image_id']!r}, "
-            "which is not among its images"
-        )
     for image_id, image in coco.imgs.items():
-        captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
+        name, address = image.get("file_name"), str(image.get("coco_url")).split("/")
         # The address tells the folder, as in ".../val2017/000000397133.jpg".
-        address = image.get("coco_url", "").split("/")
-        folder = f"{address[-2]}/" if len(address) > 2 and address[-1] == image["file_name"] else ""
-        yield CaptionedImage(folder + image["file_name"], captions, str(image_id))
-
-
-def _joined(entries: Iterator[CaptionedImage]) -> list[CaptionedImage]:
-    """One entry per image, blank captions left out."""
-    found: dict[str, CaptionedImage] = {}
-    for entry in entries:
-        image = found.setdefault(entry.image, CaptionedImage(entry.image, [], entry.image_id))
-        image.captions.extend(caption for caption in entry.captions if caption.strip())
-    return list(found.values())
+        folder = f"{address[-2]}/" if len(address) > 2 and address[-1] == name else ""
+        captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
+        yield name and f"{folder}{name}", captions, image_id
+    unlisted = [
+        a["image_id"] for a in coco.dataset["annotations"] if a["image_id"] not in coco.imgs
+    ]
+    for image_id in unlisted:
+        yield f"image {image_id}, which is not listed", None, None

@@ -19,11 +19,11 @@ from infogrowth.annotations import Annotation
 from infogrowth.data.conditions import Condition
 from infogrowth.data.exports import as_column
 from infogrowth.data.feature_files import ID_COLUMNS
-from infogrowth.data.lmdb_store import ENDINGS
+from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS
 from infogrowth.errors import UserError
 
 POSITION = "sample_position"  # the column that orders the samples
-_EXTENSION = "(?i)(" + "|".join(map(re.escape, ENDINGS)) + ")$"
+_EXTENSION = "(?i)(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$"
 _CHUNK_ROWS = 65_536
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from infogrowth.data.captions import NO_CAPTION, first_caption
 from infogrowth.data.folders import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
 from infogrowth.data.lmdb_store import image_key, is_lmdb
@@ -22,7 +23,6 @@ from infogrowth.encoders.shards import file_digest, list_digest
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
-NO_CAPTION = "the caption is missing or empty"
 NO_IMAGE = "the image is missing"
 _INDEX_SUFFIXES = (".tar", ".parquet", ".jsonl", ".csv")
 
@@ -101,7 +101,7 @@ class SourcePairs:
         if number is None:
             raise BadImage(NO_IMAGE)
         sample = self.source.read(number)
-        caption = sample.caption if self.captions is None else self.captions[row]
+        caption = first_caption(sample.caption) if self.captions is None else self.captions[row]
         if sample.data is None or caption is None:
             raise BadImage(sample.problem or NO_IMAGE)
         return caption, sample.data
@@ -141,7 +141,7 @@ def pairs_of_source(path: str) -> PairTable:
     problems = {len(source) + i: reason for i, (_, reason) in enumerate(source.notes)}
     sizes = [
         f"{file.name} {file.stat().st_size}"
-        for file in sorted(source.path.iterdir())
+        for file in sorted(Path(source.path).iterdir())
         if file.suffix in _INDEX_SUFFIXES
     ]
     origin = {
@@ -293,12 +293,6 @@ def rows_of_batches(
     for shard, rows in shards:
         for start in range(0, max(len(rows), 1), batch_size):
             yield shard, rows[start : start + batch_size]
-
-
-def first_caption(caption: object) -> str | None:
-    """The caption that is embedded: of a list the first one that is not blank; None if none."""
-    candidates = caption if isinstance(caption, list) else [caption]
-    return next((c for c in candidates if isinstance(c, str) and c.strip()), None)
 
 
 def _checked(entry: Any, row: int) -> tuple[str, str, str | None]:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from infogrowth.data.lmdb_store import image_key, strip_ending
+from infogrowth.data.lmdb_store import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import Decision
 from infogrowth.report.dataset import GrowthTable, Neighbor
@@ -48,8 +48,8 @@ def explain(table: GrowthTable, sample_id: str) -> list[Explanation]:
     """
     rows = [row for row, name in enumerate(table.ids) if name == sample_id]
     if not rows:
-        stem = strip_ending(sample_id)
-        rows = [row for row, name in enumerate(table.ids) if strip_ending(name) == stem]
+        stem = strip_extension(sample_id)
+        rows = [row for row, name in enumerate(table.ids) if strip_extension(name) == stem]
     if not rows:
         key = image_key(sample_id)
         rows = [row for row, name in enumerate(table.ids) if image_key(name) == key]

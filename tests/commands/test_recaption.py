@@ -271,7 +271,7 @@ def test_a_picture_that_is_gone_is_skipped_and_recorded(work, model, tmp_path, t
     assert _table(tmp_path / "table").ids == [f"{n:03d}.jpg" for n in (1, *range(3, PAIRS))]
     lines = (tmp_path / "table" / "skipped.jsonl").read_text().splitlines()
     assert {e["id"]: e["reason"] for e in map(json.loads, lines)} == {
-        "000.jpg": "the image is missing", "002.jpg": "not an image that can be read",
+        "000.jpg": "the image is missing", "002.jpg": "not an image in a format that is read",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infogrowth.data.captions import pre_caption, pre_question
+from infogrowth.data.captions import pre_caption
 
 ROWS = json.loads(
     (Path(__file__).parents[1] / "golden" / "schedules_pre_caption.json").read_text("utf-8")
@@ -17,8 +17,7 @@ def test_the_fixture_is_all_there():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{n}" for n in range(len(ROWS))])
-def test_captions_and_questions_are_cleaned_as_in_the_papers_code(row):
+def test_captions_are_cleaned_as_in_the_papers_code(row):
     assert pre_caption(row["input"], 30) == row["max_words_30"]
     assert pre_caption(row["input"], 5) == row["max_words_5"]
     assert pre_caption(row["input"]) == row["default_50"]
-    assert pre_question(row["input"], 50) == row["question_50"]

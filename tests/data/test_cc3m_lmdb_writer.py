@@ -146,13 +146,13 @@ def bad_pile(folder: Path) -> dict[str, str]:
     return {
         "empty": "the image is empty",
         "truncated": "the image is truncated or corrupt",
-        "html": "not an image that can be read",
+        "html": "not an image in a format that is read: HTML",
         "giant": "the image has more than 100000 pixels",
         "nocaption": "the caption is missing or empty",
         "blank": "the caption is missing or empty",
         "twice": "the id occurred before: the first one is kept",
         "badjson": "the .json beside the image is not valid JSON",
-        "orphan": "there is no image beside the caption",
+        "orphan": "there is no image of this name",
     }
 
 
@@ -187,7 +187,7 @@ def test_names_too_long_for_a_file_are_skipped(tmp_path, pictures):
     lines = [{"file_name": name, "text": "x"} for name in ("a.jpg", "b" * 600 + ".jpg")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert write("--image_root", tmp_path) == 0
-    assert skipped(tmp_path) == {"b" * 600: "cannot be read: File name too long"}
+    assert skipped(tmp_path) == {"b" * 600: "the file that the metadata names is missing"}
 
 
 def test_ids_too_long_for_a_key_are_skipped(tmp_path, pictures):
@@ -311,14 +311,15 @@ def test_an_lmdb_of_other_pictures_is_left_alone(tmp_path, pairs, capsys):
     assert not (tmp_path / "cc3m_train.json").exists()
 
 
-def test_a_picture_that_changed_under_its_id_is_told(tmp_path, pairs, capsys):
+def test_an_image_that_was_encoded_anew_replaces_the_one_that_is_stored(tmp_path, pairs, capsys):
     write_flat(tmp_path / "cc3m_train", pairs)
     assert write("--image_root", tmp_path) == 0
     before = results(tmp_path)
     (tmp_path / "cc3m_train" / "000000003.jpg").write_bytes(jpeg(77))
-    assert write("--image_root", tmp_path) == 2
-    assert "holds another picture under '000000003'" in capsys.readouterr().err
-    assert results(tmp_path) == before
+    assert write("--image_root", tmp_path) == 0
+    assert "(11 of them by an earlier run) (1 anew" in capsys.readouterr().out
+    images, *others = results(tmp_path)
+    assert images == {**before[0], "000000003": jpeg(77)} and tuple(others) == before[1:]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_a_picture_that_changed_under_its_id_is_told(tmp_path, pairs, capsys):
     [
         (["--image_root", "nowhere"], "--image_root nowhere does not exist or is not a folder"),
         ([], "image_root is missing"),
-        (["--image_root", "."], "holds no image–caption pairs in a known layout"),
+        (["--image_root", "."], "holds no image–caption pairs"),
         (["--image_root", ".", "--workers", "0"], "--workers must be at least 1 or auto, not 0"),
         (["--image_root", ".", "--workers", "many"], "workers must be"),
         (["--image_root", ".", "--max_pixels", "0"], "--max_pixels must be at least 1, not 0"),

@@ -7,9 +7,10 @@ import zlib
 import numpy as np
 import pytest
 from drawn_pictures import drawn, encoded
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
-from infogrowth.data.images import BadImage, decode_image
+from infogrowth.data.images import FORMATS, BadImage, decode_image
+from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS
 
 
 def array(data: bytes, **options) -> np.ndarray:
@@ -115,6 +116,53 @@ def test_damaged_exif_does_not_make_a_bad_picture():
     assert array(data).shape == (48, 64, 3)
 
 
+def exif_with(orientation: bytes, before: bytes = b"") -> bytes:
+    """EXIF of one directory: the orientation as given, after another entry."""
+    entries = [before, orientation] if before else [orientation]
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries)
+
+
+def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        exif_with(entry(0x0112, 3, 1, b"\x06")),
+        exif_with(entry(0x0112, 3, 2, b"\x06\0\x06")),  # two where one belongs
+        exif_with(entry(0x0112, 4, 1, b"\x06")),
+        exif_with(entry(0x0112, 2, 2, b"6")),  # as text
+        exif_with(entry(0x0112, 3, 1, b"\x06"), before=entry(0x010E, 2, 99, b"\xff\xff\xff\xff")),
+        exif_with(entry(0x0112, 3, 1, b"\x06"), before=entry(0x010F, 77, 1, b"")),
+        exif_with(entry(0x0112, 3, 1, b"\x06"), before=entry(0x8769, 4, 1, b"\xff\xff\xff")),
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_the_orientation_counts_whatever_is_wrong_around_it(exif, format):
+    assert array(encoded(drawn(5), format, exif=exif)).shape == (64, 48, 3)
+
+
+def test_large_or_damaged_metadata_costs_nothing():
+    profile = bytes(3_000_000)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    text.add_text("note", "hello")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png = encoded(drawn(1), "PNG", icc_profile=profile, pnginfo=text, exif=exif)
+    damaged = png.replace(b"hello", b"jello")  # its checksum no longer fits
+    expected = np.asarray(drawn(1).transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(array(damaged), expected)
+    assert array(encoded(drawn(1), icc_profile=profile)).shape == (48, 64, 3)
+
+
+def test_extensions_of_images_are_those_of_the_formats_that_are_decoded():
+    Image.init()
+    known = {e for e, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO", "DIB")}
+    assert known - {".pfm"} == set(IMAGE_EXTENSIONS)  # its pixels are floating-point
+
+
 def test_a_large_jpeg_may_be_decoded_smaller_but_not_below_the_need():
     data = encoded(drawn(6, (1000, 600)))
     assert decode_image(data).size == (1000, 600)
@@ -135,10 +183,12 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
     ("data", "reason"),
     [
         (b"", "the image is empty"),
-        (b"<html>404 not found</html>", "not an image that can be read"),
+        (b"<html>404 not found</html>", "not an image in a format that is read: HTML"),
+        (b"<?xml version='1.0'?><svg xmlns='x'/>", "not an image in a format that is read: SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "not an image in a format that is read: HEIC"),
         (b"\0" * 5000, "not an image that can be read"),
-        (b"\xff\xd8\xff", "not an image that can be read"),
-        (EPS, "not an image that can be read"),
+        (b"\xff\xd8\xff", "the image is truncated or corrupt: "),
+        (EPS, "not an image in a format that is read: PostScript"),
         (JPEG[: len(JPEG) // 2], "the image is truncated or corrupt: "),
         (JPEG[:-200], "the image is truncated or corrupt: "),
         (PNG[: len(PNG) // 2], "the image is truncated or corrupt: "),

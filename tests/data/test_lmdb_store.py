@@ -20,7 +20,7 @@ from infogrowth.errors import UserError
 def packed(tmp_path, pictures):
     path = tmp_path / "pictures.lmdb"
     with LmdbWriter(path) as writer:
-        assert writer.put_many((f"{key}.jpg", data) for key, data in pictures.items()) == 12
+        assert all(writer.put(f"{key}.jpg", data) for key, data in pictures.items())
     return path
 
 
@@ -66,7 +66,8 @@ def test_the_papers_lmdbs_with_endings_in_their_keys_are_read_too(tmp_path, aske
 
 def test_keys_with_folders_are_found_with_an_ending_too(tmp_path):
     with LmdbWriter(tmp_path / "x") as writer:
-        writer.put_many([("cat/001", b"cat"), ("dog/001", b"dog")])
+        writer.put("cat/001", b"cat")
+        writer.put("dog/001", b"dog")
     images = LmdbImages(tmp_path / "x")
     assert (images.read("dog/001.jpg"), images.read("cat/001")) == (b"dog", b"cat")
 
@@ -211,8 +212,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_committed(tmp_path):
         from infogrowth.errors import UserError
         try:
             with LmdbWriter(sys.argv[1]) as writer:
-                writer.put_many([("kept", b"k" * 1000)])
-                writer.put_many((f"{n}", b"x" * 100_000) for n in range(40))
+                writer.put("kept", b"k" * 1000)
+                writer.commit()
+                for n in range(40):
+                    writer.put(f"{n}", b"x" * 100_000)
+                writer.commit()
         except UserError as error:
             sys.exit(f"told: {error}")
     """

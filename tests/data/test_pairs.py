@@ -21,7 +21,8 @@ from infogrowth.errors import UserError
 @pytest.fixture
 def packed(tmp_path, pictures):
     with LmdbWriter(tmp_path / "lmdb") as writer:
-        writer.put_many(pictures.items())
+        for key, data in pictures.items():
+            writer.put(key, data)
     return tmp_path / "lmdb"
 
 
@@ -113,7 +114,8 @@ def test_a_bad_picture_is_replaced_the_same_way_every_time(damaged, annotations,
 
 def test_only_bad_pictures_are_an_error_not_an_endless_search(tmp_path, annotations, pictures):
     with LmdbWriter(tmp_path / "bad") as writer:
-        writer.put_many((key, b"no picture") for key in pictures)
+        for key in pictures:
+            writer.put(key, b"no picture")
     dataset = PairDataset(annotations, tmp_path / "bad", evaluation_transform(16))
     with pytest.raises(UserError, match="20 images in a row could not be decoded"):
         dataset[0]

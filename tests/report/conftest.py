@@ -60,7 +60,8 @@ def made(tmp_path_factory) -> Made:
     samples = make_samples(160)
     lmdb = folder / "pictures"
     with LmdbWriter(lmdb) as writer:
-        writer.put_many((s["id"], s["picture"]) for s in samples)
+        for sample in samples:
+            writer.put(sample["id"], sample["picture"])
     rows, image, text = grow(samples)
     growth = folder / "growth <b>&amp;"
     write_growth(growth, rows, image, text, images=str(lmdb))

@@ -1,0 +1,154 @@
+"""One rule for folders and archives: which files together are a sample."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from infogrowth.data.captions import decode_text
+from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS, strip_extension
+
+_CAPTIONS = (".txt", ".caption", ".text", ".json")  # in order of preference
+_UNUSUAL = "image"  # instead of the extension of an image that does not have one
+_IMAGES = frozenset((*IMAGE_EXTENSIONS, _UNUSUAL))
+_RANK = {kind: n for n, kind in enumerate((*IMAGE_EXTENSIONS, _UNUSUAL, *_CAPTIONS))}
+NO_IMAGE = "there is no image of this name"
+ANOTHER_FORMAT = "there is no image of this name, only a file in a format that is not read"
+
+
+class Entry(NamedTuple):
+    """An image with its captions, as numbers of files.
+
+    Attributes:
+        id: their common name, which is the id of the sample.
+        image: -1 if there is none.
+        captions: surest first.
+        problem: why there is no image.
+    """
+
+    id: str
+    image: int
+    captions: tuple[int, ...]
+    problem: str | None
+
+
+def extension_of(name: str) -> str:
+    """The extension in lower case, with its dot; empty if there is none."""
+    base = name.rpartition("/")[2]
+    return "." + base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def key_of(name: str) -> str:
+    """The path that files of one sample share: ``photo`` for ``photo.jpg.txt``."""
+    return image_id(_without_extension(name))
+
+
+def image_id(name: str) -> str:
+    """The id of an image: its path without image extension, as :func:`clean_name` has it."""
+    while (shorter := strip_extension(name)) != name:
+        name = shorter
+    return clean_name(name)
+
+
+def _without_extension(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.rpartition(".")[0] or base)
+
+
+def clean_name(name: str) -> str:
+    """A name in the form in which names are compared, and ids are made of them."""
+    if not name.isascii():
+        name = decode_text(name.encode("utf-8", "surrogateescape"))[0]
+        name = unicodedata.normalize("NFC", name)
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def entries_of(
+    names: Sequence[str], archive: bool = False, named: frozenset[int] = frozenset()
+) -> tuple[list[Entry], Counter[str]]:
+    """The samples that some files make, and how many of what kind make none.
+
+    A sample is one image with all captions of its name; several images of one name are several
+    samples of one id. In an archive a name may occur again: then only members that follow one
+    another belong together. There, ``x.image.png`` and ``x.caption.txt`` are a sample too, as
+    webdataset has it, unless an ending would be a number, as in ``22.05.png``.
+
+    Args:
+        archive: names may repeat, and their order tells.
+        named: numbers of files that are images whatever their extension, since a record says so.
+    """
+    kinds = [extension_of(name) for name in names]
+    for n in named:
+        kinds[n] = kinds[n] if kinds[n] in IMAGE_EXTENSIONS else _UNUSUAL
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(key_of(name), []).append(number)
+    if archive:
+        _join_up_to_first_dot(found, kinds)
+    with_images = {
+        name.rpartition("/")[0] for name, kind in zip(names, kinds, strict=True) if kind in _IMAGES
+    }
+    entries: list[Entry] = []
+    ignored: Counter[str] = Counter()
+    for key, numbers in found.items():
+        for part in _parts(numbers, names) if archive else [numbers]:
+            images = [n for n in part if kinds[n] in _IMAGES]
+            captions = [n for n in part if kinds[n] in _CAPTIONS]
+            others = [n for n in part if kinds[n] not in _RANK]
+            if not images and captions and others:
+                problem = f"{ANOTHER_FORMAT}: {kinds[others[0]]}"
+                entries.append(Entry(key, others.pop(0), tuple(captions), problem))
+            elif not images and captions:
+                if names[captions[0]].rpartition("/")[0] in with_images:
+                    entries.append(Entry(key, -1, tuple(captions), NO_IMAGE))
+                else:
+                    others += captions
+            images.sort(key=lambda n: (_RANK[kinds[n]], names[n]))
+            entries.extend(_with_captions(key, images, captions, names))
+            ignored.update(kinds[n] or "files without extension" for n in others)
+    return entries, ignored
+
+
+def _with_captions(
+    key: str, images: list[int], captions: list[int], names: Sequence[str]
+) -> Iterator[Entry]:
+    """Each image with the captions that are its own (``x.png.txt``), then those of the name."""
+    captions.sort(key=lambda n: (_RANK[extension_of(names[n])], names[n]))
+    owners = {n: _without_extension(names[n]) for n in captions}
+    present = {names[image] for image in images}
+    for position, image in enumerate(images):
+        own = [n for n in captions if owners[n] == names[image]]
+        shared = [n for n in captions if owners[n] not in present]
+        apart = f"-{extension_of(names[image])[1:]}" if own and position else ""
+        yield Entry(key + apart, image, (*own, *shared), None)
+
+
+def _parts(numbers: list[int], names: Sequence[str]) -> list[list[int]]:
+    """The members of one key; where a name occurs twice, the runs without a repetition."""
+    if len({names[n] for n in numbers}) == len(numbers):
+        return [numbers]
+    runs: list[list[int]] = [[]]
+    for n in numbers:
+        run = runs[-1]
+        if run and (n != run[-1] + 1 or names[n] in {names[m] for m in run}):
+            runs.append(run := [])
+        run.append(n)
+    return runs
+
+
+def _join_up_to_first_dot(found: dict[str, list[int]], kinds: Sequence[str]) -> None:
+    """Join keys that are no sample by themselves but are one up to their first dot."""
+    joined: dict[str, list[str]] = {}
+    for key in found:
+        folder, slash, base = key.rpartition("/")
+        first, _, rest = base.partition(".")
+        if first and not rest[:1].isdigit():
+            joined.setdefault(folder + slash + first, []).append(key)
+    for key, parts in joined.items():
+        if len(parts) < 2:
+            continue
+        images = [len([n for n in found[part] if kinds[n] in _IMAGES]) for part in parts]
+        captions = [len([n for n in found[part] if kinds[n] in _CAPTIONS]) for part in parts]
+        whole = any(image and caption for image, caption in zip(images, captions, strict=True))
+        if sum(images) == 1 and sum(captions) and not whole:
+            found[key] = sorted(n for part in parts for n in found.pop(part))

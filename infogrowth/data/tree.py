@@ -1,0 +1,187 @@
+"""The files below a folder: what a source is made of, and what in it is no part of one."""
+
+import bz2
+import fcntl
+import gzip
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from infogrowth.errors import UserError
+
+_HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "PaxHeader")
+_RESULT = re.compile(
+    r"(cc3m_(train|val|test)\.json|lmdb_(train|val|test)_skipped\.jsonl|.*\.tmp-[\w-]+)$"
+)
+_RESULT_FOLDERS = {"data.mdb", "img_emb", "text_emb", "features.json", "growth.json"}
+_COPIES_HELD = 4  # decompressed tars
+# What damaged archives raise, compressed or not.
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+_DECOMPRESSION: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(file, "zstd"),
+    b"\x04\x22\x4d\x18": lambda file: pa.CompressedInputStream(file, "lz4"),
+}
+
+
+@dataclass
+class Listing:
+    """All files below a folder, at any depth, links followed, each folder once.
+
+    Attributes:
+        files: their paths from the root, with ``/``, sorted.
+        folders: those of the folders.
+        ignored: how many of what kind are no part of a source: hidden ones, results of ours, …
+        notes: (path, reason) of folders that cannot be listed.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Tree:
+    """A folder whose files are read by their paths from it; picklable.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.fspath(root)
+        if not os.path.isdir(self.root):
+            raise UserError(f"the image folder {root} does not exist or is not a folder")
+        self._copies = _Copies()
+
+    def walk(self) -> Listing:
+        """Go through all folders."""
+        listing = Listing()
+        seen: set[tuple[int, int]] = set()
+        pending = [""]
+        while pending:
+            pending.extend(self._list(pending.pop(), seen, listing))
+        listing.files.sort()
+        return listing
+
+    def _list(self, folder: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
+        """Note the files of one folder; returns the folders in it."""
+        below: list[str] = []
+        try:
+            status = os.stat(self.path(folder))
+            if (status.st_dev, status.st_ino) in seen:
+                listing.ignored["folders that a link leads to a second time"] += 1
+                return []
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(self.path(folder)) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            listing.notes.append((folder, f"the folder cannot be read: {error.strerror}"))
+            return []
+        if folder and not _RESULT_FOLDERS.isdisjoint(entry.name for entry in entries):
+            listing.ignored["folders with results of infogrowth"] += 1
+            return []
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if is_hidden(entry.name):
+                listing.ignored["hidden files and folders"] += 1
+            elif entry.is_dir():
+                below.append(name)
+                listing.folders.append(name)
+            elif _RESULT.match(entry.name):
+                listing.ignored["results of infogrowth"] += 1
+            elif entry.is_file() or entry.is_symlink():  # a broken link is told when it is read
+                listing.files.append(name)
+            else:
+                listing.ignored["neither files nor folders"] += 1
+        return below
+
+    def path(self, name: str) -> str:
+        """Where a file of the tree lies."""
+        return os.path.join(self.root, name) if name else self.root
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        with open(self.path(name), "rb", buffering=0) as file:
+            return file.read()
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in."""
+        return open(self.path(name), "rb")
+
+    def open_decompressed(self, name: str) -> BinaryIO:
+        """The content of a compressed file, to read and seek in."""
+        return self._copies.open(name, lambda: decompressed(self.open(name)))
+
+
+class _Copies:
+    """The last few decompressed files, in a temporary folder that all processes share."""
+
+    def __init__(self) -> None:
+        self._folder: str | None = None
+
+    def open(self, name: str, stream: Callable[[], BinaryIO | None]) -> BinaryIO:
+        """A file's copy, made now if it is not there; what cannot be decompressed is left out."""
+        self.prepare()
+        assert self._folder is not None
+        copy = os.path.join(self._folder, hashlib.sha256(os.fsencode(name)).hexdigest())
+        try:
+            return open(copy, "rb")
+        except FileNotFoundError:
+            pass
+        with open(os.path.join(self._folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # also among threads: each has opened it by itself
+            if not os.path.exists(copy):
+                with open(copy + ".part", "wb") as file, suppress(*DAMAGE):
+                    shutil.copyfileobj(stream(), file, 1 << 20)  # type: ignore[arg-type]
+                os.replace(copy + ".part", copy)
+                copies = [entry for entry in os.scandir(self._folder) if entry.name != "lock"]
+                copies.sort(key=lambda entry: entry.stat().st_mtime_ns)
+                for old in copies[:-_COPIES_HELD]:
+                    os.unlink(old)  # whoever reads it has it open
+            return open(copy, "rb")
+
+    def prepare(self) -> None:
+        """Make the folder: before other processes begin, so that they share it."""
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="infogrowth-")
+            weakref.finalize(self, _remove, self._folder, os.getpid())
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path leads through something that systems hide: ``._x.jpg``, ``__MACOSX``, …"""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part in _HIDDEN for part in parts)
+
+
+def decompressed(file: BinaryIO) -> BinaryIO | None:
+    """What a compressed file holds, as a stream; None if it is not compressed, by its first bytes.
+
+    gzip, bzip2, xz, zstd and lz4 are known.
+    """
+    magic = file.read(6)
+    file.seek(0)
+    for start, opened in _DECOMPRESSION.items():
+        if magic.startswith(start):
+            return opened(file)
+    return None
