@@ -150,5 +150,5 @@ def _join_up_to_first_dot(found: dict[str, list[int]], kinds: Sequence[str]) -> 
         images = [len([n for n in found[part] if kinds[n] in _IMAGES]) for part in parts]
         captions = [len([n for n in found[part] if kinds[n] in _CAPTIONS]) for part in parts]
         whole = any(image and caption for image, caption in zip(images, captions, strict=True))
-        if sum(images) == 1 and sum(captions) and not whole:
+        if sum(images) == 1 and sum(captions) > 0 and not whole:
             found[key] = sorted(n for part in parts for n in found.pop(part))
