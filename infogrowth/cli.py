@@ -18,11 +18,11 @@ from infogrowth.config import add_flags, config_from_args
 from infogrowth.errors import UserError, exit_status
 
 VERBS = (
-    *("run", "pack", "embed", "recaption", "grow", "select"),
+    *("run", "pack", "embed", "recaption", "score", "grow", "select"),
     *("report", "explain", "sweep", "compare"),
 )
 # Under the launcher rank 0 does the others alone.
-SHARED_WORK = ("run", "embed", "recaption", "grow")
+SHARED_WORK = ("run", "embed", "recaption", "score", "grow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -92,6 +92,42 @@ class BlipEncoder:
         return self.encode_tokens(self.tokenize(captions))
 
 
+class BlipMatcher:
+    """BLIP's matching head (ITM): how likely a caption belongs to an image, read together.
+
+    Args as for :class:`BlipEncoder`.
+    """
+
+    def __init__(
+        self, path: Path, name: str, device: torch.device, vocabulary: str | None = None
+    ) -> None:
+        self.name = name
+        self._model, tokenizer = _open(path, BlipDual, device, vocabulary)
+        self._model.eval()
+        self.preprocess = ResizeToSquare(self._model.config.image_size)
+        self.tokenize = CaptionTokenizer(
+            tokenizer,
+            partial(pre_caption, max_words=_MAX_WORDS),
+            padding="longest",
+            max_length=_MAX_TOKENS,
+            return_token_type_ids=False,
+        )
+        reading = {"words": _MAX_WORDS, "tokens": _MAX_TOKENS, "head": "itm"}
+        self.fingerprint = _blip_fingerprint(self._model, tokenizer, reading)
+        self._device = device
+        self._normalize = Normalize(device)
+
+    def match(self, images_BCHW: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """The probability ``(B,) float32`` that each caption belongs to its image, on the CPU."""
+        on_device = moved(tokens, self._device)
+        with torch.inference_mode(), half_on_cuda(self._device):
+            image_tokens_BLW, _ = self._model.encode_image(self._normalize(images_BCHW))
+            logits_B2 = self._model.itm_logits(
+                image_tokens_BLW, on_device["input_ids"], on_device["attention_mask"]
+            )
+        return logits_B2.float().softmax(dim=1)[:, 1].cpu()
+
+
 class BlipDescriber:
     """BLIP's vision tower and text decoder as a captioner (beam search, no sampling).
 

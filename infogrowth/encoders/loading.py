@@ -10,6 +10,7 @@ from infogrowth.files import read_json
 if TYPE_CHECKING:
     import torch
 
+    from infogrowth.encoders.blip import BlipMatcher
     from infogrowth.encoders.protocols import Captioner, DualEncoder
 
 BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_blip"}
@@ -44,6 +45,24 @@ def load_encoder(
     from infogrowth.encoders.huggingface import HuggingFaceDualEncoder
 
     return HuggingFaceDualEncoder(path, name, torch.device(device))
+
+
+def load_matcher(
+    name: str, device: "str | torch.device" = "cpu", vocabulary: str | None = None
+) -> "BlipMatcher":
+    """The BLIP called ``name`` as a judge of pairs; names as for :func:`load_encoder`.
+
+    Raises:
+        UserError: nothing of that name, or a model that is no BLIP.
+    """
+    import torch
+
+    from infogrowth.encoders.blip import BlipMatcher
+
+    path = locate(name, "matcher")
+    if not _is_blip(path):
+        raise UserError(f"{name} is no BLIP, and only a BLIP has a matching head; give --matcher")
+    return BlipMatcher(path, name, torch.device(device), vocabulary)
 
 
 def load_captioner(

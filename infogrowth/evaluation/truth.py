@@ -25,6 +25,20 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - smallest) / (n_positive * n_negative))
 
 
+def precision_at_recall(scores: np.ndarray, positive: np.ndarray, recall: float) -> float:
+    """The precision of the highest scores, as many as hold this share of the positive samples;
+    samples that score the same are taken together.
+
+    Args:
+        scores: ``(N,)`` real numbers; positive: ``(N,)`` booleans with at least one True.
+    """
+    scores, positive = np.asarray(scores), np.asarray(positive, dtype=bool)
+    wanted = int(np.ceil(recall * positive.sum() - 1e-9))
+    threshold = np.sort(scores[positive])[::-1][wanted - 1]
+    taken = scores >= threshold
+    return float(positive[taken].mean())
+
+
 @dataclass(frozen=True)
 class Detection:
     """How well a set of flagged samples matches the truth; shares are 0 … 1."""

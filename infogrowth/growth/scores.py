@@ -1,0 +1,123 @@
+"""How well a caption fits its image, from their features: the cosine, or the normalised cosine.
+
+A score is a function of unit rows ``(N, D), (N, D) -> (N,) float64``; cleaning compares it with
+its thresholds. The paper's score is the cosine, :func:`infogrowth.neighbors.rows.row_products`.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infogrowth.errors import UserError, refusing
+from infogrowth.files import atomic_write
+from infogrowth.neighbors.rows import row_products, unit_rows
+from infogrowth.randomness import generator
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+REFERENCE_ROWS = 4096
+TEMPERATURE = 0.07
+_BLOCK_ROWS = 256
+
+
+class NegClip:
+    """The negated CLIP loss of each pair (Wang et al., arXiv 2405.19547): its cosine, less what the
+    image would give to other captions and the caption to other images,
+
+        cos(x, y) − τ/2 · (log Σ_b exp(cos(x, y_b)/τ) + log Σ_b exp(cos(x_b, y)/τ)).
+
+    There the sums go over the pair itself and the rest of a random batch, averaged over batches.
+    Here the rest is one fixed reference set of R pairs, drawn once from the features with a seed:
+    a pair's score depends on itself and the reference alone, never on batches, order or ranks. A
+    pair that is in the reference is no other one to itself.
+
+    Args:
+        image, text: (R, D) float32 unit rows of the reference.
+        temperature: τ; CLIP ends its training at 0.01, BLIP begins at 0.07.
+    """
+
+    def __init__(self, image: np.ndarray, text: np.ndarray, temperature: float = TEMPERATURE):
+        if not 0 < temperature < 10:
+            raise UserError(f"the temperature must be above 0 and below 10, not {temperature!r}")
+        self.image, self.text, self.temperature = image, text, float(temperature)
+        self._pairs = {_bytes(image, text, row): row for row in range(len(image))}
+        # In double precision, and rounded to single in the end: the bits are the same whatever
+        # the number of rows that a matrix product is asked for at once.
+        self._image, self._text = image.T.astype(np.float64), text.T.astype(np.float64)
+
+    def __call__(self, image: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Scores (N,) float64 of the pairs (N, D), (N, D)."""
+        cosines = row_products(image, text)
+        own = cosines / self.temperature
+        sums = np.empty((2, len(image)))
+        for start in range(0, len(image), _BLOCK_ROWS):
+            rows = slice(start, min(start + _BLOCK_ROWS, len(image)))
+            itself = [self._pairs.get(_bytes(image, text, r), -1) for r in range(start, rows.stop)]
+            sums[0, rows] = self._others(image[rows], self._text, itself)
+            sums[1, rows] = self._others(text[rows], self._image, itself)
+        losses = np.logaddexp(sums, own).sum(axis=0)
+        return (cosines - self.temperature / 2 * losses).astype(np.float32).astype(np.float64)
+
+    def digest(self) -> str:
+        """Tells one reference and temperature from another."""
+        content = (self.image.tobytes(), self.text.tobytes(), repr(self.temperature).encode())
+        return hashlib.blake2b(b"".join(content), digest_size=8).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference as .npz, whole or not at all."""
+        with atomic_write(path) as file:
+            np.savez(file, image=self.image, text=self.text, temperature=self.temperature)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "NegClip":
+        """What :meth:`save` wrote; UserError when it is missing or damaged."""
+        faults = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with refusing(path, "the reference of negclip", *faults), np.load(path) as held:
+            return NegClip(held["image"], held["text"], float(held["temperature"]))
+
+    def _others(self, rows: np.ndarray, reference: np.ndarray, itself: list[int]) -> np.ndarray:
+        """log Σ exp(cosine / τ) over the reference, but for the pair itself."""
+        logits = (rows.astype(np.float64) @ reference) / self.temperature
+        known = np.flatnonzero(np.array(itself) >= 0)
+        logits[known, np.array(itself)[known]] = -np.inf
+        largest = logits.max(axis=1, initial=-np.inf)
+        largest[~np.isfinite(largest)] = 0.0
+        with np.errstate(divide="ignore"):
+            return largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+
+
+def draw_reference(
+    features: Any,
+    temperature: float = TEMPERATURE,
+    rows: int = REFERENCE_ROWS,
+    seed: int = 0,
+) -> NegClip:
+    """A reference of up to ``rows`` pairs drawn from a FeatureStream, the same for the same one.
+
+    Raises:
+        UserError: none of them can be used.
+    """
+    chosen = np.arange(features.rows)
+    if features.rows > rows:
+        chosen = np.sort(generator(seed, "negclip").choice(features.rows, rows, replace=False))
+    parts = [features.row(row) for row in chosen.tolist()]
+    image, image_faults = unit_rows(np.concatenate([part.image for part in parts]))
+    text, text_faults = unit_rows(np.concatenate([part.text for part in parts]))
+    usable = (image_faults == 0) & (text_faults == 0)
+    if not usable.any():
+        raise UserError(f"no pair of {features.path} has usable features")
+    return NegClip(image[usable], text[usable], temperature)
+
+
+def reference_path(growth: str | os.PathLike[str]) -> Path:
+    """Where a growth folder keeps its reference."""
+    return Path(growth) / "reference.npz"
+
+
+def _bytes(image: np.ndarray, text: np.ndarray, row: int) -> bytes:
+    return image[row].tobytes() + text[row].tobytes()
