@@ -16,6 +16,7 @@ from infogrowth.files import remove_leftovers
 from infogrowth.growth.decisions import Reason
 from infogrowth.growth.ledger import GrowthFolder
 from infogrowth.growth.sampling import normalized_gains
+from infogrowth.growth.thresholds import PAPERS_RULE, StreamEstimate, Thresholds
 
 HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
 log = logging.getLogger(__name__)
@@ -38,8 +39,15 @@ class Config:
         None, help="JSON list of ids: these rows of --features are the clean starting set"
     )
     recaptions: str | None = option(None, help="a table of other captions (infogrowth recaption)")
-    min_align: float | Literal["auto"] = option(
-        0.4, help="lowest cosine of image and caption to keep; auto: found from the seeds"
+    min_align: float | str | None = option(
+        None,
+        help="lowest cosine of image and caption to keep; auto: what best tells the seeds from "
+        "swapped ones; auto:0.98: what leaves the stream 98 % pure [0.4, or that of the folder]",
+    )
+    min_recaption_align: float | str | None = option(
+        None,
+        help="what a new caption must reach; auto: the 0.75 quantile of the seeds' own "
+        "[min_align, or that of the folder]",
     )
     k: int = option(4, help="a gain is the mean distance to this many nearest kept samples")
     index: Literal["auto", "exact", "approximate"] = option("auto", help="neighbor search")
@@ -173,13 +181,45 @@ def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: floa
     if again:  # a sample that was processed again is counted twice above
         lines.append(("samples still out", f"{totals['pairs'] - again - totals['dataset']:,}"))
     settings = folder.settings
-    rule = str(settings["min_align_rule"]).partition(":")[0]
+    thresholds = Thresholds.of_settings(settings)
+    rule = thresholds.min_align_rule.partition(": ")[0]
     speed = f"{processed:,} pairs in {seconds:.1f} s ({processed / seconds:,.0f} pairs/s)"
     lines += [
         ("in the dataset", f"{totals['dataset']:,}"),
-        ("min_align", f"{settings['min_align']:.4f} ({rule})"),
+        ("min_align", f"{thresholds.min_align:.4f} ({rule})"),
+        *_recaption_lines(thresholds),
+        *_purity_lines(thresholds, folder.estimate()),
         ("this run", speed if processed else "nothing new: every sample was already decided"),
     ]
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
     return f"{table}\ngrowth folder: {config.growth}\nwritten: {', '.join(config.output)}"
+
+
+def _recaption_lines(thresholds: Thresholds) -> list[tuple[str, str]]:
+    rule = thresholds.min_recaption_align_rule.partition(": ")[0]
+    if rule == PAPERS_RULE:
+        return []
+    return [("min_recaption_align", f"{thresholds.min_recaption_align:.4f} ({rule})")]
+
+
+def _purity_lines(thresholds: Thresholds, estimate: StreamEstimate | None) -> list[tuple[str, str]]:
+    """What is estimated about the stream so far; nothing without seeds."""
+    if estimate is None:
+        return []
+    low, high = (f"{100 * share:.1f}" for share in estimate.noise_interval)
+    purity = float(estimate.purity(thresholds.min_align))
+    lost = float(estimate.right_lost(thresholds.min_align))
+    aim = thresholds.purity
+    if aim is not None and purity < aim - 0.01:
+        log.warning(
+            "what was added is noisier than what min_align was chosen on: about %.1f %% pure, not "
+            "%.1f %%; begin another --growth folder to choose it again",
+            100 * purity, 100 * aim,
+        )  # fmt: skip
+    aimed = f" (aim: {100 * (1 - aim):.3g} %)" if aim is not None else ""
+    return [
+        ("wrong captions (estimate)", f"{100 * estimate.noise:.1f} % of the stream ({low}–{high})"),
+        ("  left above min_align", f"{100 * (1 - purity):.1f} %{aimed}"),
+        ("  right ones below it", f"{100 * lost:.1f} %"),
+    ]

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from tqdm import tqdm
 from infogrowth.annotations import SPACES
 from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
+from infogrowth.encoders.awaiting import stream_alignments
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
-from infogrowth.growth.engine import InfoGrowth
+from infogrowth.growth.engine import DEFAULT_MIN_ALIGN, InfoGrowth
 from infogrowth.growth.ledger import GrowthFolder, GrowthPaths, Manifest
 from infogrowth.growth.ledger_writer import GrowthLedger, check_settings
 from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
+from infogrowth.growth.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from infogrowth.commands.grow import Config
@@ -65,8 +68,13 @@ class GrowSession:
         self._features = features
         self._recaptions = RecaptionTable(recaptions) if recaptions else None
         self._recaptions_digest = recaptions.fingerprint(recaptions.rows) if recaptions else None
+        self._stream_alignments: np.ndarray | None = None
         self._ledger: GrowthLedger | None = None
         self._last_commit = time.monotonic()
+        given = config.min_align
+        self._requested = Thresholds.requested(
+            DEFAULT_MIN_ALIGN if given is None else given, config.min_recaption_align
+        )
         try:
             settings, manifest = on_main(self._open_folder)
             self._sources = manifest.sources if self._ledger is None else self._ledger.sources
@@ -95,10 +103,13 @@ class GrowSession:
             seed_ids: only these samples of the stream; None for all.
         """
         todo = plan_seeds(self._sources, stream, _digest(seed_ids))
-        undetermined = self._engine.min_align is None
+        undetermined = not self._engine.thresholds.resolved
         if undetermined and stream is None:
+            name = (
+                "min_align" if self._engine.thresholds.min_align is None else "min_recaption_align"
+            )
             raise UserError(
-                "min_align auto is found from a clean starting set: give --seed-features or "
+                f"{name} auto is found from a clean starting set: give --seed-features or "
                 "--seed-ids, or a number"
             )
         if not undetermined:
@@ -108,8 +119,12 @@ class GrowSession:
         choose = None
         if todo and seed_ids is not None:
             choose = _with_id(_found_seeds(stream, seed_ids))
+        if todo and undetermined and self._engine.thresholds.purity:
+            log.info("estimating how many captions of %s are wrong", self._features.path)
+            alignments = partial(stream_alignments, self._features, seed_ids or ())
+            self._stream_alignments = on_main(alignments)
         for number in todo:
-            # The threshold comes from all seeds together, so they are inserted in one step.
+            # The thresholds come from all seeds together, so they are inserted in one step.
             size = stream.rows if undetermined else self._config.batch_size
             self._read(number, stream, "seeding", choose, size)
         if undetermined:
@@ -176,7 +191,7 @@ class GrowSession:
         if len(batch):
             samples = (batch.ids, captions, batch.image, batch.text)
             if self._sources[number].kind == "seed":
-                decisions = self._engine.seed(*samples)
+                decisions = self._engine.seed(*samples, stream=self._stream_alignments)
             else:
                 decisions = self._engine.process(*samples, recaptions=self._recaptions)
             decided.append((decisions, batch.rows))
@@ -211,6 +226,12 @@ class GrowSession:
         config = self._config
         common: dict[str, Any] = {"device": self._device.type, "memory_mb": config.memory_mb}
         if settings is not None:
+            # Those of the folder, unless others are given.
+            before: dict[str, Any] = Thresholds.of_settings(settings).requests
+            asked: dict[str, Any] = {name: getattr(config, name) for name in before}
+            self._requested = Thresholds.requested(
+                **{name: before[name] if value is None else value for name, value in asked.items()}
+            )
             wanted = self._settings()
             check_settings(GrowthPaths(config.growth).directory, settings, wanted)
             if settings.get("index") != wanted["index"]:
@@ -220,12 +241,9 @@ class GrowSession:
                     "it is not known whether these features have the encoder of the dataset"
                 )
         if settings is None or manifest.rows == 0:
+            requests: dict[str, Any] = self._requested.requests
             return InfoGrowth(
-                k=config.k,
-                min_align=config.min_align,
-                index=config.index,
-                modality=config.modality,
-                **common,
+                config.k, index=config.index, modality=config.modality, **requests, **common
             )
         folder = GrowthFolder(GrowthPaths(config.growth).directory, settings, manifest)
         ids, captions, gains = folder.kept_samples()
@@ -245,12 +263,10 @@ class GrowSession:
     def _settings(self) -> dict[str, Any]:
         """The settings of this run, in the form of growth.json."""
         config, features = self._config, self._features
-        is_auto = config.min_align == "auto"
         encoder = features.encoder
         return {
             "k": config.k,
-            "min_align": None if is_auto else config.min_align,
-            "min_align_rule": "auto" if is_auto else "given",
+            **asdict(self._requested),
             "modality": config.modality,
             "index": config.index,
             "dimension": {space: features.dimensions.get(space) for space in SPACES},
@@ -263,8 +279,7 @@ class GrowSession:
             return
         settings = self._settings()
         if self._ledger.settings is None:
-            settings["min_align"] = self._engine.min_align
-            settings["min_align_rule"] = self._engine.min_align_rule
+            settings |= asdict(self._engine.thresholds)
         self._ledger.begin(settings)
 
 
@@ -273,6 +288,10 @@ class RecaptionTable(Mapping[str, Recaption]):
 
     def __init__(self, stream: FeatureStream):
         self._stream = stream
+        about = stream.description
+        imported = about.get("captions")
+        name = (about.get("captioner") or {}).get("name")
+        self._captioner = name or (f"imported from {imported}" if imported else None)
         self._rows: dict[str, int] = {}
         for batch in stream.batches(65536):
             self._rows.update(zip(batch.ids, batch.rows.tolist(), strict=True))
@@ -280,7 +299,7 @@ class RecaptionTable(Mapping[str, Recaption]):
     def __getitem__(self, sample: str) -> Recaption:
         batch = self._stream.row(self._rows[sample])
         assert batch.text is not None
-        return Recaption(batch.captions[0], batch.text[0])
+        return Recaption(batch.captions[0], batch.text[0], self._captioner)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -14,6 +14,7 @@ from infogrowth.commands.embed import (
 from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
+from infogrowth.growth.thresholds import Thresholds
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ class Config:
     growth: str | None = option(
         None, help="after growing: recaption what this growth folder dropped for its alignment"
     )
-    min_align: float | Literal["auto"] = option(
-        0.4, help="with --features: a number, or auto (from the seeds, as `grow` does)"
+    min_align: float | str = option(
+        0.4, help="with --features: a number, auto or auto:0.98 (from the seeds, as `grow` does)"
     )
     seed_ids: str | None = option(None, help="JSON list of seed ids; seeds are left as they are")
     seed_features: str | None = option(None, help="features folder of the seeds")
@@ -144,9 +145,9 @@ def _awaiting(config: Config) -> "Awaiting | None":
     from infogrowth.encoders.awaiting import (
         awaiting_in_features,
         awaiting_in_growth,
-        min_align_of_seeds,
         open_pairs,
         seeds_in_features,
+        thresholds_of_seeds,
     )
 
     if config.growth is not None:
@@ -157,14 +158,15 @@ def _awaiting(config: Config) -> "Awaiting | None":
     seeds = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if config.all:
         return awaiting_in_features(features, None)
-    min_align = config.min_align
-    if min_align == "auto" and config.seed_ids:
-        min_align = min_align_of_seeds(seeds_in_features(features, seeds), config.seed_ids)
-    elif min_align == "auto":
-        assert config.seed_features is not None
-        seeding = open_pairs(config.seed_features)
-        min_align = min_align_of_seeds(seeding.batches(16_384), config.seed_features)
-    return awaiting_in_features(features, min_align, seeds)
+    thresholds = Thresholds.requested(config.min_align)
+    if not thresholds.resolved:
+        if config.seed_ids:
+            batches, what = seeds_in_features(features, seeds), config.seed_ids
+        else:
+            assert config.seed_features is not None
+            batches, what = open_pairs(config.seed_features).batches(16_384), config.seed_features
+        thresholds = thresholds_of_seeds(thresholds, batches, what, features, seeds)
+    return awaiting_in_features(features, thresholds.min_align, seeds)
 
 
 def _images(
@@ -238,8 +240,9 @@ def _refuse_nonsense(config: Config) -> None:
         raise UserError("give --features DIR, --growth DIR, or --captions FILE.json")
     if config.all and config.features is None:
         raise UserError("--all goes with --features DIR")
-    automatic = config.features is not None and config.min_align == "auto" and not config.all
-    if automatic and config.seed_ids is None and config.seed_features is None:
+    automatic = not Thresholds.requested(config.min_align).resolved and not config.all
+    without_seeds = config.seed_ids is None and config.seed_features is None
+    if config.features is not None and automatic and without_seeds:
         raise UserError("--min-align auto needs seeds: give --seed-ids or --seed-features")
     if config.beams < 1 or config.max_tokens < 1:
         raise UserError("--beams and --max-tokens must be at least 1")

@@ -1,21 +1,23 @@
 """Which samples want a new caption: those that growth drops, or would drop, for their alignment."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import choose_min_align, is_below
+from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import validate
 from infogrowth.growth.ledger import PENDING_REASONS, read_growth
+from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
 logger = logging.getLogger(__name__)
 
 _ROWS = 16_384
+_MAX_BLOCKS = 64  # about a million alignments say enough about a stream
 
 
 @dataclass
@@ -85,12 +87,20 @@ def awaiting_in_growth(directory: str) -> Awaiting:
     return awaiting
 
 
-def min_align_of_seeds(seeds: Iterable[FeatureBatch], what: str) -> float:
-    """What ``min_align: auto`` means with these seeds; the very rule of growth.
+def thresholds_of_seeds(
+    requested: Thresholds,
+    seeds: Iterable[FeatureBatch],
+    what: str,
+    features: FeatureStream,
+    seed_ids: Collection[str] = (),
+) -> Thresholds:
+    """What ``auto`` means with these seeds and features; the very rules of growth.
 
     Args:
         seeds: batches that hold nothing but seeds, in order.
         what: how an error calls them.
+        features: the stream.
+        seed_ids: its samples that are seeds.
 
     Raises:
         UserError: there are none, or too few.
@@ -99,9 +109,26 @@ def min_align_of_seeds(seeds: Iterable[FeatureBatch], what: str) -> float:
     if not batches:
         raise UserError(f"no sample of the features is in {what}")
     image, text, usable = _unit_rows(FeatureBatch.join(batches))
-    chosen = choose_min_align(image[usable], text[usable])
-    logger.info("min_align = %.4f (auto, from %d seeds)", chosen, int(usable.sum()))
-    return chosen
+    stream = stream_alignments(features, seed_ids) if requested.purity else None
+    return requested.resolve(image[usable], text[usable], stream)
+
+
+def stream_alignments(features: FeatureStream, seed_ids: Collection[str] = ()) -> np.ndarray:
+    """Alignments of a stream's samples, without seeds, on which its purity is estimated.
+
+    Of more than a million rows evenly spaced blocks are read: a choice that depends on nothing
+    but the number of rows, and sees the beginning of the stream as well as its end.
+    """
+    blocks = -(-features.rows // _ROWS)
+    chosen = np.unique(np.linspace(0, blocks - 1, min(blocks, _MAX_BLOCKS)).round().astype(int))
+    parts = [np.empty(0)]
+    for block in chosen.tolist():
+        stop = min((block + 1) * _ROWS, features.rows)
+        for batch in features.batches(_ROWS, block * _ROWS, stop):
+            image, text, usable = _unit_rows(batch)
+            usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
+            parts.append(row_products(image, text)[usable])
+    return np.concatenate(parts)
 
 
 def seeds_in_features(features: FeatureStream, ids: frozenset[str]) -> Iterable[FeatureBatch]:

@@ -9,11 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
-
-_SWAPS = 32  # swapped partners tried per seed when min_align is chosen from the seeds
 
 
 def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
@@ -22,13 +19,16 @@ def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
 
 
 def clean_pairs(
-    batch: Decisions, min_align: float, recaptions: Mapping[str, Recaption] | None
+    batch: Decisions,
+    min_align: float,
+    recaptions: Mapping[str, Recaption] | None,
+    min_recaption_align: float,
 ) -> np.ndarray:
     """Clean N image–caption pairs; returns which of them pass, (N,) bool.
 
-    A sample under `min_align` takes its recaption if that reaches `min_align`; a sample that aligns
-    is never recaptioned, and an alignment equal to `min_align` passes. Alignments, reasons and new
-    captions with their features are entered in `batch`.
+    A sample under `min_align` takes its recaption if that reaches `min_recaption_align`; a sample
+    that aligns is never recaptioned, and an alignment equal to its threshold passes. Alignments,
+    reasons, captioners and new captions with their features are entered in `batch`.
     """
     image, text = batch.features["image"], batch.features["text"]
     alignment = row_products(image, text)
@@ -38,17 +38,17 @@ def clean_pairs(
     batch.reason_codes[batch.usable & ~low] = REASON_CODE[Reason.ALIGNED]
     batch.reason_codes[low] = REASON_CODE[Reason.LOW_ALIGNMENT]
     if recaptions:
-        _recaption(batch, np.flatnonzero(low), min_align, recaptions)
+        _recaption(batch, np.flatnonzero(low), min_recaption_align, recaptions)
     return batch.usable & (~low | batch.recaptioned)
 
 
 def _recaption(
     batch: Decisions,
     low_rows: np.ndarray,
-    min_align: float,
+    min_recaption_align: float,
     recaptions: Mapping[str, Recaption],
 ) -> None:
-    """Give the samples `low_rows` their recaptions where these align."""
+    """Give the samples `low_rows` their recaptions where these align well enough."""
     image = batch.features["image"]
     rows, features, captions = [], [], []
     for row in low_rows.tolist():
@@ -57,6 +57,7 @@ def _recaption(
             continue
         feature, reason = _recaption_feature(recaption, image.shape[1], batch.ids[row])
         batch.reason_codes[row] = REASON_CODE[reason]
+        batch.captioners[row] = recaption.captioner
         if feature is not None:
             rows.append(row)
             features.append(feature)
@@ -65,7 +66,8 @@ def _recaption(
         return
     candidates = np.concatenate(features)
     alignment = row_products(image[rows], candidates)
-    aligned = np.flatnonzero(~is_below(alignment, min_align))
+    batch.recaption_alignment[rows] = alignment
+    aligned = np.flatnonzero(~is_below(alignment, min_recaption_align))
     taken = np.array(rows)[aligned]
     batch.captions = list(batch.captions)
     for number, row in zip(aligned.tolist(), taken.tolist(), strict=True):
@@ -93,34 +95,3 @@ def _recaption_feature(
     if trouble[0] == Trouble.NONE:
         return unit, Reason.LOW_RECAPTION
     return None, Reason[f"RECAPTION_{Trouble(int(trouble[0])).name}"]
-
-
-def choose_min_align(image: np.ndarray, text: np.ndarray) -> float:
-    """A threshold from the seeds themselves: what best tells right captions from swapped ones.
-
-    `image` and `text` (N, D) float32 unit rows of a clean seed set. The alignments of the N right
-    pairs are set against those of up to 32 N swapped ones (image i with the caption of seed
-    i + 1, i + 2, …); the value with the highest balanced accuracy is returned (Youden's rule), the
-    middle of the widest gap if several are equally good. Raises UserError if the seeds are too
-    few or all alike.
-    """
-    right = row_products(image, text)
-    swapped_parts = []
-    for shift in range(1, min(len(image), _SWAPS + 1)):
-        other = np.roll(text, shift, axis=0)
-        differs = (other != text).any(axis=1)  # an equal caption is no wrong one
-        swapped_parts.append(row_products(image, other)[differs])
-    swapped = np.concatenate(swapped_parts) if swapped_parts else np.empty(0)
-    values = np.unique(np.concatenate([right, swapped]))
-    if len(swapped) == 0 or len(values) < 2:
-        raise UserError(
-            "min_align 'auto' needs at least two seed samples with different captions; "
-            "give more seeds, or a number."
-        )
-    accuracy = (
-        1 - np.searchsorted(np.sort(right), values[1:]) / len(right)
-        + np.searchsorted(np.sort(swapped), values[1:]) / len(swapped)
-    )  # fmt: skip
-    gaps = np.where(np.isclose(accuracy, accuracy.max(), rtol=0, atol=1e-12), np.diff(values), -1)
-    best = int(gaps.argmax())
-    return float((values[best] + values[best + 1]) / 2)

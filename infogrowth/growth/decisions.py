@@ -75,16 +75,21 @@ SCHEMA = pa.schema(
         ("text_distances", pa.list_(pa.float64())),
         ("caption", pa.string()),
         ("original_caption", pa.string()),
+        ("recaption_alignment", pa.float64()),  # of the new caption that was tried, taken or not
+        ("captioner", pa.string()),  # who wrote it
+        ("recaption_rule", pa.string()),  # what a new caption had to reach, where it was taken
     ]
 )
 
 
 @dataclass(frozen=True)
 class Recaption:
-    """Another caption for a sample, and the feature (D,) of that caption, of any length."""
+    """Another caption for a sample, the feature (D,) of that caption, of any length, and who wrote
+    it, for the record."""
 
     caption: str | None
     text_feature: Any
+    captioner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Decision:
 
     `alignment` is that of the final caption, `original_alignment` that of the caption it came
     with. Neighbors are (id, cosine distance), nearest first, as they were before it was decided.
+    Where a new caption was tried, its alignment and its captioner are told, and if it was taken
+    what it had to reach.
     """
 
     id: str
@@ -106,6 +113,9 @@ class Decision:
     text_neighbors: list[tuple[str, float]]
     caption: Any
     original_caption: Any
+    recaption_alignment: float | None = None
+    captioner: str | None = None
+    recaption_rule: str | None = None
 
 
 @dataclass
@@ -123,6 +133,9 @@ class Decisions(Sequence[Decision]):
         kept: (N,) bool, the sample joined the dataset.
         recaptioned: (N,) bool, it took its recaption.
         alignment, original_alignment: (N,) float64, NaN where a feature is unusable.
+        recaption_alignment: (N,) float64, that of the new caption that was tried, NaN without one.
+        captioners: by row, who wrote it.
+        recaption_rule: what it had to reach.
         gains: (N, 2) float64: image, text; NaN where there is none.
         neighbors: per space the nearest samples of the dataset before each sample.
     """
@@ -140,6 +153,9 @@ class Decisions(Sequence[Decision]):
         self.usable = self.reason_codes == UNDECIDED
         self.kept, self.recaptioned = np.zeros(count, bool), np.zeros(count, bool)
         self.alignment, self.original_alignment = np.full(count, np.nan), np.full(count, np.nan)
+        self.recaption_alignment = np.full(count, np.nan)
+        self.captioners: dict[int, str | None] = {}
+        self.recaption_rule: str | None = None
         self.gains = np.full((count, 2), np.nan)
 
     def __len__(self) -> int:
@@ -188,6 +204,12 @@ class Decisions(Sequence[Decision]):
             if unchanged
             else pa.array(self.original_captions, pa.string()),
         }
+        rows = range(len(self))
+        columns["recaption_alignment"] = pa.array(self.recaption_alignment, from_pandas=True)
+        columns["captioner"] = pa.array(map(self.captioners.get, rows), pa.string())
+        columns["recaption_rule"] = pa.array(
+            (self.recaption_rule if taken else None for taken in self.recaptioned), pa.string()
+        )
         for space in SPACES:
             columns |= self._neighbor_columns(space)
         return pa.table({name: columns[name] for name in SCHEMA.names[1:]})
@@ -235,6 +257,9 @@ class Decisions(Sequence[Decision]):
             text_neighbors=neighbors("text"),
             caption=self.captions[row],
             original_caption=self.original_captions[row],
+            recaption_alignment=_number(self.recaption_alignment[row]),
+            captioner=self.captioners.get(row),
+            recaption_rule=self.recaption_rule if self.recaptioned[row] else None,
         )
 
 

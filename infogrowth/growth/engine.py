@@ -12,15 +12,17 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from dataclasses import asdict
+from typing import Any, Self
 
 import numpy as np
 
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import choose_min_align, clean_pairs
+from infogrowth.growth.cleaning import clean_pairs
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, validate
 from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
+from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, Neighbors, create_index
 from infogrowth.neighbors.rows import as_matrix, unit_rows
 
@@ -28,6 +30,7 @@ __all__ = ["InfoGrowth", "Recaption"]
 
 log = logging.getLogger(__name__)
 
+DEFAULT_MIN_ALIGN = 0.4  # the paper's, for BLIP base
 BLOCK_ROWS = 16384  # samples looked up together
 MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, for no insight
 
@@ -38,14 +41,16 @@ class InfoGrowth:
     Args:
         k: how many nearest kept samples the gain is the mean distance to.
         min_align: the lowest cosine of image and caption feature that is kept. "auto" takes the
-            value that best tells the seeds' captions from swapped ones (`choose_min_align`), at
-            the first call of `seed`.
+            value that best tells the seeds' captions from swapped ones, "auto:0.98" the lowest
+            that leaves the stream 98 % pure; both are found at the first call of `seed`.
         index: "exact", "approximate" (for millions of samples) or "auto".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         modality: "pair" (image and caption) or "image" (images with class labels as captions).
         memory_mb: bound on the scratch memory of a search, per index.
         sharded: spread the kept features over the ranks of the process group; None: if there is one
             of several ranks. All ranks must then make the same calls with the same data.
+        min_recaption_align: what a new caption must reach: a number, "auto" (the 0.75 quantile of
+            the seeds' own alignments), or None, the paper's rule: `min_align`.
 
     Raises UserError for settings that make no sense. A call that fails changes nothing.
     """
@@ -53,19 +58,19 @@ class InfoGrowth:
     def __init__(
         self,
         k: int = 4,
-        min_align: float | Literal["auto"] = 0.4,
+        min_align: float | str = DEFAULT_MIN_ALIGN,
         index: str = "auto",
         device: str = "auto",
         modality: str = "pair",
         memory_mb: float = 256,
         sharded: bool | None = None,
+        min_recaption_align: float | str | None = None,
     ) -> None:
-        _check_settings(k, min_align, index, modality, memory_mb)
+        self.thresholds = Thresholds.requested(min_align, min_recaption_align)
+        _check_settings(k, self.thresholds, index, modality, memory_mb)
         self.k = k
         self.modality = modality
         self.spaces = SPACES if modality == "pair" else SPACES[:1]
-        self.min_align: float | None = None if min_align == "auto" else float(min_align)
-        self.min_align_rule = "auto, not yet chosen" if min_align == "auto" else "given"
         self._index_kind = index
         self._device, self._memory_mb, self._sharded = device, memory_mb, sharded
         self._indexes: dict[str, NeighborIndex] = {}
@@ -79,14 +84,22 @@ class InfoGrowth:
         return len(self._ids)
 
     def seed(
-        self, ids: Any, captions: Any, image_features: Any, text_features: Any = None
+        self,
+        ids: Any,
+        captions: Any,
+        image_features: Any,
+        text_features: Any = None,
+        stream: Any = None,
     ) -> Decisions:
         """Insert a clean starting set, in order and unfiltered (unusable features and repeated ids
-        excepted). Features (N, D), any float type, need not be unit length."""
+        excepted). Features (N, D), any float type, need not be unit length. `stream` (S,) are the
+        alignments of the samples to come, or of a fair part of them; a purity is estimated there.
+        """
         batch = self._validate(ids, captions, image_features, text_features)
         with self._all_or_nothing():
-            if self.min_align is None:
-                self._choose_min_align(batch)
+            if not self.thresholds.resolved:
+                image, text = (batch.features[space][batch.usable] for space in SPACES)
+                self.thresholds = self.thresholds.resolve(image, text, stream)
             return self._grow(batch, -np.inf, None, Reason.SEED)
 
     def process(
@@ -105,13 +118,14 @@ class InfoGrowth:
             ids, captions = [ids], [captions]
             image_features, text_features = _one_row(image_features), _one_row(text_features)
         batch = self._validate(ids, captions, image_features, text_features)
-        if self.min_align is None:
+        min_align = self.thresholds.min_align
+        if min_align is None or not self.thresholds.resolved:
             raise UserError(
-                "min_align 'auto' is chosen from a clean starting set: call seed() first "
-                "(--seed-features), or give a number."
+                "min_align or min_recaption_align 'auto' is chosen from a clean starting set: call "
+                "seed() first (--seed-features), or give a number."
             )
         with self._all_or_nothing():
-            decisions = self._grow(batch, self.min_align, recaptions, None)
+            decisions = self._grow(batch, min_align, recaptions, None)
         return decisions[0] if single else decisions
 
     # --- clean → gain → grow ---------------------------------------------------------------------
@@ -131,7 +145,10 @@ class InfoGrowth:
             self._indexes = {space: self._new_index(width) for space, width in widths.items()}
         batch.neighbors = {space: _no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "pair":
-            aligned = clean_pairs(batch, min_align, recaptions)
+            recaption_align = self.thresholds.min_recaption_align
+            assert recaption_align is not None
+            batch.recaption_rule = self.thresholds.recaption_rule
+            aligned = clean_pairs(batch, min_align, recaptions, recaption_align)
             if passed is not None:
                 batch.reason_codes[aligned] = REASON_CODE[passed]
             for rows in _blocks(len(batch), BLOCK_ROWS):
@@ -205,15 +222,6 @@ class InfoGrowth:
         chosen = {space: features[space] for space in self.spaces}
         return validate(ids, captions, chosen, dimension, self._ids)
 
-    def _choose_min_align(self, batch: Decisions) -> None:
-        image, text = (batch.features[space][batch.usable] for space in SPACES)
-        self.min_align = choose_min_align(image, text)
-        self.min_align_rule = (
-            f"auto: best balanced accuracy between the captions of {len(image)} seeds and "
-            "swapped ones"
-        )
-        log.info("min_align = %.4f (%s)", self.min_align, self.min_align_rule)
-
     def _new_index(self, dimension: int) -> NeighborIndex:
         from infogrowth import distributed
 
@@ -225,7 +233,7 @@ class InfoGrowth:
     def _all_or_nothing(self) -> Iterator[None]:
         """Whatever goes wrong inside, the dataset is afterwards as it was before."""
         count, indexes = len(self), dict(self._indexes)
-        rule = self.min_align, self.min_align_rule
+        thresholds = self.thresholds
         try:
             yield
         except BaseException:
@@ -235,7 +243,7 @@ class InfoGrowth:
             self._known.difference_update(self._ids[count:])
             self._class_counts.subtract(self._captions[count:] if self.modality == "image" else [])
             del self._ids[count:], self._captions[count:], self._gains[2 * count :]
-            self.min_align, self.min_align_rule = rule
+            self.thresholds = thresholds
             raise
 
     # --- what has grown --------------------------------------------------------------------------
@@ -271,8 +279,7 @@ class InfoGrowth:
         sizes = {space: index.dimension for space, index in self._indexes.items()}
         return {
             "k": self.k,
-            "min_align": self.min_align,
-            "min_align_rule": self.min_align_rule,
+            **asdict(self.thresholds),
             "modality": self.modality,
             "index": self._index_kind,
             "dimension": {space: sizes.get(space) for space in SPACES},
@@ -298,18 +305,15 @@ class InfoGrowth:
         Features are (N, D) arrays, or lists of such parts in order (memory-mapped ones are fine).
         Raises UserError if the parts do not belong together.
         """
-        unresolved = settings["min_align"] is None
         growth = cls(
             k=settings["k"],
-            min_align="auto" if unresolved else settings["min_align"],
             index=index or settings.get("index", "auto"),
             device=device,
             modality=settings.get("modality", "pair"),
             memory_mb=memory_mb,
             sharded=sharded,
         )
-        if not unresolved:
-            growth.min_align_rule = settings.get("min_align_rule", "given")
+        growth.thresholds = Thresholds.of_settings(settings)
         for space, features in zip(SPACES, (image_features, text_features), strict=True):
             if space in growth.spaces:
                 growth._restore_index(space, features, len(ids))
@@ -378,19 +382,14 @@ def _one_row(features: Any) -> Any:
 
 
 def _check_settings(
-    k: int, min_align: float | str, index: str, modality: str, memory_mb: float
+    k: int, thresholds: Thresholds, index: str, modality: str, memory_mb: float
 ) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise UserError(f"k must be a whole number of at least 1, not {k!r}.")
     if k > MAX_K:
         raise UserError(f"k must be at most {MAX_K}, not {k!r}: a gain is local.")
-    if isinstance(min_align, str):
-        if min_align != "auto":
-            raise UserError(f"min_align must be a number or 'auto', not {min_align!r}.")
-        if modality == "image":
-            raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
-    elif not -1 <= min_align <= 1:  # NaN is refused too
-        raise UserError(f"min_align must lie between -1 and 1, not {min_align!r}.")
+    if modality == "image" and not thresholds.resolved:
+        raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
     if index not in INDEX_KINDS:
         raise UserError(f"index must be one of {', '.join(INDEX_KINDS)}, not {index!r}.")
     if modality not in ("pair", "image"):

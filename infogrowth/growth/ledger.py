@@ -27,6 +27,7 @@ from infogrowth.errors import UserError
 from infogrowth.files import read_json
 from infogrowth.growth.decisions import SCHEMA, Reason
 from infogrowth.growth.plan import Features, SourceProgress
+from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, estimate_stream
 
 FORMAT = 1
 PENDING_REASONS = frozenset(
@@ -209,6 +210,32 @@ class GrowthFolder:
                 elif reason in PENDING_REASONS:
                     pending.add(sample)
         return pending - joined
+
+    def estimate(self) -> StreamEstimate | None:
+        """How many captions of all that was processed are wrong, by the seeds and the recorded
+        alignments; None where there are too few of either."""
+        if self.spaces != SPACES:
+            return None
+        kinds = np.array([source.kind for source in self.manifest.sources] or [""])
+        seeds, parts = 0, [np.empty(0)]
+        for table in self.decision_parts(("source", "reason", "original_alignment")):
+            seeds += pc.sum(pc.equal(table["reason"], Reason.SEED)).as_py() or 0
+            own = pc.fill_null(table["original_alignment"], float("nan")).to_numpy()
+            parts.append(own[kinds[table["source"].to_numpy()] == "stream"])
+        stream = np.concatenate(parts)
+        stream = stream[np.isfinite(stream)]
+        if seeds < MIN_SEEDS or not len(stream):
+            return None
+        image, text = (self._first_kept_features(space, seeds) for space in SPACES)
+        return estimate_stream(image, text, stream)
+
+    def _first_kept_features(self, space: str, count: int) -> np.ndarray:
+        parts: list[np.ndarray] = []
+        for rows in self.kept_feature_parts(space):
+            parts.append(rows[: count - sum(map(len, parts))])
+            if sum(map(len, parts)) == count:
+                break
+        return np.concatenate(parts)
 
     def rows_of(self, sources: Sequence[int]) -> np.ndarray:
         """Rows in their features of all samples decided in these sources, in order."""

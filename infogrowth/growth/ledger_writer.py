@@ -40,6 +40,7 @@ from infogrowth.growth.ledger import (
     read_manifest,
 )
 from infogrowth.growth.plan import SourceProgress
+from infogrowth.growth.thresholds import Thresholds
 
 # What must stay as it was when the folder was begun; `index` may change (it is only recorded).
 _UNCHANGING = ("k", "modality", "dimension")
@@ -212,21 +213,20 @@ class GrowthLedger:
 def check_settings(directory: Path, have: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to continue a dataset with other settings; UserError names the first difference."""
     pairs = {name: (have.get(name), asked.get(name)) for name in _UNCHANGING}
-    have_auto = str(have.get("min_align_rule", "")).startswith("auto")
-    asked_auto = str(asked.get("min_align_rule", "")).startswith("auto")
-    if have_auto != asked_auto or not asked_auto:
-        pairs["min_align"] = (
-            f"auto ({have['min_align']:g})" if have_auto else have["min_align"],
-            "auto" if asked_auto else asked["min_align"],
-        )
+    found, wanted = Thresholds.of_settings(have), Thresholds.of_settings(asked)
+    for name, request in found.requests.items():
+        if request != wanted.requests[name]:
+            value = getattr(found, name)
+            was = f"{request} ({value:g})" if isinstance(request, str) else request
+            pairs[name] = (was, wanted.requests[name])
     old, new = have.get("encoder"), asked.get("encoder")
     if old and new:  # the encoder of foreign features may be unknown
         pairs["encoder"] = (_encoder(old), _encoder(new))
-    for name, (was, wanted) in pairs.items():
-        if was != wanted:
+    for name, (was, now) in pairs.items():
+        if was != now:
             raise UserError(
                 f"{directory} was grown with {name} {_readable(was)}, and this run has "
-                f"{_readable(wanted)}; use the same, or another --growth folder"
+                f"{_readable(now)}; use the same, or another --growth folder"
             )
 
 

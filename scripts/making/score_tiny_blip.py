@@ -27,7 +27,7 @@ from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.protocols import DualEncoder
 from infogrowth.evaluation.truth import auroc, detection
 from infogrowth.files import read_json
-from infogrowth.growth.cleaning import choose_min_align
+from infogrowth.growth.thresholds import choose_min_align
 
 BATCH = 100
 

@@ -42,7 +42,7 @@ BAD_OPTIONS = {
     "k of a half": (["--k", "2.5"], "--k must be a whole number"),
     "batch of zero": (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
     "commit of zero": (["--commit-rows", "0"], "commit_rows must be at least 1, not 0"),
-    "min_align of words": (["--min-align", "some"], "--min-align must be a number, not 'some'"),
+    "min_align of words": (["--min-align", "some"], "min_align must be a number"),
     "min_align of NaN": (["--min-align", "nan"], "min_align"),
     "min_align above one": (["--min-align", "40"], "min_align"),
     "unknown index": (["--index", "exakt"], "--index must be one of .*did you mean 'exact'"),

@@ -333,7 +333,7 @@ def test_another_encoder_than_that_of_the_images_is_refused(
         (["--features", "/nowhere"], "/nowhere do not exist"),
         (["--growth", "/nowhere"], "/nowhere"),
         (["--captions", "/nowhere.json"], "/nowhere.json does not exist"),
-        (["--features", "F", "--min-align", "high"], "min-align must be"),
+        (["--features", "F", "--min-align", "high"], "min_align must be"),
     ],
 )
 def test_wrong_options_are_one_sentence(arguments, message, tmp_path, capsys):

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import choose_min_align
 from infogrowth.growth.engine import InfoGrowth
 from infogrowth.neighbors.rows import Trouble, fold_sum, row_products, unit_rows
 
@@ -39,52 +37,6 @@ def test_products_have_the_same_bits_alone_and_together_in_numpy_and_torch(dimen
     assert together.tolist() == alone
     doubles = torch.from_numpy(left).double() * torch.from_numpy(right)
     assert fold_sum(doubles).tolist() == alone
-
-
-def seeds(noise, count=400, dimension=32):
-    random = np.random.default_rng(1)
-    image = random.normal(size=(count, dimension))
-    text = image + noise * random.normal(size=image.shape)
-    return unit_rows(image)[0], unit_rows(text)[0]
-
-
-@pytest.mark.parametrize("noise", [0.5, 1.5])
-def test_auto_min_align_best_separates_right_from_swapped_captions(noise):
-    image, text = seeds(noise)
-    chosen = choose_min_align(image, text)
-    products = image.astype(float) @ text.T
-    right = np.diag(products)
-    swapped = products[~np.eye(len(image), dtype=bool)]
-
-    def accuracy(threshold):
-        return ((right >= threshold).mean() + (swapped < threshold).mean()) / 2
-
-    best = max(accuracy(value) for value in np.linspace(-1, 1, 801))
-    assert accuracy(chosen) > best - 0.01
-    assert best > 0.85
-
-
-def test_auto_min_align_is_the_middle_of_the_gap_in_a_hand_made_case():
-    # right pairs align with 0.8, swapped ones with 0
-    image = np.eye(4, dtype=np.float32)[:2]
-    text = np.array([[0.8, 0, 0.6, 0], [0, 0.8, 0, 0.6]], np.float32)
-    assert choose_min_align(image, text) == pytest.approx(0.4, abs=1e-6)
-
-
-def test_auto_min_align_is_recorded_and_used_and_needs_seeds():
-    image, text = seeds(0.5)
-    ids = [f"s{number}" for number in range(len(image))]
-    growth = InfoGrowth(min_align="auto", device="cpu")
-    with pytest.raises(UserError, match=r"seed\(\) first"):
-        growth.process(ids, ids, image, text)
-    with pytest.raises(UserError, match="at least two seed"):
-        growth.seed(ids[:1], ids[:1], image[:1], text[:1])
-    assert growth.settings["min_align"] is None and len(growth) == 0
-    growth.seed(ids[:300], ids[:300], image[:300], text[:300])
-    assert growth.settings["min_align"] == choose_min_align(image[:300], text[:300])
-    assert growth.settings["min_align_rule"].startswith("auto: ")
-    swapped = growth.process(ids[300:], ids[300:], image[300:], np.roll(text[300:], 1, axis=0))
-    assert swapped.verdicts.count("dropped") > 95
 
 
 def label_oracle(ids, labels, image, k, min_align):
