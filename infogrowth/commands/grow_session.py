@@ -21,7 +21,7 @@ from tqdm import tqdm
 from infogrowth.annotations import SPACES
 from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
-from infogrowth.encoders.awaiting import stream_alignments
+from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.growth.engine import DEFAULT_MIN_ALIGN, InfoGrowth

@@ -19,9 +19,9 @@ from infogrowth.growth.thresholds import Thresholds
 if TYPE_CHECKING:
     import torch
 
-    from infogrowth.encoders.awaiting import Awaiting
     from infogrowth.encoders.dataset import CaptionTable, PairTable
     from infogrowth.encoders.embedding import Summary
+    from infogrowth.encoders.pending import PendingRecaptions
     from infogrowth.encoders.protocols import Captioner, DualEncoder
 
 HELP = "write new captions and their features for badly aligned samples"
@@ -79,9 +79,9 @@ def run(config: Config) -> int:
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         told = _description(config)
-        awaiting = _awaiting(config)
+        pending = _pending(config)
         samples, origin = (
-            _imported(config, awaiting) if config.captions else _images(config, awaiting, told)
+            _imported(config, pending) if config.captions else _images(config, pending, told)
         )
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(_encoder_name(config, told), device, config.vocabulary)
@@ -92,11 +92,11 @@ def run(config: Config) -> int:
                     config.prompt, config.beams, config.max_tokens,
                 )  # fmt: skip
         _refuse_other_encoder(config, encoder, told)
-        result = _write(config, samples, origin, awaiting, captioner, encoder, device)
+        result = _write(config, samples, origin, pending, captioner, encoder, device)
         if distributed.is_main():
-            if awaiting is not None:
-                under = "" if awaiting.min_align is None else f" under {awaiting.min_align:.4f}"
-                print(f"{len(awaiting.ids):,} of {awaiting.examined:,} samples{under}")
+            if pending is not None:
+                under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"
+                print(f"{len(pending.ids):,} of {pending.examined:,} samples{under}")
             print_summary(config.output, result)
     return 0
 
@@ -105,7 +105,7 @@ def _write(
     config: Config,
     samples: "PairTable | CaptionTable",
     origin: dict[str, Any],
-    awaiting: "Awaiting | None",
+    pending: "PendingRecaptions | None",
     captioner: "Captioner | None",
     encoder: "DualEncoder",
     device: "torch.device",
@@ -122,7 +122,7 @@ def _write(
         "encoder": encoder_identity(encoder),
         "captioner": captioner and {"name": captioner.name, "fingerprint": captioner.fingerprint},
         **origin,
-        "min_align": awaiting and awaiting.min_align,
+        "min_align": pending and pending.min_align,
     }
     compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
     output = ShardedOutput(config.output, identity, compared, len(samples), size, config.part)
@@ -131,33 +131,33 @@ def _write(
     batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
     if isinstance(samples, CaptionTable):
         return embed_texts(samples, encoder, output, device, batch_size)
-    assert awaiting is not None and captioner is not None
+    assert pending is not None and captioner is not None
     extra: dict[str, list[Any]] = {
-        "original_caption": awaiting.captions,
-        "original_alignment": awaiting.alignments,
+        "original_caption": pending.captions,
+        "original_alignment": pending.alignments,
     }
     workers = automatic(config.workers, None)
     return recaption_images(samples, captioner, encoder, output, device, batch_size, workers, extra)
 
 
-def _awaiting(config: Config) -> "Awaiting | None":
+def _pending(config: Config) -> "PendingRecaptions | None":
     """The samples that want a caption; None when only a file of captions was given."""
-    from infogrowth.encoders.awaiting import (
-        awaiting_in_features,
-        awaiting_in_growth,
+    from infogrowth.encoders.pending import (
         open_pairs,
+        pending_in_features,
+        pending_in_growth,
         seeds_in_features,
         thresholds_of_seeds,
     )
 
     if config.growth is not None:
-        return awaiting_in_growth(config.growth)
+        return pending_in_growth(config.growth)
     if config.features is None:
         return None
     features = open_pairs(config.features)
     seeds = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if config.all:
-        return awaiting_in_features(features, None)
+        return pending_in_features(features, None)
     thresholds = Thresholds.requested(config.min_align)
     if not thresholds.resolved:
         if config.seed_ids:
@@ -166,36 +166,36 @@ def _awaiting(config: Config) -> "Awaiting | None":
             assert config.seed_features is not None
             batches, what = open_pairs(config.seed_features).batches(16_384), config.seed_features
         thresholds = thresholds_of_seeds(thresholds, batches, what, features, seeds)
-    return awaiting_in_features(features, thresholds.min_align, seeds)
+    return pending_in_features(features, thresholds.min_align, seeds)
 
 
 def _images(
-    config: Config, awaiting: "Awaiting | None", told: dict[str, Any]
+    config: Config, pending: "PendingRecaptions | None", told: dict[str, Any]
 ) -> "tuple[PairTable | CaptionTable, dict[str, Any]]":
     """The images of the samples that need a caption, and how features.json records them."""
     from infogrowth.encoders.dataset import PairTable, pairs_by_id
     from infogrowth.encoders.shards import list_digest
 
-    assert awaiting is not None
+    assert pending is not None
     where = config.lmdb or told.get("images")
     if where is None:
         raise UserError(
             f"{config.features or config.growth} does not record where its images are: give --lmdb"
         )
-    pairs = pairs_by_id(where, awaiting.ids, awaiting.captions)
-    digest = list_digest(awaiting.ids)
-    return PairTable(awaiting.ids, {}, pairs), {"images": where, "samples": digest}
+    pairs = pairs_by_id(where, pending.ids, pending.captions)
+    digest = list_digest(pending.ids)
+    return PairTable(pending.ids, {}, pairs), {"images": where, "samples": digest}
 
 
 def _imported(
-    config: Config, awaiting: "Awaiting | None"
+    config: Config, pending: "PendingRecaptions | None"
 ) -> "tuple[PairTable | CaptionTable, dict[str, Any]]":
     """Captions from a file, for the samples that want one or, if none are known, for all in it."""
     from infogrowth.encoders.dataset import table_of_captions
     from infogrowth.encoders.shards import list_digest
 
     assert config.captions is not None
-    table = table_of_captions(config.captions, None if awaiting is None else awaiting.ids)
+    table = table_of_captions(config.captions, None if pending is None else pending.ids)
     lines = [f"{name}\t{text}" for name, text in zip(table.ids, table.captions, strict=True)]
     return table, {"captions": config.captions, "samples": list_digest(lines)}
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from infogrowth.errors import UserError
 from infogrowth.neighbors.rows import row_products
+from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
 
@@ -222,8 +223,10 @@ class StreamEstimate:
     def right_lost(self, thresholds: Any) -> np.ndarray:
         """Share of the stream's right captions that each threshold (T,) drops."""
         kept = _share_from(self.stream, thresholds)
+        if self.noise > 1 - 1e-9:  # nothing right to lose: what is dropped of all
+            return 1 - kept
         right = kept - self.noise * _share_from(self.swapped, thresholds)
-        return np.clip(1 - right / max(1 - self.noise, 1e-9), 0, 1)
+        return np.clip(1 - right / (1 - self.noise), 0, 1)
 
     def at(self, threshold: float) -> dict[str, Any]:
         """The estimate in plain numbers, with purity and loss at a threshold."""
@@ -263,7 +266,7 @@ def estimate_stream(image: np.ndarray, text: np.ndarray, stream: np.ndarray) -> 
     The proportion is the nonparametric maximum likelihood over bins of equal mass: the swapped
     seeds give the bins of wrong captions, and those of right captions are found together with
     the proportion from seeds and stream (EM), so that few seeds do not make a biased estimate.
-    The interval is that of a jackknife over groups of seeds and samples: no random numbers.
+    The interval is that of a jackknife over random groups of seeds and samples (always the same).
 
     Raises:
         UserError: fewer than 20 seeds, seeds all alike, or an empty stream.
@@ -279,9 +282,12 @@ def estimate_stream(image: np.ndarray, text: np.ndarray, stream: np.ndarray) -> 
     if len(stream) == 0:
         raise UserError("a purity is estimated on the stream, which holds no usable samples")
     edges = _equal_mass_edges(right, swapped)
-    seed_group = np.arange(len(right)) % _GROUPS
+    seed_group, stream_group = (
+        generator(0, "groups", name).integers(0, _GROUPS, count)  # whatever order they came in
+        for name, count in (("seeds", len(right)), ("stream", len(stream)))
+    )
     rights = _left_out(_histogram(right, edges, seed_group))
-    streams = _left_out(_histogram(stream, edges, np.arange(len(stream)) % _GROUPS))
+    streams = _left_out(_histogram(stream, edges, stream_group))
     # A swapped pair goes with the group of either of its two seeds.
     swaps = np.stack(
         [
@@ -309,9 +315,7 @@ def _requested(name: str, value: float | str) -> tuple[float | None, str]:
             except ValueError:
                 aim = math.nan
             if not 0 < aim < 1:
-                raise UserError(
-                    f"{name} 'auto:PURITY' needs a share between 0 and 1, not {value!r}"
-                )
+                raise UserError(f"a purity lies between 0 and 1: {name} cannot be {value!r}")
             return None, f"auto:{aim:g}"
         if value != "auto":
             shapes = "'auto' or 'auto:0.98'" if name == "min_align" else "or 'auto'"
@@ -378,16 +382,14 @@ def _mixture_proportions(right: np.ndarray, wrong: np.ndarray, stream: np.ndarra
     """Share (P,) of wrong ones in each stream; counts (P, bins) of P independent problems."""
     wrong_density = (wrong + 0.5) / (wrong + 0.5).sum(axis=1, keepdims=True)
     right_density = (right + 0.5) / (right + 0.5).sum(axis=1, keepdims=True)
+    samples = np.maximum(stream.sum(axis=1, keepdims=True), 1)
     share = np.full((len(stream), 1), 0.5)
     for _ in range(_STEPS):
         wrong_part, right_part = share * wrong_density, (1 - share) * right_density
         is_wrong = wrong_part / np.maximum(wrong_part + right_part, 1e-300)
-        before, share = (
-            share,
-            (stream * is_wrong).sum(axis=1, keepdims=True) / stream.sum(axis=1, keepdims=True),
-        )
+        before, share = share, (stream * is_wrong).sum(axis=1, keepdims=True) / samples
         right_density = right + stream * (1 - is_wrong)
-        right_density /= right_density.sum(axis=1, keepdims=True)
+        right_density /= np.maximum(right_density.sum(axis=1, keepdims=True), 1e-300)
         if np.abs(share - before).max() < 1e-7:
             break
     return share[:, 0]

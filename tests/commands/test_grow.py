@@ -226,6 +226,82 @@ def test_auto_min_align_comes_from_the_seeds_and_stays(selection, infogrowth):
     assert read_growth(selection.home / "growth").settings == settings
 
 
+@pytest.fixture
+def noisy(feature_folder, tmp_path):
+    """A features folder of 150 seeds and 1,350 samples, every fourth with another's caption."""
+    random = np.random.default_rng(3)
+    image = random.normal(size=(1500, 16)).astype(np.float32)
+    text = (image + 0.8 * random.normal(size=image.shape)).astype(np.float32)
+    wrong = np.flatnonzero((np.arange(1500) >= 150) & (np.arange(1500) % 4 == 0))
+    text[wrong] = text[np.roll(wrong, 1)]
+    ids = [f"s{row:04d}" for row in range(1500)]
+    folder = feature_folder("noisy", ids=ids, captions=ids, image=image, text=text)
+    (tmp_path / "seeds.json").write_text(json.dumps(ids[:150]))
+    return folder, tmp_path / "seeds.json", {ids[row] for row in wrong.tolist()}
+
+
+def test_a_purity_is_reached_recorded_and_kept_by_later_runs(noisy, infogrowth, tmp_path):
+    features, seeds, wrong = noisy
+    common = ("--features", features, "--growth", tmp_path / "g", "--output", tmp_path / "o.json")
+    first = (*common, "--seed-ids", seeds, "--min-align", "auto:0.98")
+    status, printed = infogrowth("grow", *first)
+    assert status == 0
+    kept = [entry["image"] for entry in load_annotations(tmp_path / "o.json")][150:]
+    share = sum(name in wrong for name in kept) / len(kept)
+    assert share == pytest.approx(0.02, abs=0.015)
+    estimate = read_growth(tmp_path / "g").settings["estimate"]
+    low, high = estimate["noise_interval"]
+    assert low <= len(wrong) / 1350 <= high and high - low < 0.1
+    assert f"{100 * estimate['noise']:.1f} % of the stream" in printed
+    assert "aim: 2 %" in printed
+    recorded = read_growth(tmp_path / "g").settings
+    for again in (first, common):  # asked for once more, and not asked for at all
+        assert infogrowth("grow", *again)[0] == 0
+        assert read_growth(tmp_path / "g").settings == recorded
+    for other in ("auto:0.95", "auto", "0.4"):
+        status, printed = infogrowth("grow", *common, "--min-align", other)
+        assert status == 2 and "auto:0.98" in printed
+
+
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_a_purity_depends_on_nothing_but_seeds_and_features(
+    noisy, infogrowth, tmp_path, batch_size
+):
+    features, seeds, _ = noisy
+    outputs = []
+    for name, size in (("one", 8192), ("other", batch_size)):
+        inputs = ("--features", features, "--growth", tmp_path / name, "--seed-ids", seeds)
+        more = ("--min-align", "auto:0.98", "--min-recaption-align", "auto", "--batch-size", size)
+        output = tmp_path / f"{name}.json"
+        assert infogrowth("grow", *inputs, *more, "--output", output)[0] == 0
+        outputs.append((output.read_bytes(), read_growth(tmp_path / name).settings))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_noisier_source_later_is_reported(noisy, feature_folder, infogrowth, tmp_path):
+    features, seeds, _ = noisy
+    common = ("--growth", tmp_path / "g", "--output", tmp_path / "o.json")
+    first = ("--features", features, "--seed-ids", seeds, "--min-align", "auto:0.98")
+    assert infogrowth("grow", *common, *first)[0] == 0
+    random = np.random.default_rng(4)
+    image = random.normal(size=(6000, 16)).astype(np.float32)
+    ids = [f"t{row:04d}" for row in range(6000)]
+    text = np.roll(image + 0.8 * random.normal(size=image.shape).astype(np.float32), 1, axis=0)
+    bad = feature_folder("bad", ids=ids, captions=ids, image=image, text=text)
+    status, printed = infogrowth("grow", *common, "--features", bad)
+    assert status == 0 and "noisier" in printed
+
+
+def test_a_thresholds_seeds_and_stream_must_be_there(noisy, infogrowth, tmp_path):
+    features, seeds, _ = noisy
+    common = ("--features", features, "--growth", tmp_path / "g", "--output", tmp_path / "o.json")
+    for flag in ("--min-align", "--min-recaption-align"):
+        status, printed = infogrowth("grow", *common, flag, "auto")
+        assert status == 2 and "clean starting set" in printed
+    status, printed = infogrowth("grow", *common, "--seed-ids", seeds, "--min-align", "auto:98")
+    assert status == 2 and "purity" in printed
+
+
 def test_outputs_of_all_kinds(feature_folder, infogrowth, tmp_path):
     uids = [f"{number:032x}" for number in (7, 3, 2**64 + 1, 9, 5, 1)]
     features = feature_folder("features", ids=uids)

@@ -21,7 +21,7 @@ _MAX_BLOCKS = 64  # about a million alignments say enough about a stream
 
 
 @dataclass
-class Awaiting:
+class PendingRecaptions:
     """Samples that want a caption, in the order in which growth sees them.
 
     Attributes:
@@ -37,18 +37,18 @@ class Awaiting:
     examined: int = 0
 
 
-def awaiting_in_features(
+def pending_in_features(
     features: FeatureStream, min_align: float | None, seeds: frozenset[str] = frozenset()
-) -> Awaiting:
+) -> PendingRecaptions:
     """Samples of a features folder with an alignment under ``min_align`` (None: all of them).
 
     The alignment is computed and compared exactly as growth does it. Seeds are never filtered, so
-    they wait for nothing; nor do samples whose image feature is unusable.
+    they need none; nor do samples whose image feature is unusable.
 
     Raises:
         UserError: features that cannot be read.
     """
-    awaiting = Awaiting(min_align)
+    pending = PendingRecaptions(min_align)
     for batch in features.batches(_ROWS):
         image, text, usable = _unit_rows(batch)
         alignment = row_products(image, text)
@@ -57,34 +57,34 @@ def awaiting_in_features(
             wanted &= is_below(alignment, min_align)
         for row in np.flatnonzero(wanted).tolist():
             if batch.ids[row] not in seeds:
-                awaiting.ids.append(batch.ids[row])
-                awaiting.captions.append(batch.captions[row])
-                awaiting.alignments.append(float(alignment[row]))
-        awaiting.examined += len(batch)
-    return awaiting
+                pending.ids.append(batch.ids[row])
+                pending.captions.append(batch.captions[row])
+                pending.alignments.append(float(alignment[row]))
+        pending.examined += len(batch)
+    return pending
 
 
-def awaiting_in_growth(directory: str) -> Awaiting:
+def pending_in_growth(directory: str) -> PendingRecaptions:
     """Samples that a growth folder dropped for their alignment and that have not joined since.
 
     Raises:
         UserError: not a growth folder.
     """
     growth = read_growth(directory)
-    pending = growth.pending_ids()
-    awaiting = Awaiting(float(growth.settings["min_align"]))
+    wanted = growth.pending_ids()
+    pending = PendingRecaptions(float(growth.settings["min_align"]))
     found: dict[str, tuple[str, float]] = {}
     names = ("id", "verdict", "reason", "original_caption", "original_alignment")
     for table in growth.decision_parts(names):
         columns = (table[name].to_pylist() for name in names)
         for sample, verdict, reason, caption, alignment in zip(*columns, strict=True):
-            awaiting.examined += 1
-            if verdict == "dropped" and reason in PENDING_REASONS and sample in pending:
+            pending.examined += 1
+            if verdict == "dropped" and reason in PENDING_REASONS and sample in wanted:
                 found.setdefault(sample, (caption, alignment))
-    awaiting.ids = list(found)
-    awaiting.captions = [caption for caption, _ in found.values()]
-    awaiting.alignments = [alignment for _, alignment in found.values()]
-    return awaiting
+    pending.ids = list(found)
+    pending.captions = [caption for caption, _ in found.values()]
+    pending.alignments = [alignment for _, alignment in found.values()]
+    return pending
 
 
 def thresholds_of_seeds(
