@@ -74,12 +74,16 @@ class MadeUpPairs:
 def run(config: Config) -> int:
     """Measure embed's pairs per second: decoding alone, the model alone, and both together."""
     with distributed.process_group(config.device) as device, _folders() as (output, models):
-        name = _random_base(models) if config.encoder == "base" else config.encoder
+        name = random_base(models) if config.encoder == "base" else config.encoder
         encoder = load_encoder(name, device)
-        pairs = pairs_of_source(config.source) if config.source else _made_up_pairs(config)
+        pairs = (
+            pairs_of_source(config.source)
+            if config.source
+            else made_up_pairs(config.pairs, config.side)
+        )
         workers = workers_for(device) if config.workers == "auto" else config.workers
-        decoding = _decoding(pairs, encoder, config.batch_size, workers)
-        model = _model(pairs, encoder, config.batch_size, device)
+        decoding = decoding_rate(pairs, encoder, config.batch_size, workers)
+        model = model_rate(pairs, encoder, config.batch_size, device)
         identity = {"encoder": {"fingerprint": encoder.fingerprint}}
         destination = ShardedOutput(output, identity, {}, len(pairs), _SHARD)
         result = embed_pairs(pairs, encoder, destination, device, config.batch_size, workers)
@@ -112,7 +116,8 @@ def _bound(decoding: float, model: float, device: torch.device, workers: int) ->
     return 1 / (1 / decoding + 1 / model)
 
 
-def _decoding(table: PairTable, encoder: DualEncoder, batch_size: int, workers: int) -> float:
+def decoding_rate(table: PairTable, encoder: DualEncoder, batch_size: int, workers: int) -> float:
+    """Pairs per second through decoding, preprocessing and tokenizing alone."""
     whole = [(0, range(len(table)))]
     batches = decoded_batches(
         table, encoder.preprocess, encoder.tokenize, whole, batch_size, workers
@@ -123,7 +128,9 @@ def _decoding(table: PairTable, encoder: DualEncoder, batch_size: int, workers: 
     return pairs / (time.perf_counter() - started)
 
 
-def _model(table: PairTable, encoder: DualEncoder, batch_size: int, device: torch.device) -> float:
+def model_rate(
+    table: PairTable, encoder: DualEncoder, batch_size: int, device: torch.device
+) -> float:
     """Images and texts through the encoder, already decoded, as many as half of the dataset."""
     first = [(0, range(min(8 * batch_size, len(table))))]
     parts = decoded_batches(table, encoder.preprocess, encoder.tokenize, first, batch_size, 0)
@@ -141,8 +148,9 @@ def _model(table: PairTable, encoder: DualEncoder, batch_size: int, device: torc
     return pairs / (time.perf_counter() - started)
 
 
-def _made_up_pairs(config: Config) -> PairTable:
-    return PairTable([f"{i:09d}" for i in range(config.pairs)], {}, MadeUpPairs(config.side))
+def made_up_pairs(count: int, side: int) -> PairTable:
+    """``count`` pairs of photographs of ``side`` pixels."""
+    return PairTable([f"{i:09d}" for i in range(count)], {}, MadeUpPairs(side))
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:
@@ -155,8 +163,8 @@ def _photograph(random: np.random.Generator, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _random_base(directory: Path) -> str:
-    """BLIP with ViT-B/16 at 224 pixels and BERT's number of words, untrained."""
+def random_base(directory: Path, image_size: int = 224) -> str:
+    """BLIP with ViT-B/16 and BERT's number of words, untrained."""
     specials = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     pieces = letters + [f"##{a}{b}" for a in letters for b in letters] + [f"##{a}" for a in letters]
@@ -164,7 +172,7 @@ def _random_base(directory: Path) -> str:
     vocabulary = directory / "vocab.txt"
     vocabulary.write_text("".join(f"{words.get(i, f'[unused{i}]')}\n" for i in range(30522)))
     tokenizer = load_tokenizer(vocabulary)
-    config = preset("base").with_tokenizer(tokenizer)
+    config = preset("base", image_size=image_size).with_tokenizer(tokenizer)
     save_folder(BlipDual(config), directory / "base", tokenizer)
     return str(directory / "base")
 

@@ -12,7 +12,6 @@ the device could do meanwhile.
 """
 
 import copy
-import io
 import sys
 import tempfile
 import time
@@ -33,7 +32,6 @@ from infogrowth.blip.negatives import negative_weights
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.data.lmdb_store import LmdbWriter
 from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import training_transform
@@ -130,21 +128,19 @@ def losses(
 
 
 def make_pictures(directory: Path) -> None:
-    """An LMDB of JPEG noise at web size, so that decoding costs what it costs."""
+    """A folder of JPEG noise at web size, so that decoding costs what it costs."""
     random = generator(0, "pictures")
-    with LmdbWriter(directory) as writer:
-        for number in range(PAIRS):
-            small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            picture = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=90)
-            writer.put(f"{number:05d}", buffer.getvalue())
+    directory.mkdir()
+    for number in range(PAIRS):
+        small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
+        picture.save(directory / f"{number:05d}.jpg", quality=90)
 
 
 def open_loader(
     config: Config, pictures: Path, workers: int, device: torch.device, longest: bool
 ) -> EpochLoader:
-    """Batches from the LMDB, augmented."""
+    """Batches from the folder, augmented."""
     annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in range(PAIRS)]
     dataset = PairDataset(annotations, str(pictures), training_transform(config.image_size))
     gains = generator(0, "gains").random((PAIRS, 2))
@@ -226,7 +222,7 @@ def run(config: Config) -> int:
     }
     flops = flops_per_step(copy.deepcopy(models["ours"]), config, device)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "lmdb"
+        pictures = Path(folder) / "pictures"
         make_pictures(pictures)
         ways = {
             "straightforward": straightforward(config, pictures, models["straightforward"], device),
