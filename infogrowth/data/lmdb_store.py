@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
 from infogrowth.errors import UserError
 
 # What Pillow calls the formats that images.py decodes; in order of preference.
@@ -70,6 +68,8 @@ class LmdbWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], map_size: int = _FIRST_MAP_SIZE) -> None:
+        import lmdb  # not at the top: whoever reads folders of images need not have it
+
         self.path = Path(path)
         with _told("write", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,8 @@ class LmdbWriter:
 
     def commit(self) -> None:
         """Write what is pending in one transaction; it is on disk when this returns."""
+        import lmdb
+
         while self._pending:
             try:
                 with _told("write", self.path), self._env.begin(write=True) as transaction:
@@ -229,6 +231,8 @@ class _Opened:
     """An open environment and the process that opened it."""
 
     def __init__(self, path: Path) -> None:
+        import lmdb
+
         self.process = os.getpid()
         with _told("read", path):
             self.environment = lmdb.open(
@@ -303,6 +307,8 @@ class _told:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        import lmdb
+
         if isinstance(error, lmdb.MapFullError):
             return
         if isinstance(error, lmdb.Error | OSError):

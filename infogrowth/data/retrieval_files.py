@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pycocotools.coco import COCO
-
 from infogrowth.data.captions import Unusable, caption_of
 from infogrowth.data.records import as_id
 from infogrowth.errors import UserError
@@ -121,6 +119,8 @@ def _karpathy_entries(
 def _official_entries(
     images: list[dict[str, Any]], annotations: list[Any]
 ) -> Iterator[tuple[Any, Any, Any]]:
+    from pycocotools.coco import COCO
+
     coco = COCO()
     # Ids as text, so that 802 and "802" meet; what the index does not need is not asked for.
     coco.dataset = {
