@@ -155,9 +155,8 @@ def _write_outputs(config: Config, folder: GrowthFolder) -> None:
         if config.uid_repeats > 1 and Path(path).suffix == ".npy":
             gains = gains_array(folder.annotations())
             repeats = uid_repeats(normalized_gains(gains), config.uid_repeats)
-        samples = (entry for part in folder.annotation_parts() for entry in part)
         choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
-        write_export(path, samples, choices, folder.decision_parts)
+        write_export(path, folder.iter_annotations(), choices, folder.decision_parts)
 
 
 def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: float) -> str:

@@ -3,7 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError, refusing
@@ -88,8 +89,8 @@ class ParquetColumns:
                 self._table = pq.ParquetFile(self._path).read(wanted)
         rows = self._table.slice(start, stop - start)
         return Columns(
-            texts(_values(rows[self._id])),
-            texts(_values(rows[self._caption])),
+            _column_texts(rows[self._id]),
+            _column_texts(rows[self._caption]),
             {name: repaired(_values(rows[name])) for name in self._extra},
         )
 
@@ -200,6 +201,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return _text(value[0]) if value else ""
     return "" if value is None or value != value else str(value)
+
+
+def _column_texts(column: pa.ChunkedArray) -> list[str]:
+    """:func:`texts` of a column, without looking at each value where all are UTF-8 already."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        with suppress(UnicodeDecodeError):
+            return pc.fill_null(column, "").to_pylist()
+    return texts(_values(column))
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

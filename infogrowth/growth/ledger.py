@@ -168,19 +168,17 @@ class GrowthFolder:
         gains = np.stack([table["gain_image"].to_numpy(), table["gain_text"].to_numpy()], axis=1)
         return table["id"].to_pylist(), table["caption"].to_pylist(), gains
 
-    def annotation_parts(self) -> Iterator[list[Annotation]]:
+    def iter_annotations(self) -> Iterator[Annotation]:
         """``{"image", "caption", "gains"}`` of the dataset's samples in insertion order (spec §3),
-        a list per part."""
+        one at a time: the size of the dataset is no matter."""
         for table in self._kept_parts():
             columns = (table[name].to_pylist() for name in table.column_names)
-            yield [
-                {"image": sample, "caption": caption, "gains": [image, text]}
-                for sample, caption, image, text in zip(*columns, strict=True)
-            ]
+            for sample, caption, image, text in zip(*columns, strict=True):
+                yield {"image": sample, "caption": caption, "gains": [image, text]}
 
     def annotations(self) -> list[Annotation]:
-        """``{"image", "caption", "gains"}`` of every sample in the dataset, in insertion order."""
-        return [entry for part in self.annotation_parts() for entry in part]
+        """All of :meth:`iter_annotations`."""
+        return list(self.iter_annotations())
 
     def _kept_parts(self) -> Iterator[pa.Table]:
         """Ids, captions, image and text gains of the samples in the dataset, a table per part."""
