@@ -7,6 +7,7 @@ shard, goes through the launcher's own key-value store.
 """
 
 import json
+import logging
 import os
 import re
 import socket
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather as _differentiable_all_gather
 
 from infogrowth.errors import UserError, exit_status, shorten
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -123,6 +126,20 @@ def choose_device(device: str = "auto") -> torch.device:
 def in_group() -> bool:
     """Whether the ranks can talk to each other: a group is initialised, ours or the caller's."""
     return dist.is_initialized()
+
+
+def is_spread(wanted: bool | None = None) -> bool:
+    """Whether to spread work over the ranks: if ``wanted``; None: if a group of several exists.
+
+    Raises:
+        UserError: it is wanted, and there is no group.
+    """
+    how = "run the call inside `with infogrowth.distributed.process_group():`"
+    if wanted and not in_group():
+        raise UserError(f"work can only be spread over ranks that form a group: {how}")
+    if wanted is None and not in_group() and world_size() > 1:
+        logger.warning("%d processes without a group: each works alone; %s", world_size(), how)
+    return in_group() and world_size() > 1 if wanted is None else wanted
 
 
 def rank() -> int:

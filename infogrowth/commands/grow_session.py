@@ -248,7 +248,7 @@ class GrowSession:
         folder = GrowthFolder(GrowthPaths(config.growth).directory, settings, manifest)
         ids, captions, gains = folder.kept_samples()
         log.info("continuing with %s samples in the dataset", f"{len(ids):,}")
-        features = {space: list(folder.kept_feature_parts(space)) for space in folder.spaces}
+        features = {space: folder.kept_feature_parts(space) for space in folder.spaces}
         return InfoGrowth.restore(
             settings,
             ids,

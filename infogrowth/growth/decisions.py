@@ -6,7 +6,7 @@ the engine, and written as a table of :data:`SCHEMA`, whose rows pandas reads wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, overload
@@ -215,7 +215,7 @@ class Decisions(Sequence[Decision]):
         return pa.table({name: columns[name] for name in SCHEMA.names[1:]})
 
     def _neighbor_columns(self, space: str) -> dict[str, pa.Array]:
-        found = self._neighbors(space)
+        found = self.neighbors.get(space) or no_neighbors(len(self), 0)
         present = found.positions >= 0
         offsets = np.zeros(len(self) + 1, np.int32)
         np.cumsum(present.sum(axis=1), out=offsets[1:])
@@ -230,9 +230,10 @@ class Decisions(Sequence[Decision]):
             for name, column in values.items()
         }
 
-    def _neighbors(self, space: str) -> Neighbors:
-        nothing = Neighbors(np.empty((len(self), 0), np.int64), np.empty((len(self), 0)))
-        return self.neighbors.get(space, nothing)
+    def blocks(self, size: int) -> Iterator[slice]:
+        """All rows in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
 
     def _verdict(self, row: int) -> Verdict:
         if not self.kept[row]:
@@ -241,7 +242,9 @@ class Decisions(Sequence[Decision]):
 
     def _record(self, row: int) -> Decision:
         def neighbors(space: str) -> list[tuple[str, float]]:
-            found = self._neighbors(space).part(slice(row, row + 1))
+            found = (self.neighbors.get(space) or no_neighbors(len(self), 0)).part(
+                slice(row, row + 1)
+            )
             pairs = zip(found.positions[0].tolist(), found.distances[0].tolist(), strict=True)
             return [(self.dataset_ids[at], distance) for at, distance in pairs if at >= 0]
 
@@ -261,6 +264,11 @@ class Decisions(Sequence[Decision]):
             captioner=self.captioners.get(row),
             recaption_rule=self.recaption_rule if self.recaptioned[row] else None,
         )
+
+
+def no_neighbors(count: int, k: int) -> Neighbors:
+    """Room for `k` neighbors of `count` samples."""
+    return Neighbors(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf))
 
 
 def validate(

@@ -20,10 +20,17 @@ import numpy as np
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import clean_pairs
-from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, validate
+from infogrowth.growth.decisions import (
+    REASON_CODE,
+    Decisions,
+    Reason,
+    Recaption,
+    no_neighbors,
+    validate,
+)
 from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
 from infogrowth.growth.thresholds import Thresholds
-from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, Neighbors, create_index
+from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
 from infogrowth.neighbors.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
@@ -143,7 +150,7 @@ class InfoGrowth:
         if not self._indexes:
             widths = {space: rows.shape[1] for space, rows in batch.features.items()}
             self._indexes = {space: self._new_index(width) for space, width in widths.items()}
-        batch.neighbors = {space: _no_neighbors(len(batch), self.k) for space in self.spaces}
+        batch.neighbors = {space: no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "pair":
             recaption_align = self.thresholds.min_recaption_align
             assert recaption_align is not None
@@ -151,10 +158,10 @@ class InfoGrowth:
             aligned = clean_pairs(batch, min_align, recaptions, recaption_align)
             if passed is not None:
                 batch.reason_codes[aligned] = REASON_CODE[passed]
-            for rows in _blocks(len(batch), BLOCK_ROWS):
+            for rows in batch.blocks(BLOCK_ROWS):
                 self._grow_pairs(batch, rows, aligned[rows])
         else:
-            for rows in _blocks(len(batch), LABEL_BLOCK_ROWS):
+            for rows in batch.blocks(LABEL_BLOCK_ROWS):
                 self._grow_labels(batch, rows, min_align, passed or Reason.LABEL_AGREES)
         return batch
 
@@ -194,15 +201,18 @@ class InfoGrowth:
             batch.gains[rows, column][usable] = mean_distance(distances[usable])
         batch.kept[rows] = joins
         kept = (rows.start + np.flatnonzero(joins)).tolist()
-        ids, captions = [batch.ids[row] for row in kept], [batch.captions[row] for row in kept]
+        gains = batch.gains[kept] if self.modality == "pair" else batch.gains[kept][:, [0, 0]]
+        self._remember(
+            [batch.ids[row] for row in kept], [batch.captions[row] for row in kept], gains
+        )
+
+    def _remember(self, ids: list[str], captions: list[Any], gains: np.ndarray) -> None:
         self._ids += ids
         self._known.update(ids)
         self._captions += captions
-        gains = batch.gains[kept]
+        self._gains.frombytes(gains.tobytes())
         if self.modality == "image":
             self._class_counts.update(captions)
-            gains = gains[:, [0, 0]]
-        self._gains.frombytes(gains.tobytes())
 
     def _repeated(self, ids: list[str], aligned: np.ndarray) -> np.ndarray:
         """(n,) bool: whose id is in the dataset already, or joins it with an earlier sample."""
@@ -225,17 +235,23 @@ class InfoGrowth:
     def _new_index(self, dimension: int) -> NeighborIndex:
         from infogrowth import distributed
 
-        spread = distributed.world_size() > 1 if self._sharded is None else self._sharded
+        self._sharded = distributed.is_spread(self._sharded)
         device = distributed.choose_device(self._device)
-        return create_index(self._index_kind, dimension, self.k, device, self._memory_mb, spread)
+        return create_index(
+            self._index_kind, dimension, self.k, device, self._memory_mb, self._sharded
+        )
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Whatever goes wrong inside, the dataset is afterwards as it was before."""
+        """Whatever goes wrong inside, the dataset is afterwards as it was before. Tensors made here
+        outlive the call, so they must not be those of the caller's `torch.inference_mode`."""
+        import torch
+
         count, indexes = len(self), dict(self._indexes)
         thresholds = self.thresholds
         try:
-            yield
+            with torch.inference_mode(False):
+                yield
         except BaseException:
             self._indexes = indexes
             for index in indexes.values():
@@ -295,48 +311,39 @@ class InfoGrowth:
         image_features: Any,
         text_features: Any = None,
         index: str | None = None,
-        device: str = "auto",
-        memory_mb: float = 256,
-        sharded: bool | None = None,
+        **options: Any,
     ) -> Self:
         """The dataset that `settings`, the ids, captions and gains of `annotations()` and the two
-        `kept_features` describe, as if it had never been put away.
+        `kept_features` describe, as if it had never been put away; `options` as for the class.
 
-        Features are (N, D) arrays, or lists of such parts in order (memory-mapped ones are fine).
+        Features are (N, D) arrays, or iterables of such parts in order, each used and let go.
         Raises UserError if the parts do not belong together.
         """
         growth = cls(
             k=settings["k"],
             index=index or settings.get("index", "auto"),
-            device=device,
             modality=settings.get("modality", "pair"),
-            memory_mb=memory_mb,
-            sharded=sharded,
+            **options,
         )
         growth.thresholds = Thresholds.of_settings(settings)
-        for space, features in zip(SPACES, (image_features, text_features), strict=True):
-            if space in growth.spaces:
-                growth._restore_index(space, features, len(ids))
-        saved_gains = np.asarray(gains, np.float64).reshape(-1, 2)
-        if not len(ids) == len(captions) == len(saved_gains) == len(set(ids)):
+        gains = np.asarray(gains, np.float64).reshape(-1, 2)
+        if not len(ids) == len(captions) == len(gains) == len(set(ids)):
             raise UserError(
                 f"A saved dataset has {len(ids)} ids ({len(set(ids))} different), {len(captions)} "
-                f"captions and {len(saved_gains)} gains: they do not belong together."
+                f"captions and {len(gains)} gains: they do not belong together."
             )
-        growth._ids, growth._captions = list(ids), list(captions)
-        growth._known = set(ids)
-        if growth.modality == "image":
-            growth._class_counts.update(captions)
-        growth._gains.frombytes(saved_gains.tobytes())
+        with growth._all_or_nothing():
+            features = {"image": image_features, "text": text_features}
+            for space in growth.spaces:
+                growth._restore_index(space, features[space], len(ids))
+        growth._remember(list(ids), list(captions), gains)
         return growth
 
     def _restore_index(self, space: str, features: Any, expected: int) -> None:
         if features is None:
-            raise UserError(
-                f"A saved dataset of modality {self.modality!r} needs {space} features."
-            )
+            raise UserError(f"A saved dataset of {self.modality!r} data needs {space} features.")
         held = 0
-        for part in features if isinstance(features, (list, tuple)) else [features]:
+        for part in [features] if hasattr(features, "shape") else features:
             if len(part):
                 rows, invalid = unit_rows(as_matrix(part, f"The saved {space} features"))
                 if invalid.any():
@@ -363,15 +370,6 @@ def mean_distance(distances: np.ndarray) -> np.ndarray:
         total[present] += column[present]
         found += present
     return np.where(found > 0, total / np.maximum(found, 1), 1.0)
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-def _no_neighbors(count: int, k: int) -> Neighbors:
-    return Neighbors(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf))
 
 
 def _one_row(features: Any) -> Any:

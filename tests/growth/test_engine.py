@@ -343,6 +343,35 @@ def test_a_restored_dataset_accepts_parts_and_refuses_what_does_not_belong_toget
         InfoGrowth.restore(*saved, features[0], None, device="cpu")
 
 
+def test_under_the_launcher_without_a_group_each_process_searches_everything(monkeypatch, caplog):
+    ids, captions, image, text = small(60)
+    alone = InfoGrowth(device="cpu")
+    alone.process(ids, captions, image, text)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    launched = InfoGrowth(device="cpu")
+    launched.process(ids, captions, image, text)
+    assert launched.annotations() == alone.annotations()
+    assert "process_group" in caplog.text
+    with pytest.raises(UserError, match="process_group"):
+        InfoGrowth(device="cpu", sharded=True).process(ids, captions, image, text)
+
+
+def test_calls_inside_and_outside_of_inference_mode_mix():
+    ids, captions, image, text = small(60)
+    plain, mixed = InfoGrowth(device="cpu"), InfoGrowth(device="cpu")
+    plain.process(ids, captions, image, text)
+    with torch.inference_mode():
+        features = torch.from_numpy(image[:20]), torch.from_numpy(text[:20])
+        mixed.process(ids[:20], captions[:20], *features)
+        parts = [mixed.kept_features(space) for space in ("image", "text")]
+        saved = mixed.settings, mixed.kept_ids, captions_of(mixed), mixed.kept_gains
+        restored = InfoGrowth.restore(*saved, *parts, device="cpu")
+    for growth in (mixed, restored):
+        growth.process(ids[20:], captions[20:], image[20:], text[20:])
+        assert growth.annotations() == plain.annotations()
+
+
 def test_annotations_hold_image_caption_and_both_gains():
     growth = InfoGrowth(device="cpu")
     growth.process(["a", "b"], ["x", "y"], np.eye(2), np.eye(2))
