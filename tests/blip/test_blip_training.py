@@ -157,6 +157,23 @@ def test_recomputing_blocks_changes_neither_names_nor_numbers(golden_config, lay
     assert sorted(forwards) == sorted([0, 1, 2, *twice])
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, None])
+def test_a_recomputed_block_computes_in_the_format_of_its_forward_pass(golden_config, precision):
+    plain = BlipDual(golden_config)
+    saving = BlipDual(golden_config, vit_grad_ckpt=True)
+    formats, gradients = [], []
+    for model in (plain, saving):
+        qkv = model.visual_encoder.blocks[0].attn.qkv
+        qkv.register_forward_hook(lambda _, __, output: formats.append(output.dtype))
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+            features = model.encode_image(batch(golden_config, 3)[0])[1]
+        features[:, 0].sum().backward()  # outside autocast, as in training
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert formats == 3 * [precision or torch.float32]  # plain, forward, recomputed
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_drop_path_drops_in_training_only(golden_config):
     model = BlipDual(golden_config.replace(drop_path=0.9))
     images = batch(golden_config, 4)[0]
