@@ -279,6 +279,31 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce_sum(tensor) / world_size()
 
 
+def data_parallel(
+    model: torch.nn.Module, device: torch.device, compress: bool = False
+) -> torch.nn.Module:
+    """``model`` such that ranks take the mean of their gradients in the backward pass.
+
+    On one process it is the model itself. Buffers are not exchanged: they are equal on all ranks.
+
+    Args:
+        compress: exchange bfloat16 instead of float32, for slow links between nodes.
+    """
+    if world_size() == 1:
+        return model
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # no second copy of all gradients
+    )
+    if compress:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
+
+
 def _launched() -> bool:
     """Whether the launcher's variables count: they do once a group exists or is about to."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ

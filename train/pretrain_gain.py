@@ -118,14 +118,14 @@ def pretrain(config: PretrainConfig) -> int:
         with Logger(state) as log:
 
             def validate() -> None:
-                due = state.at_last_step or state.progress.step % config.validate_every == 0
-                if val_set is not None and due:
-                    log.validation(
-                        state, cosine_recall(config, model, tokenizer, val_set, precision)
-                    )
+                if val_set is not None:
+                    recalls = cosine_recall(config, model, tokenizer, val_set, precision)
+                    log.validation(state, recalls)
 
             while not state.finished:
-                train_one_epoch(state, losses, schedule, checkpoints, log, after_step=validate)
+                train_one_epoch(
+                    state, losses, schedule, checkpoints, log, validate, config.validate_every
+                )
                 if state.epoch_done:
                     log.epoch(state.epoch_means())
                     if distributed.is_main():

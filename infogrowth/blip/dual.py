@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.cross_attention import SharedImages
 from infogrowth.blip.losses import unit, widened
-from infogrowth.blip.text import build_text_encoder, open_with
+from infogrowth.blip.text import SharedImages, build_text_encoder, open_with, padding_mask
 from infogrowth.blip.vision import build_vision
 
 
@@ -89,16 +88,6 @@ class BlipDual(nn.Module):
         )
         return widened(self.itm_head(states_NTW[:, 0]))
 
-    def itm_score(
-        self,
-        image_tokens_GLW: torch.Tensor,
-        ids_NT: torch.Tensor,
-        mask_NT: torch.Tensor,
-        image_rows_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The matching logit ``(N,) float32`` of each pair; see :meth:`itm_logits`."""
-        return self.itm_logits(image_tokens_GLW, ids_NT, mask_NT, image_rows_N)[:, 1]
-
     def compile_encoders(self, **options: object) -> None:
         """``torch.compile`` the transformers in place; state dict names stay as they are."""
         for name, module in self.named_children():
@@ -112,6 +101,7 @@ class BlipDual(nn.Module):
         mask_BT: torch.Tensor,
         images: SharedImages | None = None,
     ) -> torch.Tensor:
+        mask_B11T = padding_mask(mask_BT, next(encoder.parameters()).dtype)
         # No mask for the image tokens: all are real, and transformers ignores one anyway.
-        output = encoder(input_ids=ids_BT, attention_mask=mask_BT, encoder_hidden_states=images)
+        output = encoder(input_ids=ids_BT, attention_mask=mask_B11T, encoder_hidden_states=images)
         return output.last_hidden_state

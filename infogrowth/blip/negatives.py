@@ -41,8 +41,12 @@ def drawable(
 def sample_negatives(
     weights_BC: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """One column per row ``(B,)``, drawn in proportion to its weight, all rows in one call."""
-    if generator is not None and generator.device != weights_BC.device:
-        drawn_B1 = torch.multinomial(weights_BC.to(generator.device), 1, generator=generator)
-        return drawn_B1.to(weights_BC.device).squeeze(1)
-    return torch.multinomial(weights_BC, 1, generator=generator).squeeze(1)
+    """One column per row ``(B,)``, drawn in proportion to its weight.
+
+    The largest of weight / exponential noise is such a draw, and what ``torch.multinomial`` takes
+    as well; but that first reads from the device whether the weights are any.
+    """
+    device = weights_BC.device if generator is None else generator.device
+    noise_BC = torch.empty(weights_BC.shape, dtype=weights_BC.dtype, device=device)
+    noise_BC.exponential_(generator=generator)
+    return (weights_BC / noise_BC.to(weights_BC.device)).argmax(1)

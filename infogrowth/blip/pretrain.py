@@ -22,7 +22,7 @@ from infogrowth.blip.losses import (
 )
 from infogrowth.blip.momentum import Features, MomentumBlip
 from infogrowth.blip.queue import write_queue
-from infogrowth.blip.text import build_text_decoder, open_with, tie_decoder
+from infogrowth.blip.text import build_text_decoder, causal_mask, open_with, tie_decoder
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.
 NEGATIVE_FLOOR = 1e-4
@@ -210,7 +210,7 @@ class BlipPretrain(MomentumBlip):
         """Language modelling loss of the captions, given the images."""
         logits_BTV = self.text_decoder(
             input_ids=open_with(ids_BT, self.config.bos_token_id),
-            attention_mask=mask_BT,
+            attention_mask=causal_mask(mask_BT, self.text_proj.weight.dtype),
             encoder_hidden_states=image_tokens_BLW,
             use_cache=False,
         ).logits

@@ -1,12 +1,18 @@
 """torch's DataLoader as training and evaluation use it: errors are items, batches are stacked."""
 
+import multiprocessing
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from infogrowth import distributed
 from infogrowth.errors import UserError
+
+SHARED_MEMORY = "/dev/shm"  # through which workers hand over what they decoded
 
 Batch = dict[str, Any]
 # captions -> token ids and mask, both (B, T)
@@ -37,11 +43,26 @@ def open_loader(
         num_workers=workers,
         collate_fn=Collate(tokenize),
         pin_memory=device.type == "cuda",
+        multiprocessing_context=_clean_start() if workers > 0 else None,
         persistent_workers=persistent and workers > 0,
         prefetch_factor=4 if workers > 0 else None,
         # The loader draws a seed for its workers: from here, not from the global state.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _clean_start() -> Any:
+    """How workers start among several ranks: from a process that never joined their group.
+
+    A fork of a rank would copy the state of its network driver and of NCCL's threads, and may
+    deadlock. One process alone forks, which starts at once and shares its memory.
+    """
+    if distributed.world_size() == 1:
+        return None
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, there, instead of by every worker.
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("infogrowth")])
+    return context
 
 
 def checked(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
@@ -68,7 +89,27 @@ class Collate:
         }
         if self.tokenize is not None:
             batch["ids"], batch["mask"] = self.tokenize(batch["caption"])
+        if get_worker_info() is not None:
+            try:
+                _check_shared_memory(batch)
+            except UserError as error:
+                return error
         return batch
+
+
+def _check_shared_memory(batch: Batch) -> None:
+    """A worker without room for its batch would die without a word, and the run would wait."""
+    needed = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+    try:
+        total, _, free = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:  # no such folder: another way of sharing, which needs no check
+        return
+    if free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free >> 20} of {total >> 20} MB free, and a batch from a loader "
+            f"worker takes {max(needed >> 20, 1)}: give the container more (docker run "
+            "--shm-size=8g), or set num_workers to 0"
+        )
 
 
 def _column(values: list[Any]) -> Any:

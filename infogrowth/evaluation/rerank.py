@@ -12,16 +12,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import tokenize
+from infogrowth.data.loading import checked, open_loader
 from infogrowth.errors import UserError
-from infogrowth.evaluation.matching import ImageMatcher
 
+# Text tokens per pass: enough to fill the device, few enough for its cache or memory.
+TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 16_384}
 # What a pair outside the candidates scores, as in BLIP: below every re-ranked pair.
 NOT_RANKED = -100.0
 
@@ -70,18 +72,19 @@ def retrieval_scores(
     was_training = model.training
     model.eval()
     try:
+        device = next(model.parameters()).device
+        ids_TN, mask_TN = (t.to(device) for t in tokenize(tokenizer, texts, max_length))
         with autocast():
-            ids_TN, mask_TN = tokenize(tokenizer, texts, max_length)
-            device = next(model.parameters()).device
-            ids_TN, mask_TN = ids_TN.to(device), mask_TN.to(device)
             text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
             own, tokens, image_ID = _encode_images(
                 model, images, count, batch_size, workers, keep_tokens=k_test > 0
             )
-            cosine_IT = image_ID @ text_TD.T
-            if k_test == 0:
-                scores = cosine_IT.float().cpu()
-                return RetrievalScores(scores, scores.T.contiguous(), scores)
+        # Outside autocast: which pairs are candidates must not depend on the number format.
+        cosine_IT = image_ID @ text_TD.T
+        if k_test == 0:
+            cosine_IT = cosine_IT.cpu()
+            return RetrievalScores(cosine_IT, cosine_IT.T.contiguous(), cosine_IT)
+        with autocast():
             own_i2t, own_t2i = _match(
                 model, own, tokens, ids_TN, mask_TN, cosine_IT, k_test, progress
             )
@@ -137,27 +140,26 @@ def _encode_images(
     """This rank's image numbers, their tokens (kept on the CPU), and all features ``(I, D)``."""
     blocks = own_blocks(count, batch_size)
     device = next(model.parameters()).device
-    loader = DataLoader(
-        _Safe(images),
-        batch_sampler=blocks,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator().manual_seed(0),
-    )
+    loader = open_loader(images, blocks, workers, device)
     parts: list[torch.Tensor] = []
     tokens: list[torch.Tensor] = []
-    for items in loader:
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-        batch = torch.stack(items).to(device, non_blocking=True)
-        tokens_BLW, features_BD = model.encode_image(batch)
+    for batch in checked(loader):
+        tokens_BLW, features_BD = model.encode_image(batch["image"].to(device, non_blocking=True))
         if keep_tokens:
-            tokens += tokens_BLW.cpu().unbind()
+            tokens += _on_host(tokens_BLW).unbind()
         parts.append(features_BD)
     rows = [number for block in blocks for number in block]
     own = torch.tensor(rows, dtype=torch.int64, device=device)
     return own, tokens, _in_order(parts, rows, model)
+
+
+def _on_host(tokens: torch.Tensor) -> torch.Tensor:
+    """A pinned copy on the CPU, in the format that matching casts it to; nothing waits for it."""
+    kind = tokens.device.type
+    if torch.is_autocast_enabled(kind):
+        tokens = tokens.to(torch.get_autocast_dtype(kind))
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=kind == "cuda")
+    return host.copy_(tokens, non_blocking=True)
 
 
 def _match(
@@ -171,20 +173,44 @@ def _match(
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of this rank's images in both directions, ``(own, T)`` each."""
+    device = own.device
     wanted_i2t = top_candidates(cosine_IT[own], k_test)
     wanted_t2i = top_candidates(cosine_IT.T, k_test).T[own]
-    scores_i2t = torch.full(wanted_i2t.shape, NOT_RANKED, device=own.device)
-    scores_t2i = scores_i2t.clone()
+    # A pair that both directions want is computed once. Which ones is known on the host before
+    # the first is computed, so nothing waits for the device in between.
+    pairs_OT = (wanted_i2t | wanted_t2i).cpu()
+    lengths_T = mask_TN.sum(dim=1).cpu()
+    logits_OT = torch.zeros(wanted_i2t.shape, device=device)
     show = progress and distributed.is_main()
-    for row, image in enumerate(tqdm(own.tolist(), desc="match", disable=None if show else True)):
-        # A pair that both directions want is computed once.
-        pairs = (wanted_i2t[row] | wanted_t2i[row]).nonzero()[:, 0]
-        matcher = ImageMatcher(model, tokens[row].to(own.device, non_blocking=True))
-        scores = matcher.scores(ids_TN[pairs], mask_TN[pairs]) + cosine_IT[image, pairs]
-        for wanted, target in ((wanted_i2t, scores_i2t), (wanted_t2i, scores_t2i)):
-            hits = wanted[row, pairs]
-            target[row, pairs[hits]] = scores[hits]
-    return scores_i2t, scores_t2i
+    for row, image_LW in enumerate(tqdm(tokens, desc="match", disable=None if show else True)):
+        texts = pairs_OT[row].nonzero()[:, 0]
+        texts = texts[lengths_T[texts].argsort(stable=True)]
+        image_1LW = image_LW.to(device, non_blocking=True)[None]
+        lengths = lengths_T[texts].tolist()
+        for part in passes(lengths, TOKENS_AT_ONCE[device.type]):
+            chosen, longest = texts[part].to(device, non_blocking=True), lengths[part][-1]
+            logits_N2 = model.itm_logits(
+                image_1LW,
+                ids_TN[chosen, :longest],
+                mask_TN[chosen, :longest],
+                torch.zeros_like(chosen),
+            )
+            logits_OT[row, chosen] = logits_N2[:, 1]
+    scores_OT = logits_OT + cosine_IT[own]
+    return (
+        scores_OT.masked_fill(~wanted_i2t, NOT_RANKED),
+        scores_OT.masked_fill(~wanted_t2i, NOT_RANKED),
+    )
+
+
+def passes(lengths: list[int], budget: int) -> list[slice]:
+    """Split ascending lengths into runs of at most ``budget`` padded tokens (at least one text)."""
+    splits, start = [], 0
+    for stop, length in enumerate(lengths):
+        if stop > start and (stop + 1 - start) * length > budget:
+            splits.append(slice(start, stop))
+            start = stop
+    return [*splits, slice(start, len(lengths))] if lengths else []
 
 
 def _in_order(parts: list[torch.Tensor], rows: list[int], model: BlipDual) -> torch.Tensor:
@@ -195,19 +221,3 @@ def _in_order(parts: list[torch.Tensor], rows: list[int], model: BlipDual) -> to
     features = torch.cat(distributed.all_gather_ragged(own.float()))
     order = torch.cat(distributed.all_gather_ragged(numbers))
     return features[order.argsort()]
-
-
-class _Safe(Dataset):
-    """Image tensors by number; an error comes as an item, so that workers do not wrap it."""
-
-    def __init__(self, images: Dataset) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)  # type: ignore[arg-type]
-
-    def __getitem__(self, number: int) -> torch.Tensor | UserError:
-        try:
-            return self._images[number]["image"]
-        except UserError as error:
-            return error

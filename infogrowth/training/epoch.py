@@ -1,7 +1,8 @@
 """One epoch of training, the same for both programs in train/.
 
-Per optimizer step: forward passes over ``gradient_accumulation`` batches, a look at the losses
-(stop when they are not finite), the optimizer step, progress, perhaps a log line, perhaps a
+Per optimizer step: forward passes over ``gradient_accumulation`` batches, the optimizer step,
+progress, perhaps a log line, perhaps a checkpoint. The losses are looked at one step late, when the
+device is already busy with the next (a run stops when they are not finite), but always before a
 checkpoint. Everything random is named by (seed, rank, forward pass), so a checkpoint needs no
 random state, and a resumed run is the uninterrupted one.
 
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from infogrowth import distributed
 from infogrowth.blip.momentum import MomentumBlip
@@ -70,11 +70,7 @@ class TrainingState:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.precision, self.device, self.config = precision, precision.device, config
         self.progress = Progress()
-        self.parallel: nn.Module = model
-        if distributed.world_size() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            # Queues are equal on all ranks by construction: no buffer needs sending round.
-            self.parallel = DistributedDataParallel(model, ids, broadcast_buffers=False)
+        self.parallel = distributed.data_parallel(model, self.device, config.compress_gradients)
 
     @property
     def stopped(self) -> bool:
@@ -153,23 +149,69 @@ def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay, fused=True)
 
 
+class Losses:
+    """Losses of an optimizer step on their way to the host, where reading them waits for that
+    step only, and not for what the device was given since.
+
+    Args:
+        names: what each value is.
+        values: as many numbers, on the device.
+        epoch, step: of which optimizer step.
+    """
+
+    def __init__(self, names: list[str], values: torch.Tensor, epoch: int, step: int) -> None:
+        self.names, self.epoch, self.step = names, epoch, step
+        self._done = torch.cuda.Event() if values.is_cuda else None
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> dict[str, float]:
+        """The numbers.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        losses = dict(zip(self.names, self._host.tolist(), strict=True))
+        if not all(math.isfinite(value) for value in losses.values()):
+            values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            raise UserError(
+                f"the loss is not finite at step {self.step} of epoch {self.epoch} ({values}); "
+                "no checkpoint was written since: resume from the last one with a lower init_lr, "
+                "clip_grad_norm, or another precision"
+            )
+        return losses
+
+
 def train_one_epoch(
     state: TrainingState,
     forward: Forward,
     schedule: Schedule,
     checkpoints: Checkpoints,
     logger: Logger,
-    after_step: Callable[[], None] = lambda: None,
+    validate: Callable[[], None] | None = None,
+    validate_every: int = 0,
 ) -> None:
     """Train from where ``state`` is to the end of its epoch, or to ``max_steps``.
 
     Args:
-        after_step: called after every optimizer step, before a checkpoint of it.
+        validate: called after every ``validate_every`` optimizer steps and after the run's last.
 
     Raises:
         UserError: the loss is not finite, or a sample cannot be read.
     """
     progress, config = state.progress, state.config
+    unread: list[Losses] = []  # of the last step
+
+    def look() -> dict[str, float]:
+        losses = unread.pop().read()
+        for name, value in losses.items():
+            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
+        return losses
+
     state.model.train()
     batches = state.loader.epoch(progress.epoch, start=progress.batch)
     while window := list(islice(batches, config.gradient_accumulation)):
@@ -179,37 +221,39 @@ def train_one_epoch(
         progress.forwards += len(window)
         progress.samples_seen += samples
         progress.epoch_steps += 1
-        for name, value in losses.items():
-            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
         logger.batches_done(len(window), samples)
-        if progress.step % config.log_every == 0 or progress.step == 1:
-            logger.step(_record(state, losses))
-        after_step()
-        if state.stopped:
+        if unread:
+            look()
+        unread.append(losses)
+
+        step, ends = progress.step, state.stopped or state.epoch_done
+        log_now = step % config.log_every == 0 or step == 1
+        save_now = config.checkpoint_every and step % config.checkpoint_every == 0
+        validate_now = validate_every and (step % validate_every == 0 or state.at_last_step)
+        if log_now or save_now or validate_now or ends:
+            values = look()
+            if log_now:
+                logger.step(_record(state, values))
+            if validate is not None and validate_now:
+                validate()
+            if save_now and not ends:
+                checkpoints.save(state)
+        if ends:
             return
-        at_mark = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-        if at_mark and not state.epoch_done:
-            checkpoints.save(state)
 
 
 def optimizer_step(
     state: TrainingState, window: list[Batch], forward: Forward, schedule: Schedule
-) -> dict[str, float]:
+) -> Losses:
     """One optimizer step over the batches of ``window``; its mean losses over them and all ranks.
 
-    Raises:
-        UserError: they are not finite; the weights are then as before.
+    Nothing is read back from the device.
     """
     progress, scaler = state.progress, state.precision.scaler
     readings = []
     for offset, batch in enumerate(window):
         with _exchanged(state.parallel, last=offset == len(window) - 1):
             readings.append(forward_backward(state, batch, forward, schedule, offset, len(window)))
-    names = readings[0].keys()
-    values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
-    losses = dict(zip(names, distributed.all_reduce_mean(values).tolist(), strict=True))
-    if not all(math.isfinite(value) for value in losses.values()):
-        _give_up(progress, losses)
     for group in state.optimizer.param_groups:
         group["lr"] = schedule.rate(progress.epoch, progress.step)
     if state.config.clip_grad_norm is not None:
@@ -219,7 +263,9 @@ def optimizer_step(
     scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
-    return losses
+    values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
+    means = distributed.all_reduce_mean(values)
+    return Losses(list(readings[0]), means, progress.epoch, progress.step)
 
 
 def forward_backward(
@@ -270,17 +316,7 @@ def _record(state: TrainingState, losses: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _give_up(progress: Progress, losses: dict[str, float]) -> None:
-    values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-    raise UserError(
-        f"the loss is not finite at step {progress.step + 1} of epoch {progress.epoch} ({values}); "
-        "the weights were not updated: resume from the last checkpoint with a lower init_lr, "
-        "clip_grad_norm, or another precision"
-    )
-
-
 def _exchanged(parallel: nn.Module, last: bool) -> AbstractContextManager:
     """Ranks exchange gradients once per optimizer step, with its last batch."""
-    if not last and isinstance(parallel, DistributedDataParallel):
-        return parallel.no_sync()
-    return nullcontext()
+    no_sync = getattr(parallel, "no_sync", None)
+    return nullcontext() if last or no_sync is None else no_sync()

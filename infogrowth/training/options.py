@@ -32,6 +32,7 @@ class RunOptions:
     min_lr: float = option(0.0, "learning rate that decay does not go below")
     weight_decay: float = option(0.05, "of AdamW")
     gradient_accumulation: int = option(1, "forward passes per optimizer step")
+    compress_gradients: bool = option(False, "ranks exchange gradients in bf16: half the traffic")
     clip_grad_norm: float | None = option(None, "largest gradient norm; none does not clip")
     log_every: int = option(50, "optimizer steps between log lines")
     checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: at epoch ends only")

@@ -25,7 +25,9 @@ class Precision:
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         self.device = device
         if name == "auto":
-            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
+                including_emulation=False  # before Ampere it is slower than fp32
+            )
             name = "bf16" if has_bf16 else "fp32"
         self.name = name
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from infogrowth.blip.cross_attention import SharedCrossAttention, SharedImages
 from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.text import SharedCrossAttention, SharedImages
 
 
 @pytest.fixture(scope="module")

@@ -131,10 +131,12 @@ def test_matching_scores_of_every_pair_agree(scorer, evaluated, retrieval_golden
     with torch.no_grad():
         if together:
             rows = torch.zeros(30, dtype=torch.int64)
-            scores = [scorer.itm_score(tokens[i : i + 1], ids, mask, rows) for i in range(12)]
+            scores = [
+                scorer.itm_logits(tokens[i : i + 1], ids, mask, rows)[:, 1] for i in range(12)
+            ]
         else:
             rows = torch.arange(12).repeat_interleave(30)
-            scores = [scorer.itm_score(tokens, ids.repeat(12, 1), mask.repeat(12, 1), rows)]
+            scores = [scorer.itm_logits(tokens, ids.repeat(12, 1), mask.repeat(12, 1), rows)[:, 1]]
     mine = torch.cat([score.flatten() for score in scores]).view(12, 30) + images @ texts.T
     # k = 12 of 12 images: every text was scored against every image.
     torch.testing.assert_close(mine, values["eval_k12_score_t2i"].T, atol=2e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 """Re-ranked scores against the paper's own (golden D) and against one pair at a time."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.config import BlipConfig, preset
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
+from infogrowth.blip.text import open_with
 from infogrowth.blip.tokenizer import load_tokenizer, tokenize
 from infogrowth.errors import UserError
 from infogrowth.evaluation import rerank
-from infogrowth.evaluation.matching import ImageMatcher, passes
 from infogrowth.evaluation.recall import recall_table
 
 
@@ -171,24 +172,64 @@ def test_one_image_against_many_texts_is_the_pair_by_pair_score(tokenizer):
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         tokens, _ = model.encode_image(image)
-        slow = torch.cat([model.itm_score(tokens, ids[[i]], mask[[i]]) for i in range(len(texts))])
-        fast = ImageMatcher(model, tokens[0]).scores(ids, mask)
-    np.testing.assert_allclose(fast, slow, atol=2e-6)
-    assert slow.std() > 1e-3  # not all the same number
+        fast = model.itm_logits(tokens, ids, mask, torch.zeros(len(texts), dtype=torch.int64))
+        for row in range(len(texts)):  # transformers' own way: each text reads the image itself
+            states = model.text_encoder(
+                input_ids=open_with(ids[[row]], config.enc_token_id),
+                attention_mask=mask[[row]],
+                encoder_hidden_states=tokens,
+            ).last_hidden_state
+            assert states.shape == (1, 35, 128)
+            np.testing.assert_allclose(fast[row], model.itm_head(states[0, 0]), atol=2e-6)
+    assert fast.std() > 1e-3  # not all the same number
 
 
-def test_matching_refuses_a_model_with_dropout_on(tokenizer):
-    model = BlipDual(preset("tiny").with_tokenizer(tokenizer)).train()
-    with pytest.raises(ValueError, match="eval mode"):
-        ImageMatcher(model, torch.zeros(65, 128))
+def test_candidates_and_cosines_do_not_depend_on_autocast(scored, monkeypatch):
+    """In bfloat16, cosines of thousands of captions would collapse to a few hundred values."""
+    features = []
+    encode_image, encode_text = BlipDual.encode_image, BlipDual.encode_text
+
+    def watch(encode):
+        def watched(*inputs):
+            found = encode(*inputs)
+            features.append(found[1])
+            return found
+
+        return watched
+
+    monkeypatch.setattr(BlipDual, "encode_image", watch(encode_image))
+    monkeypatch.setattr(BlipDual, "encode_text", watch(encode_text))
+    scores = scored(8, batch_size=64, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    texts, images = features
+    assert scores.cosine.dtype == torch.float32
+    assert torch.equal(scores.cosine, images @ texts.T)
+    ranked = scores.i2t > rerank.NOT_RANKED
+    assert torch.equal(ranked, rerank.top_candidates(images @ texts.T, 8))
+
+
+def test_a_batch_from_a_worker_is_one_open_file_not_one_per_image(scored, monkeypatch):
+    encode_image = BlipDual.encode_image
+
+    def open_files(batch_size):
+        found = []
+
+        def watched(*inputs):
+            found.append(len(os.listdir("/proc/self/fd")))
+            return encode_image(*inputs)
+
+        monkeypatch.setattr(BlipDual, "encode_image", watched)
+        scored(8, batch_size=batch_size, workers=1)
+        return found[0]
+
+    assert open_files(12) == open_files(2)
 
 
 def test_passes_keep_within_the_budget_and_miss_no_text():
     lengths = sorted(np.random.default_rng(0).integers(2, 35, 200).tolist())
-    runs = passes(lengths, 128)
+    runs = rerank.passes(lengths, 128)
     assert [i for run in runs for i in range(200)[run]] == list(range(200))
     assert all((run.stop - run.start) * lengths[run.stop - 1] <= 128 for run in runs)
-    assert passes([50], 10) == [slice(0, 1)] and passes([], 10) == []
+    assert rerank.passes([50], 10) == [slice(0, 1)] and rerank.passes([], 10) == []
 
 
 def test_candidates_at_a_tied_border_are_the_lower_indices():

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, the pointer never broken, nothing executed on loading."""
 
+import gc
 import os
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,20 +11,21 @@ import torch
 from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.dual import BlipDual
 from infogrowth.errors import UserError
+from infogrowth.training import checkpoints
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 
 STATE = {"progress": {"step": 1}, "model": {"weight": torch.arange(3.0)}}
 
 
 def test_the_last_n_are_kept_and_latest_names_the_newest(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    saved = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 9, 100):
-        assert checkpoints.write(STATE, step) == checkpoints.latest()
+        assert saved.write(STATE, step) == saved.latest()
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
         "step_00000009.pth",
         "step_00000100.pth",
     ]
-    assert torch.equal(load_checkpoint(checkpoints.latest())["model"]["weight"], torch.arange(3.0))
+    assert torch.equal(load_checkpoint(saved.latest())["model"]["weight"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("killed_at", range(8))
@@ -32,8 +35,8 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.write({**STATE, "progress": {"step": 1}}, 1)
+    saved = Checkpoints(tmp_path, keep=1)
+    saved.write({**STATE, "progress": {"step": 1}}, 1)
     calls = []
 
     def dying(real):
@@ -50,14 +53,12 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
             patch.setattr(os, name, dying(getattr(os, name)))
         patch.setattr(torch, "save", dying(torch.save))
         try:
-            checkpoints.write({**STATE, "progress": {"step": 2}}, 2)
+            saved.write({**STATE, "progress": {"step": 2}}, 2)
             finished = True
         except Killed:
             finished = False
-    assert load_checkpoint(checkpoints.latest())["progress"]["step"] in (
-        (2,) if finished else (1, 2)
-    )
-    assert Checkpoints(tmp_path).find("auto") == checkpoints.latest()
+    assert load_checkpoint(saved.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
+    assert Checkpoints(tmp_path).find("auto") == saved.latest()
     assert not list(tmp_path.glob("*.tmp-*"))  # leftovers go when a run starts
 
 
@@ -116,6 +117,22 @@ def test_a_training_checkpoint_is_also_an_official_one(make_run):
     report = load_weights(model, small.checkpoints.latest())
     assert not report.missing and not report.mismatched
     assert torch.equal(model.vision_proj.weight, small.model.vision_proj.weight)
+
+
+def test_what_a_run_was_resumed_from_does_not_stay_in_memory(make_run, monkeypatch):
+    make_run(max_steps=1).train()
+    read = []
+
+    def watched(path):
+        content = load_checkpoint(path)
+        read.extend(weakref.ref(tensor) for tensor in content["model"].values())
+        return content
+
+    monkeypatch.setattr(checkpoints, "load_checkpoint", watched)
+    again = make_run(max_steps=2)
+    again.checkpoints.resume(again.state, "auto")
+    gc.collect()
+    assert len(read) > 100 and not any(tensor() is not None for tensor in read)
 
 
 def test_keeping_no_checkpoint_is_refused(tmp_path):

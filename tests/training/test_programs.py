@@ -155,7 +155,7 @@ def test_two_ranks_train_on_what_one_process_trains_on(read_log, repository, wor
     losses differ. The language loss (all captions are three words), the rate and the queue do not.
     """
     common = {"text_dropout": 0.0, "max_steps": 1, "sampler": "uniform"}
-    values = options(world, tmp_path / "two", batch_size=2, **common)
+    values = options(world, tmp_path / "two", batch_size=2, num_workers=1, **common)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = program(repository, "pretrain_gain.py", values, launcher)
     assert done.returncode == 0, done.stderr
