@@ -95,13 +95,14 @@ def row_by_row(
     for row, similarity in enumerate(cosine):
         values, found = similarity.topk(min(k_test, len(texts)))
         repeated = tokens[row].repeat(len(found), 1, 1)
-        i2t[row, found] = model.itm_score(repeated, ids[found], mask[found]) + values
+        i2t[row, found] = model.itm_logits(repeated, ids[found], mask[found])[:, 1] + values
     t2i = torch.full(cosine.T.shape, NOT_RANKED, device=device)
     for row, similarity in enumerate(cosine.T):
         values, found = similarity.topk(min(k_test, len(tokens)))
         repeated_ids = ids[row].repeat(len(found), 1)
         repeated_mask = mask[row].repeat(len(found), 1)
-        t2i[row, found] = model.itm_score(tokens[found], repeated_ids, repeated_mask) + values
+        logits = model.itm_logits(tokens[found], repeated_ids, repeated_mask)
+        t2i[row, found] = logits[:, 1] + values
     return i2t.cpu(), t2i.cpu()
 
 

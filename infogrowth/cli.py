@@ -19,7 +19,7 @@ from infogrowth.errors import UserError, exit_status
 
 VERBS = (
     *("run", "pack", "embed", "recaption", "score", "grow", "select"),
-    *("report", "explain", "sweep", "compare"),
+    *("report", "explain", "sweep", "compare", "convert"),
 )
 # Under the launcher rank 0 does the others alone.
 SHARED_WORK = ("run", "embed", "recaption", "score", "grow")

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from fairscale.nn.checkpoint import checkpoint_wrapper
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -70,6 +69,8 @@ def build_vision(
         block_fn=RecomputableBlock,
     )
     if gradient_checkpointing:
+        from fairscale.nn.checkpoint import checkpoint_wrapper  # only who recomputes needs it
+
         first = len(vision.blocks) - checkpoint_layers if checkpoint_layers else 0
         for block in list(vision.blocks)[max(first, 0) :]:
             # The wrapper replaces the block's forward only, so state dict names stay official.

@@ -31,6 +31,7 @@ def save_weights(
     layout: Layout = "official",
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: Literal["retrieval", "captioning"] | None = None,
+    momentum: bool = True,
 ) -> None:
     """Write the model's weights, whole or not at all.
 
@@ -44,11 +45,15 @@ def save_weights(
         tokenizer: also written to a Hugging Face folder when given.
         task: which Hugging Face class to write for; default: captioning for a model without a
             text encoder, else retrieval.
+        momentum: also keep momentum encoders and queues in an official file.
     """
     config = _config(model)
     if layout == "official":
         with atomic_write(path) as file:
-            torch.save({"model": _with_positions(model), "config": config.as_dict()}, file)
+            state = _with_positions(model)
+            if not momentum:
+                state = {k: v for k, v in state.items() if not (is_momentum(k) or is_queue(k))}
+            torch.save({"model": state, "config": config.as_dict()}, file)
     elif layout == "safetensors":
         with atomic_write(path) as file:
             file.write(_safetensors(unique_state(model), config))
