@@ -190,16 +190,16 @@ def loose_precision(device: torch.device) -> Iterator[None]:
         (cuda, "allow_fp16_reduced_precision_reduction", True),
         (cuda, "allow_bf16_reduced_precision_reduction", True),
     ]
-    before = [(place, name, getattr(place, name)) for place, name, _ in switches]
-    for place, name, value in switches:
-        setattr(place, name, value)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in switches]
+    for owner, name, value in switches:
+        setattr(owner, name, value)
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     try:
         with torch.autocast(device.type, dtype=half):
             yield
     finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def searched(index: Any, queries: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,8 +285,8 @@ def grow(machine: Machine) -> Iterator[Row]:
     image = features("clustered", count, dimension)
     noise = features("random", count, dimension, seed=1)
     ids, captions = [f"{n:08d}" for n in range(count)], [f"caption {n}" for n in range(count)]
-    told = machine.folder / "recaptions"
-    FeatureWriter(told, 1).write_shard(0, ids[::5], captions[::5], None, (image + noise)[::5])
+    table = machine.folder / "recaptions"
+    FeatureWriter(table, 1).write_shard(0, ids[::5], captions[::5], None, (image + noise)[::5])
     writer = FeatureWriter(machine.folder / "features", 4)
     mixed = image + np.linspace(0.2, 4, count, dtype=np.float32)[:, None] * noise
     for shard, part in enumerate(np.array_split(np.arange(count), 4)):
@@ -297,7 +297,7 @@ def grow(machine: Machine) -> Iterator[Row]:
         growth, output = machine.folder / f"growth_{name}", machine.folder / f"{name}.json"
         status, seconds = timed(
             lambda growth=growth, output=output, device=device, batch=batch: main(
-                ["grow", "--features", str(machine.folder / "features"), "--recaptions", str(told),
+                ["grow", "--features", str(machine.folder / "features"), "--recaptions", str(table),
                  "--growth", str(growth), "--output", str(output), "--device", device,
                  "--batch-size", str(batch), "--quiet"]
             )
@@ -588,8 +588,10 @@ def ranks(machine: Machine) -> Iterator[Row]:
     yield machine.holds("functions that gave what they should", passed[1:] == ["12"],
                         " ".join(passed[1:]) or ran.stderr[-200:], "12")  # fmt: skip
     last = (ran.stderr.strip().splitlines() or [""])[-1]
-    told = ran.returncode == 2 and last == "error: the end"
-    yield machine.holds("exit after an error", told, f"status {ran.returncode}, {last}", "status 2")
+    ended = ran.returncode == 2 and last == "error: the end"
+    yield machine.holds(
+        "exit after an error", ended, f"status {ran.returncode}, {last}", "status 2"
+    )
     yield machine.measured("start, work and exit", f"{seconds:.1f} s")
 
 
@@ -712,8 +714,8 @@ def run_checks(
                     print(line(row), flush=True)
             except Exception as error:
                 traceback.print_exc()
-                said = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-                rows.append(Row(name, "the check itself", said, "no error", FAIL))
+                message = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                rows.append(Row(name, "the check itself", message, "no error", FAIL))
                 print(line(rows[-1]), flush=True)
             print(f"{'':12}{time.monotonic() - start:.1f} s", flush=True)
         if device.type == "cuda":

@@ -363,7 +363,7 @@ def _mismatch(ranks: Mapping[int, Mapping[str, Any]]) -> str | None:
 
 
 def _gpu_name(device: torch.device) -> str | None:
-    """What tells a GPU from the others of its node, whatever number it has in this process."""
+    """What identifies a GPU on its node, whatever number it has in this process."""
     if device.type != "cuda":
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

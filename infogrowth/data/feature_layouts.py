@@ -68,7 +68,7 @@ class FeatureShard:
         return columns, {space: array.read(start, stop) for space, array in self._arrays.items()}
 
     def signature(self) -> bytes:
-        """16 bytes that tell this content again, wherever it is copied to."""
+        """16 bytes that identify this content, wherever it is copied to."""
         return hashlib.blake2b(self._sign(), digest_size=16).digest()
 
     def release(self) -> None:

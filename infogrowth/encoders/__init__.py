@@ -1,1 +1,1 @@
-"""Dual encoders and captioners behind two small protocols, and what runs them over a whole pile."""
+"""Dual encoders and captioners behind two protocols, and what runs them over a dataset."""

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # What BLIP's own retrieval evaluation reads of a caption.
 _MAX_WORDS = 30
 _MAX_TOKENS = 35
-# Fields of the config that leave a feature as it is; the last is told by the weights' shapes.
+# Fields of the config that leave a feature as it is; the last shows in the weights' shapes.
 _LEAVES_FEATURES_ALONE = ("drop_path", "text_dropout", "vision_feedforward")
 
 

@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
 
 
 def refuse_missing_weights(missing: Any, name: str) -> None:
-    """A weight that the file lacks would stay random: refuse instead of scoring with noise."""
+    """A weight missing from the file would stay random: refuse instead of scoring with noise."""
     if missing:
         shown = ", ".join(sorted(missing)[:3])
         raise UserError(

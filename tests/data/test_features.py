@@ -165,13 +165,13 @@ def test_the_fingerprint_knows_the_same_features_again(folder, tmp_path):
 def test_other_peoples_names_for_the_same_layout(tmp_path, names):
     for number, rows in enumerate((slice(0, 10), slice(10, 23))):
         for name, features in zip(names or ("img_emb", "text_emb"), (IMAGE, TEXT), strict=True):
-            place = tmp_path / name if names else tmp_path  # None: all in one folder
-            place.mkdir(exist_ok=True)
-            np.save(place / f"{name}_{number}.npy", features[rows])
-        place = tmp_path / "metadata" if names else tmp_path
-        place.mkdir(exist_ok=True)
+            target = tmp_path / name if names else tmp_path  # None: all in one folder
+            target.mkdir(exist_ok=True)
+            np.save(target / f"{name}_{number}.npy", features[rows])
+        target = tmp_path / "metadata" if names else tmp_path
+        target.mkdir(exist_ok=True)
         table = pa.table({"key": IDS[rows], "TEXT": CAPTIONS[rows], "url": IDS[rows]})
-        pq.write_table(table, place / f"metadata_{number}.parquet")
+        pq.write_table(table, target / f"metadata_{number}.parquet")
     batches, ids = collected(open_features(tmp_path), batch_size=50)
     assert ids == IDS
     assert batches[0].captions == CAPTIONS
@@ -223,9 +223,9 @@ def datacomp(folder, keys=("b32", "l14")):
         np.savez(folder / f"{stem}.npz", **arrays)
 
 
-@pytest.mark.parametrize("place", [".", "metadata"])
-def test_datacomp_pairs_of_parquet_and_npz(tmp_path, place):
-    datacomp(tmp_path / place)
+@pytest.mark.parametrize("target", [".", "metadata"])
+def test_datacomp_pairs_of_parquet_and_npz(tmp_path, target):
+    datacomp(tmp_path / target)
     stream = open_features(tmp_path, key="l14")
     assert stream.layout == "DataComp"
     assert stream.encoder == {"name": "DataComp l14"}
@@ -264,10 +264,10 @@ def test_a_compressed_npz_of_datacomp_that_is_damaged_is_named(tmp_path):
         list(open_features(tmp_path).batches(10))
 
 
-@pytest.mark.parametrize("ending", [".npz", ".pth"])
-def test_a_single_file_of_arrays_with_ids(tmp_path, ending):
-    path = tmp_path / f"features{ending}"
-    if ending == ".npz":
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_a_single_file_of_arrays_with_ids(tmp_path, suffix):
+    path = tmp_path / f"features{suffix}"
+    if suffix == ".npz":
         np.savez(path, ids=IDS, captions=CAPTIONS, image=IMAGE, text_features=TEXT)
     else:
         content = {"ids": IDS, "captions": CAPTIONS, "text": torch.tensor(TEXT).bfloat16()}
@@ -283,11 +283,11 @@ def test_a_single_file_of_arrays_with_ids(tmp_path, ending):
 HALF_A_PAIR = "fox \ud83d!"  # half of an emoji, as cutting UTF-16 text in two leaves it
 
 
-@pytest.mark.parametrize("ending", [".npz", ".pth"])
-def test_text_that_is_no_unicode_is_mended_and_its_sample_stays(tmp_path, ending):
-    path = tmp_path / f"features{ending}"
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_text_that_is_no_unicode_is_repaired_and_its_sample_stays(tmp_path, suffix):
+    path = tmp_path / f"features{suffix}"
     content = {"ids": [HALF_A_PAIR, "b"], "captions": ["\ud83e\udd8a", HALF_A_PAIR]}
-    if ending == ".npz":
+    if suffix == ".npz":
         np.savez(path, **content, image=IMAGE[:2], text=TEXT[:2])
     else:
         arrays = {"image": torch.tensor(IMAGE[:2]), "text": torch.tensor(TEXT[:2])}
@@ -310,7 +310,7 @@ def one_shard(folder, **columns):
     return folder
 
 
-def test_a_damaged_text_in_a_parquet_is_mended_and_its_sample_stays(tmp_path):
+def test_a_damaged_text_in_a_parquet_is_repaired_and_its_sample_stays(tmp_path):
     damaged = text_column(b"caf\xe9", "狐".encode(), None)
     folder = one_shard(tmp_path, id=pa.array(list("abc")), caption=damaged, label=damaged)
     (batch,) = open_features(folder, extra=("label",)).batches(10)

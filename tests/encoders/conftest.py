@@ -11,8 +11,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Nine different RGB pictures of odd sizes."""
+def pil_images():
+    """Nine different RGB images of odd sizes."""
     drawn = []
     for number in range(9):
         image = Image.new("RGB", (40 + 9 * number, 70 - 5 * number), (25 * number, 90, 200))

@@ -29,7 +29,7 @@ def own_folder(blip_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(blip_models, pictures, captions):
+def expected(blip_models, pil_images, captions):
     """Features by transformers' own class, as its forward pass computes its similarity."""
     model, _, vocabulary = blip_models
     tokenizer = BertTokenizer(vocab=str(vocabulary))
@@ -37,7 +37,7 @@ def expected(blip_models, pictures, captions):
         [pre_caption(caption, 30) for caption in captions],
         padding=True, return_token_type_ids=False, return_tensors="pt",
     )  # fmt: skip
-    pixels = torch.stack([evaluation_transform(32)(picture) for picture in pictures])
+    pixels = torch.stack([evaluation_transform(32)(image) for image in pil_images])
     with torch.no_grad():
         seen = model.vision_model(pixel_values=pixels).last_hidden_state[:, 0]
         read = model.text_encoder(**tokens).last_hidden_state[:, 0]
@@ -47,12 +47,12 @@ def expected(blip_models, pictures, captions):
 
 @pytest.mark.parametrize("layout", ["blip_folder", "blip_pth", "own_folder"])
 def test_features_equal_those_of_transformers_own_class(
-    layout, request, expected, pictures, captions
+    layout, request, expected, pil_images, captions
 ):
     encoder = load_encoder(str(request.getfixturevalue(layout)))
     assert isinstance(encoder, DualEncoder)
     assert encoder.dimension == 16
-    images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pictures]))
+    images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pil_images]))
     texts = encoder.encode_texts(captions)
     torch.testing.assert_close(images, expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(texts, expected[1], atol=1e-5, rtol=0)
@@ -63,11 +63,11 @@ def test_the_same_weights_have_one_fingerprint_in_every_layout(blip_folder, blip
     assert len({load_encoder(str(layout)).fingerprint for layout in layouts}) == 1
 
 
-def test_preprocessing_is_the_evaluation_transform(blip_folder, pictures):
+def test_preprocessing_is_the_evaluation_transform(blip_folder, pil_images):
     preprocess = load_encoder(str(blip_folder)).preprocess
-    for picture in pictures:
-        ours = Normalize(CPU)(preprocess(picture)[None])[0]
-        torch.testing.assert_close(ours, evaluation_transform(32)(picture), atol=1e-6, rtol=0)
+    for image in pil_images:
+        ours = Normalize(CPU)(preprocess(image)[None])[0]
+        torch.testing.assert_close(ours, evaluation_transform(32)(image), atol=1e-6, rtol=0)
 
 
 def test_dropout_in_the_config_does_not_reach_the_features(blip_folder, captions):
@@ -84,9 +84,9 @@ def test_a_config_beside_a_checkpoint_tells_the_number_of_heads(blip_pth, own_fo
     config = json.loads((own_folder / "config.json").read_text())
     config["text_heads"] = 4
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    told = load_encoder(str(tmp_path / "run" / blip_pth.name))
-    assert lone.fingerprint != told.fingerprint
-    assert not torch.allclose(lone.encode_texts(["a red cat"]), told.encode_texts(["a red cat"]))
+    other = load_encoder(str(tmp_path / "run" / blip_pth.name))
+    assert lone.fingerprint != other.fingerprint
+    assert not torch.allclose(lone.encode_texts(["a red cat"]), other.encode_texts(["a red cat"]))
 
 
 def test_a_training_output_is_found_by_its_model_folder(own_folder, tmp_path):
@@ -111,19 +111,19 @@ def test_a_checkpoint_that_is_no_blip_is_refused(tmp_path, blip_models):
 
 
 def test_captions_are_those_of_transformers_own_beam_search(
-    blip_captioning_folder, blip_models, pictures
+    blip_captioning_folder, blip_models, pil_images
 ):
     captioner = load_captioner(str(blip_captioning_folder), beams=3, max_tokens=12)
     assert isinstance(captioner, Captioner)
     _, model, vocabulary = blip_models
-    pixels = torch.stack([evaluation_transform(32)(picture) for picture in pictures])
+    pixels = torch.stack([evaluation_transform(32)(image) for image in pil_images])
     ids = model.generate(pixels, num_beams=3, do_sample=False, max_length=12)
     texts = BertTokenizer(vocab=str(vocabulary)).batch_decode(
         ids[:, 1:].clamp(max=len(vocabulary.read_text().split()) - 1), skip_special_tokens=True
     )
-    said = captioner.caption([captioner.preprocess(picture) for picture in pictures])
-    assert any(said)
-    assert said == [text.strip() for text in texts]
+    written = captioner.caption([captioner.preprocess(image) for image in pil_images])
+    assert any(written)
+    assert written == [text.strip() for text in texts]
 
 
 def test_a_blip_without_a_decoder_is_no_captioner(blip_folder):
@@ -131,18 +131,18 @@ def test_a_blip_without_a_decoder_is_no_captioner(blip_folder):
         load_captioner(str(blip_folder))
 
 
-def test_tiny_is_bundled_and_tells_pictures_and_captions_apart(pictures, captions):
+def test_tiny_is_bundled_and_tells_images_and_captions_apart(pil_images, captions):
     encoder, captioner = load_encoder("tiny"), load_captioner("tiny", beams=1, max_tokens=8)
     assert encoder.name == "tiny"
-    images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pictures]))
+    images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pil_images]))
     texts = encoder.encode_texts(captions)
     for features in (images, texts):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(9))
         assert (features @ features.T).fill_diagonal_(0).max() < 0.9999
-    assert any(captioner.caption([captioner.preprocess(picture) for picture in pictures]))
+    assert any(captioner.caption([captioner.preprocess(image) for image in pil_images]))
 
 
-def test_a_caption_without_words_is_recorded_as_such(blip_folder, pictures, tmp_path):
+def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tmp_path):
     """A captioner may have nothing to say: no feature of an empty text gets into the table."""
     import io
 
@@ -154,7 +154,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pictures, tmp_
     class Pairs:
         def read(self, row):
             buffer = io.BytesIO()
-            pictures[row].save(buffer, "PNG")
+            pil_images[row].save(buffer, "PNG")
             return "old words", buffer.getvalue()
 
     class Taciturn:

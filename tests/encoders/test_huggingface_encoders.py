@@ -11,20 +11,20 @@ from infogrowth.encoders.protocols import Captioner, DualEncoder
 from infogrowth.errors import UserError
 
 
-def _stack(encoder, pictures):
-    return torch.stack([encoder.preprocess(picture) for picture in pictures])
+def _stack(encoder, pil_images):
+    return torch.stack([encoder.preprocess(image) for image in pil_images])
 
 
 def _unit(rows):
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-def test_clip_features_equal_those_of_the_model_class(clip_folder, pictures, captions):
+def test_clip_features_equal_those_of_the_model_class(clip_folder, pil_images, captions):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     encoder = load_encoder(str(clip_folder))
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    pixels = AutoImageProcessor.from_pretrained(clip_folder)(pictures, return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(clip_folder)(pil_images, return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(clip_folder)(
         captions, padding=True, truncation=True, max_length=20, return_tensors="pt"
     )
@@ -32,7 +32,10 @@ def test_clip_features_equal_those_of_the_model_class(clip_folder, pictures, cap
         output = model(**tokens, **pixels)
     assert isinstance(encoder, DualEncoder)
     assert encoder.dimension == 24
-    images, texts = encoder.encode_images(_stack(encoder, pictures)), encoder.encode_texts(captions)
+    images, texts = (
+        encoder.encode_images(_stack(encoder, pil_images)),
+        encoder.encode_texts(captions),
+    )
     torch.testing.assert_close(images, output.image_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(texts, output.text_embeds, atol=1e-6, rtol=0)
 
@@ -45,13 +48,13 @@ def test_a_clip_caption_longer_than_the_position_table_is_cut(clip_folder):
 
 
 def test_siglip_texts_are_padded_to_full_length_as_it_was_trained(
-    siglip_folder, pictures, captions
+    siglip_folder, pil_images, captions
 ):
     from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
     encoder = load_encoder(str(siglip_folder))
     model = SiglipModel.from_pretrained(siglip_folder).eval()
-    pixels = AutoImageProcessor.from_pretrained(siglip_folder)(pictures, return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(siglip_folder)(pil_images, return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(siglip_folder)(
         captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
     )
@@ -60,7 +63,7 @@ def test_siglip_texts_are_padded_to_full_length_as_it_was_trained(
         texts = _unit(model.get_text_features(**tokens).pooler_output)
     assert isinstance(encoder, DualEncoder)
     torch.testing.assert_close(
-        encoder.encode_images(_stack(encoder, pictures)), images, atol=1e-6, rtol=0
+        encoder.encode_images(_stack(encoder, pil_images)), images, atol=1e-6, rtol=0
     )
     torch.testing.assert_close(encoder.encode_texts(captions), texts, atol=1e-6, rtol=0)
     # One at a time gives the same features, so padding does not depend on the neighbors.
@@ -68,9 +71,9 @@ def test_siglip_texts_are_padded_to_full_length_as_it_was_trained(
     torch.testing.assert_close(alone, texts, atol=1e-6, rtol=0)
 
 
-def test_features_do_not_change_between_calls(clip_folder, pictures):
+def test_features_do_not_change_between_calls(clip_folder, pil_images):
     encoder = load_encoder(str(clip_folder))
-    stack = _stack(encoder, pictures)
+    stack = _stack(encoder, pil_images)
     assert torch.equal(encoder.encode_images(stack), encoder.encode_images(stack))
 
 
@@ -98,34 +101,34 @@ def test_fingerprint_follows_the_preprocessing(clip_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["git_folder", "llava_folder"])
-def test_captioners_say_the_same_words_alone_and_in_a_batch(kind, request, pictures):
+def test_captioners_say_the_same_words_alone_and_in_a_batch(kind, request, pil_images):
     captioner = load_captioner(str(request.getfixturevalue(kind)), max_tokens=8)
     assert isinstance(captioner, Captioner)
-    prepared = [captioner.preprocess(picture) for picture in pictures]
+    prepared = [captioner.preprocess(image) for image in pil_images]
     together = captioner.caption(prepared)
-    assert together == [captioner.caption([picture])[0] for picture in prepared]
+    assert together == [captioner.caption([image])[0] for image in prepared]
     assert all(isinstance(caption, str) for caption in together)
     assert any(together)
     assert not any("[" in caption or "<" in caption for caption in together)
 
 
-def test_git_caption_is_the_models_own_beam_search(git_folder, pictures):
+def test_git_caption_is_the_models_own_beam_search(git_folder, pil_images):
     from transformers import AutoProcessor, GitForCausalLM
 
     captioner = load_captioner(str(git_folder), max_tokens=8, beams=3)
     processor = AutoProcessor.from_pretrained(git_folder)
     model = GitForCausalLM.from_pretrained(git_folder).eval()
     ids = model.generate(
-        pixel_values=processor(images=pictures, return_tensors="pt").pixel_values,
+        pixel_values=processor(images=pil_images, return_tensors="pt").pixel_values,
         num_beams=3, do_sample=False, max_new_tokens=8,
     )  # fmt: skip
     expected = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert captioner.caption([captioner.preprocess(p) for p in pictures]) == expected
+    assert captioner.caption([captioner.preprocess(p) for p in pil_images]) == expected
 
 
-def test_a_chat_models_caption_does_not_repeat_the_question(llava_folder, pictures):
+def test_a_chat_models_caption_does_not_repeat_the_question(llava_folder, pil_images):
     captioner = load_captioner(str(llava_folder), prompt="the dog", max_tokens=4)
-    for caption in captioner.caption([captioner.preprocess(p) for p in pictures]):
+    for caption in captioner.caption([captioner.preprocess(p) for p in pil_images]):
         assert len(caption.split()) <= 4
 
 

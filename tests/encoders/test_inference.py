@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("folder", ["clip_folder", "siglip_folder"])
-def test_half_weights_give_the_bits_that_autocast_gives(folder, request, pictures):
+def test_half_weights_give_the_bits_that_autocast_gives(folder, request, pil_images):
     from transformers import AutoModel
 
     path = request.getfixturevalue(folder)
@@ -22,7 +22,7 @@ def test_half_weights_give_the_bits_that_autocast_gives(folder, request, picture
     half_products(fast)
     assert {p.dtype for p in fast.parameters()} == {torch.float16, torch.float32}
     encoder = load_encoder(str(path))
-    stack = torch.stack([encoder.preprocess(picture) for picture in pictures])
+    stack = torch.stack([encoder.preprocess(image) for image in pil_images])
     tokens = encoder.tokenize(["a red cat", "sea"])
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
         for compute in (
