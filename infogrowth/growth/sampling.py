@@ -141,10 +141,6 @@ class GainSampler:
         sequence = self._sequence if epoch == self.epoch else self._draw(epoch)
         return math.ceil(len(sequence) / self.world_size)
 
-    def global_sequence(self) -> np.ndarray:
-        """All ranks' rows of this epoch in order, unpadded, int64."""
-        return self._sequence.copy()
-
     def __len__(self) -> int:
         """How many rows the next iteration yields on this rank."""
         return self._rank_length() - self._skip

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from infogrowth import UserError, gains_array, load_annotations, save_annotations
 
@@ -27,6 +29,37 @@ def test_numbers_are_written_unless_strings_are_asked_for(tmp_path):
     assert json.loads((tmp_path / "numbers.json").read_text())[0]["gains"] == [0.1, 2e-9]
     assert json.loads((tmp_path / "strings.json").read_text())[0]["gains"] == ["0.1", "2e-09"]
     assert load_annotations(tmp_path / "strings.json") == annotations
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9)
+entries = st.fixed_dictionaries(
+    {
+        "image": st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+        "caption": st.text(st.characters(exclude_categories=["Cs"]))
+        | st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+    },
+    optional={
+        "gains": st.tuples(numbers, numbers).map(list),
+        "url": st.text(st.characters(exclude_categories=["Cs"])),
+        "n": numbers,
+    },
+)
+
+
+@settings(max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(entries, max_size=4))
+def test_the_bytes_are_those_of_the_json_module(tmp_path, annotations):
+    save_annotations(tmp_path / "a.json", annotations)
+    expected = json.dumps(annotations, ensure_ascii=False) + "\n"
+    assert (tmp_path / "a.json").read_bytes() == expected.encode()
+
+
+def test_numbers_that_json_does_not_know_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        save_annotations(
+            tmp_path / "a.json", [{"image": "x", "caption": "c", "gains": [np.inf, 1.0]}]
+        )
+    assert not any(tmp_path.iterdir())
 
 
 def test_extra_keys_and_caption_lists_are_kept(tmp_path):
