@@ -1,4 +1,4 @@
-"""`infogrowth grow`: offer samples to a growing dataset, and write what it has become."""
+"""`infogrowth grow`: let a dataset grow by new samples, and write what it has become."""
 
 import logging
 import time

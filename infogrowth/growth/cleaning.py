@@ -91,7 +91,7 @@ def _recaption_feature(
     matrix = as_matrix(vector, f"The recaption feature of sample {sample_id!r}")
     if matrix.shape[1] != dimension:
         return None, Reason.RECAPTION_MISFIT
-    unit, trouble = unit_rows(matrix)
-    if trouble[0] == Trouble.NONE:
+    unit, problem = unit_rows(matrix)
+    if problem[0] == Trouble.NONE:
         return unit, Reason.LOW_RECAPTION
-    return None, Reason[f"RECAPTION_{Trouble(int(trouble[0])).name}"]
+    return None, Reason[f"RECAPTION_{Trouble(int(problem[0])).name}"]

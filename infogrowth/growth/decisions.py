@@ -98,7 +98,7 @@ class Decision:
 
     `alignment` is that of the final caption, `original_alignment` that of the caption it came
     with. Neighbors are (id, cosine distance), nearest first, as they were before it was decided.
-    Where a new caption was tried, its alignment and its captioner are told, and if it was taken
+    Where a new caption was tried, its alignment and its captioner are recorded, and if it was taken
     what it had to reach.
     """
 
@@ -327,10 +327,10 @@ def _validate_features(
             f"{space}_features have {matrix.shape[1]} columns, but the dataset has {dimension}; "
             "use the encoder that it was begun with."
         )
-    rows, trouble = unit_rows(matrix)
+    rows, problems = unit_rows(matrix)
     for kind in (Trouble.NOT_FINITE, Trouble.ZERO):  # of two unusable features the image's counts
         reason = Reason[f"{space.upper()}_{kind.name}"]
-        codes[(trouble == kind) & (codes == UNDECIDED)] = REASON_CODE[reason]
+        codes[(problems == kind) & (codes == UNDECIDED)] = REASON_CODE[reason]
     return rows
 
 

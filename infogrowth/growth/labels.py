@@ -1,7 +1,7 @@
 """Single-modal cleaning: does an image's class label agree with its nearest kept neighbors?
 
 The paper's second setting ("Dataset Growth", single-modal data): features of images only, with a
-class label in the caption's place. The alignment of a sample is here the share of its nearest kept
+class label as the caption. The alignment of a sample is here the share of its nearest kept
 neighbors that carry its label, out of as many as could: min(k, kept samples of that class). The
 first sample of a class cannot disagree with anything and has alignment 1.
 
@@ -40,7 +40,7 @@ def clean_labels(
 
     `batch.neighbors` holds their nearest samples from before the block; final neighbors, alignments
     and reasons are entered there. `kept_labels` are the labels of the dataset's samples in order,
-    `class_counts` how many of each; `repeated(ids, aligned)` tells whose id is in the dataset
+    `class_counts` how many of each; `repeated(ids, aligned)` returns whose id is in the dataset
     already, or joins it earlier in the block.
     """
     ids, labels, usable = batch.ids[rows], batch.captions[rows], batch.usable[rows]

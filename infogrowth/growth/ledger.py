@@ -277,8 +277,8 @@ def read_manifest(paths: GrowthPaths) -> Manifest:
         # Looked for twice: a first commit may arrive between the two looks.
         if paths.data() and not paths.manifest.is_file():
             raise UserError(
-                f"{paths.directory} has lost its manifest.json, and its decisions cannot be told "
-                "from leftovers without it; put the file back, or give another --growth folder"
+                f"{paths.directory} has lost its manifest.json, without which its "
+                "decisions cannot be trusted; put the file back, or give another --growth folder"
             )
         return Manifest()
     content = read_json(paths.manifest, "the growth folder's file")

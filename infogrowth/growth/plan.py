@@ -31,7 +31,7 @@ class SourceProgress:
         start: the first row of the features that belongs to this source.
         position: rows before this one are decided; the next run goes on here.
         rows: where the source ends, as far as was known when it was last opened.
-        digest: fingerprint of the features up to ``position``: tells the same ones again.
+        digest: fingerprint of the features up to ``position``: by it the same ones are known again.
         recaptions: fingerprint of the recaption table in use, or None.
         retries: for ``"retry"``, the number of the source whose samples are processed again.
         seed_ids: fingerprint of the list of seed ids, where seeds are rows of the features.

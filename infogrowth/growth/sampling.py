@@ -64,7 +64,7 @@ def select_top(gains: np.ndarray, count: int) -> np.ndarray:
     """Static selection: the ``count`` samples of highest gain; among equals the earlier row wins.
 
     Unlike the random selection it orders by the gain before clipping, so that the samples above
-    the 0.99 quantile are still told apart.
+    the 0.99 quantile still differ.
 
     Returns:
         ascending row numbers, int64.
@@ -88,12 +88,12 @@ class GainSampler:
     * ``uniform``: every sample once.
 
     The sequence is a pure function of (gains, mode, seed, epoch): the same on all ranks, whatever
-    was iterated before, and no global random state is read or touched. Rank r takes places r,
+    was iterated before, and no global random state is read or touched. Rank r takes positions r,
     r + W, … of the sequence, padded by repeating its head so that all ranks are equally long.
 
-    A resume restores the epoch and the place in it; the next iteration then yields what was left.
-    ``set_epoch`` with that same epoch keeps the place, with another one starts that epoch whole.
-    Loader workers fetch ahead of training, so a training loop tells ``state_dict`` how many
+    A resume restores the epoch and the position in it; the next iteration then yields what was
+    left. ``set_epoch`` with that same epoch keeps the position, with another one starts afresh.
+    Loader workers fetch ahead of training, so a training loop gives ``state_dict`` how many
     samples of this rank it has really consumed.
 
     Args:
@@ -126,8 +126,8 @@ class GainSampler:
         else:
             self._probability = normalized_gains(self._gains)
         self.epoch = 0
-        self._skip = 0  # places of this rank that the next iteration leaves out (resume)
-        self._position = 0  # places of this rank yielded so far in this epoch
+        self._skip = 0  # positions of this rank that the next iteration leaves out (resume)
+        self._position = 0  # positions of this rank yielded so far in this epoch
         self._sequence = self._draw(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -151,10 +151,10 @@ class GainSampler:
         return self._walk(self._rank_rows(), start)
 
     def positions(self) -> Iterator[tuple[int, int, int]]:
-        """Like iteration, but (row, epoch, place in the padded global sequence).
+        """Like iteration, but (row, epoch, position in the padded global sequence).
 
-        The place tells two draws of one sample apart, so augmentation can be a pure function of
-        (seed, epoch, place), whatever the number of loader workers.
+        The position distinguishes two draws of one sample, so augmentation can be a pure function
+        of (seed, epoch, position), whatever the number of loader workers.
         """
         epoch, start = self.epoch, self._skip
         for offset, row in enumerate(self, start=start):
@@ -265,12 +265,12 @@ def _passes(probability: np.ndarray, count: int, random: np.random.Generator) ->
     while missing > 0:
         wanted = math.ceil(missing / chance.sum())
         at_once = max(1, min(wanted, _BLOCK // len(support)))
-        draw, place = np.nonzero(random.random((at_once, len(support))) < chance)
-        # By pass, and inside a pass in random order: the cut at `count` is then a choice without
+        draw, chosen = np.nonzero(random.random((at_once, len(support))) < chance)
+        # By pass, and inside a pass in random order: the first `count` is then a choice without
         # replacement among the last pass.
-        order = np.lexsort((random.random(len(place)), draw))
-        rows.append(support[place[order]])
-        missing -= len(place)
+        order = np.lexsort((random.random(len(chosen)), draw))
+        rows.append(support[chosen[order]])
+        missing -= len(chosen)
     return np.concatenate(rows)[:count]
 
 

@@ -88,7 +88,7 @@ def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
     assert infogrowth("grow", *inputs)[0] == 0
     selection.check_golden(selection.home / "out.json")
     folder = read_growth(selection.home / "growth")
-    assert folder.totals["pairs"] == 1600  # the seeds are not offered a second time
+    assert folder.totals["pairs"] == 1600  # the seeds are not processed a second time
     status, told = infogrowth("grow", *inputs)
     assert status == 0
     assert "nothing new" in told
@@ -153,17 +153,17 @@ def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth
     assert status == 0
     folder = read_growth(selection.home / "growth")
     decisions = folder.decisions().to_pandas()
-    offered_again = decisions[decisions["source"] == 1]
+    processed_again = decisions[decisions["source"] == 1]
     # Independently: which golden rows below 600 are recaptioned in a run with the table?
     rows = [row for row in selection.arrays["kept_rows"] if row < 600]
     told = selection.arrays["recaptioned"][: len(rows)]
     joined = [selection.told["ids"][row] for row, new in zip(rows, told, strict=True) if new]
     assert [a["image"] for a in folder.annotations()] == plain + joined
-    assert list(offered_again[offered_again["verdict"] == "recaptioned"]["id"]) == joined
-    assert set(offered_again["id"]) <= set(selection.told["recap_ids"])
-    assert 0 < len(joined) < len(offered_again) <= dropped
+    assert list(processed_again[processed_again["verdict"] == "recaptioned"]["id"]) == joined
+    assert set(processed_again["id"]) <= set(selection.told["recap_ids"])
+    assert 0 < len(joined) < len(processed_again) <= dropped
     assert re.search(rf"^samples still out +{600 - len(plain + joined)}$", message, re.MULTILINE)
-    assert (offered_again["source_row"].diff().dropna() > 0).all()  # in their old order
+    assert (processed_again["source_row"].diff().dropna() > 0).all()  # in their old order
 
     status, message = infogrowth("grow", *retry)
     assert status == 0
@@ -171,7 +171,7 @@ def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth
     assert read_growth(selection.home / "growth").totals == folder.totals
 
 
-def test_a_grown_recaption_table_offers_what_still_waits_once_more(selection, infogrowth):
+def test_a_grown_recaption_table_processes_what_is_pending_once_more(selection, infogrowth):
     stream = selection.folder("stream", range(600))
     small, full = selection.recaptions("small", 20), selection.recaptions("full")
     for table in (small, full, small, full):

@@ -44,7 +44,7 @@ class Oracle:
         distances = [1 - float(vector @ pair[space]) for pair in self.rows]
         return sorted(zip(distances, self.ids, strict=True), key=lambda pair: round(pair[0], 7))
 
-    def offer(self, name, caption, image, text, recaption=None, is_seed=False):
+    def process(self, name, caption, image, text, recaption=None, is_seed=False):
         image, text = self.unit(image), self.unit(text)
         if image is None or text is None or name in self.ids:
             return "dropped"
@@ -104,7 +104,7 @@ def test_any_stream_grows_as_one_by_one(seed, k, dimension, batch_size, clusters
         other = recap.get(name)
         table = (other.caption, other.text_feature) if other else None
         expected.append(
-            oracle.offer(name, f"caption {row}", image[row], text[row], table, row < seeds)
+            oracle.process(name, f"caption {row}", image[row], text[row], table, row < seeds)
         )
     growth = InfoGrowth(k=k, device="cpu")
     captions = [f"caption {row}" for row in range(count)]
