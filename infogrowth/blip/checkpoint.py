@@ -122,6 +122,8 @@ def load_tensors(model: nn.Module, weights: WeightFile, strict: bool = True) -> 
         if names
     ]
     if strict and problems:
+        if report.unexpected:
+            problems.append(f"unexpected: {summary(report.unexpected)}")
         raise UserError(f"{weights.source} does not fit this model; {'; '.join(problems)}")
     model.load_state_dict(ready, strict=False)
     report.loaded = len(ready)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from infogrowth.files import read_json
 
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+# Under what training programs keep a model's weights, and what wrappers do to the names.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_PREFIXES = ("module.", "model.")
+_INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def _read(file: Path) -> _Content:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return _Content(tensors, json.loads(metadata.get("config", "null")))
+            return _Content(_unwrapped(tensors), json.loads(metadata.get("config", "null")))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
     if file.suffix not in _PICKLED:
@@ -125,17 +130,28 @@ def _tensors_of(content: object, file: Path) -> _Content:
     described = content.get("config") if isinstance(content, dict) else None
     if not (isinstance(described, dict) and is_blip_config(described)):
         described = None  # official files keep settings of their training there
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    while isinstance(content, dict):
+        inner = next(
+            (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None
+        )
+        if inner is None:
             break
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no named weights")
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+        content = inner
+    tensors = content if isinstance(content, dict) else {}
+    tensors = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise UserError(f"{file} holds no named weights, neither at its top nor under 'model'")
-    # DistributedDataParallel puts "module." before every name.
-    wrapped = all(name.startswith("module.") for name in tensors)
-    if wrapped:
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return _Content(tensors, described)
+        keys = ", ".join(map(repr, _WRAPPERS))
+        raise UserError(f"{file} holds no named weights, neither at its top nor under {keys}")
+    return _Content(_unwrapped(tensors), described)
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights without what torch.compile, FSDP and activation checkpointing put into names, and
+    without what DistributedDataParallel and Lightning put before all of them."""
+    names = {name: _INSERTED.sub("", name) for name in tensors}
+    dotted = [name for name in names.values() if "." in name]
+    for prefix in _PREFIXES * 2:
+        if dotted and all(name.startswith(prefix) for name in dotted):
+            names = {name: short.removeprefix(prefix) for name, short in names.items()}
+            dotted = [name.removeprefix(prefix) for name in dotted]
+    return {names[name]: tensor for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """`infogrowth embed`: image and text features of a dataset, as clip-retrieval shards."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +35,8 @@ class Config:
     annotations: str | None = option(None, help="annotation JSON of the LMDB: image and caption")
     source: str | None = option(
         None,
-        help="instead of an LMDB: img2dataset output (files, webdataset, parquet), a flat folder, "
-        "or a Hugging Face imagefolder",
+        help="instead of an LMDB: a folder of images with captions, or of shards (.tar, .parquet), "
+        "as img2dataset, webdataset and Hugging Face write them",
     )
     encoder: str = option(
         "tiny",
@@ -78,7 +79,11 @@ def run(config: Config) -> int:
         size = config.shard_size
         size = automatic_shard_size(len(pairs)) if size == "auto" else size
         identity = {"kind": "features", "encoder": encoder_identity(encoder), **pairs.origin}
-        output = ShardedOutput(config.output, identity, COMPARED, len(pairs), size, config.part)
+        captions: Sequence[str | None] = pairs.captions or [None] * len(pairs)
+        samples = list(zip(pairs.ids, captions, strict=True))
+        output = ShardedOutput(
+            config.output, identity, COMPARED, len(pairs), size, config.part, samples
+        )
         if output.finished:
             logger.info("%s is finished already: nothing to do", config.output)
         result = embed_pairs(

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infogrowth.errors import UserError
 from infogrowth.files import (
     TEMPORARY_MARK,
     atomic_write,
@@ -35,21 +34,15 @@ class FeatureWriter:
 
     Args:
         directory: FEATURES_DIR; made when missing.
-        shards: how many shards are planned: it fixes the zero-padding of the file names.
-
-    Raises:
-        UserError: the folder's shards were written with another padding, so for another plan.
+        shards: how many shards are planned: it fixes the zero-padding of a new folder's file
+            names; one that grows keeps the padding it has.
     """
 
     def __init__(self, directory: str | os.PathLike[str], shards: int = 100_000):
         self.directory = Path(directory)
-        self.width = len(str(max(shards - 1, 0)))
-        for path in self.directory.glob("finished/*.json"):
-            if path.stem.isdigit() and len(path.stem) != self.width:
-                raise UserError(
-                    f"{self.directory} holds shards numbered like {path.stem!r}, which does not "
-                    f"fit {shards} shards; give --output another folder"
-                )
+        stems = [path.stem for path in self.directory.glob("finished/*.json")]
+        widths = [len(stem) for stem in stems if stem.isdigit()]
+        self.width = min(widths, default=len(str(max(shards - 1, 0))))
 
     def remove_leftovers(self, shards: Iterable[int] | None = None) -> None:
         """Delete temporary files of a killed run; call on one rank, before any rank writes.
@@ -125,6 +118,18 @@ class FeatureWriter:
                     counts[entry["reason"]] += 1
                     merged.write(_json_line(entry))
         return dict(counts)
+
+    def samples(self, shards: Iterable[int]) -> tuple[list[tuple[str, str]], list[str]]:
+        """(id, caption) of the samples that some shards hold, and the ids of those they skipped."""
+        embedded: list[tuple[str, str]] = []
+        skipped: list[str] = []
+        for index in shards:
+            table = pq.read_table(self.directory / self._name("metadata", index))
+            columns = (table[name].to_pylist() for name in ("image_path", "caption"))
+            embedded += zip(*columns, strict=True)
+            lines = self._skipped_file(index).read_bytes().splitlines()
+            skipped += [json.loads(line)["id"] for line in lines]
+        return embedded, skipped
 
     def rows(self) -> int:
         """Samples in the finished shards."""

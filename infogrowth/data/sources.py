@@ -73,10 +73,14 @@ class Source:
         notes: (name, reason) of what could not be used at all.
         ignored: how many of what kind are no part of a sample.
         repairs: what had to be done to read tables.
+        index: the shards and tables, as paths in the tree.
     """
 
-    def __init__(self, path: str, containers: Sequence[Container]) -> None:
-        self.path, self.containers = path, containers
+    def __init__(
+        self, tree: Tree, containers: Sequence[Container], index: Sequence[str] = ()
+    ) -> None:
+        self.path, self.containers, self.index = tree.root, containers, index
+        self._tree = tree
         self.notes = [note for part in containers for note in part.notes]
         self.ignored: Counter[str] = sum((part.ignored for part in containers), Counter())
         self.repairs: Counter[str] = Counter()
@@ -92,6 +96,10 @@ class Source:
     def ids(self) -> list[str]:
         """The ids of all samples in order; bad ones and repeats included."""
         return [name for part in self.containers for name in part.ids]
+
+    def versions(self) -> dict[str, str]:
+        """By each file of ``index`` what changes when its content does: its size, at least."""
+        return {name: self._tree.version(name) for name in self.index}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -213,6 +221,7 @@ class _Found:
         candidates = [n for n in candidates if kinds.get(n, "records") == "records"]
         self._records = Records(tree, files, candidates)
         apart = {*stats, *tars, *images, *self._downloads.values(), *self._records.used}
+        self._index = sorted([*tars, *kinds, *self._records.used])
         self._parts = [self._tar(name) for name in tars]
         self._parts += [part for name in images for part in self._tables(name)]
         self._parts += self._folders([name for name in files if name not in apart])
@@ -236,7 +245,7 @@ class _Found:
             for container in opened.pop(split):
                 self.notes += container.notes
                 self.ignored += container.ignored
-        sources = {split: Source(self._tree.root, parts) for split, parts in opened.items()}
+        sources = {split: Source(self._tree, parts, self._index) for split, parts in opened.items()}
         for source in list(sources.values())[:1]:  # what belongs to no split is told once
             source.notes = [*self.notes, *source.notes]
             source.ignored = self.ignored + source.ignored

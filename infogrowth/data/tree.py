@@ -124,6 +124,10 @@ class Tree:
         """A file to read and seek in."""
         return open(self.path(name), "rb")
 
+    def version(self, name: str) -> str:
+        """What changes when a file's content does: its size, and the server's word if it has."""
+        return str(os.stat(self.path(name)).st_size)
+
     def open_decompressed(self, name: str) -> BinaryIO:
         """The content of a compressed file, to read and seek in."""
         return self._copies.open(name, lambda: decompressed(self.open(name)))

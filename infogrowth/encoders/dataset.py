@@ -24,7 +24,6 @@ from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
 NO_IMAGE = "the image is missing"
-_INDEX_SUFFIXES = (".tar", ".parquet", ".jsonl", ".csv")
 
 
 class PairReader(Protocol):
@@ -45,12 +44,14 @@ class PairTable:
             follows a colon in a reason is a detail that is recorded, not counted apart.
         pairs: gives the caption and the encoded image of a row.
         origin: where it all comes from, for features.json.
+        captions: those of the rows, where they are at hand without reading every row.
     """
 
     ids: Sequence[str]
     problems: Mapping[int, str]
     pairs: PairReader
     origin: Mapping[str, Any] = field(default_factory=dict)
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,7 +125,7 @@ def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
     ids, captions = [name for name, _, _ in checked], [caption for _, caption, _ in checked]
     problems = {row: problem for row, (_, _, problem) in enumerate(checked) if problem}
     origin = {"images": lmdb, "annotations": annotations, "samples": file_digest(annotations)}
-    return PairTable(ids, problems, StoredPairs(open_images(lmdb), ids, captions), origin)
+    return PairTable(ids, problems, StoredPairs(open_images(lmdb), ids, captions), origin, captions)
 
 
 def pairs_of_source(path: str) -> PairTable:
@@ -139,16 +140,14 @@ def pairs_of_source(path: str) -> PairTable:
     source = open_source(path)
     ids = [*source.ids, *(name for name, _ in source.notes)]
     problems = {len(source) + i: reason for i, (_, reason) in enumerate(source.notes)}
-    sizes = [
-        f"{file.name} {file.stat().st_size}"
-        for file in sorted(Path(source.path).iterdir())
-        if file.suffix in _INDEX_SUFFIXES
-    ]
+    versions = source.versions()
+    shards = {container.name for container in source.containers if container.kind != "folder"}
     origin = {
         "images": path,
         "annotations": None,
         "layout": source.layout,
-        "samples": list_digest([*ids, *sizes]),
+        "containers": {name: version for name, version in versions.items() if name in shards},
+        "samples": list_digest([*ids, *(f"{name} {size}" for name, size in versions.items())]),
     }
     return PairTable(ids, problems, SourcePairs(source), origin)
 
@@ -233,7 +232,7 @@ class DecodedBatches(Dataset):
     ) -> None:
         self._pairs, self._preprocess, self._tokenize = pairs, preprocess, tokenize
 
-    def __getitem__(self, wanted: tuple[int, range]) -> DecodedBatch:
+    def __getitem__(self, wanted: tuple[int, Sequence[int]]) -> DecodedBatch:
         shard, rows = wanted
         good, captions, images, skipped = [], [], [], {}
         for row in rows:
@@ -260,7 +259,7 @@ def decoded_batches(
     pairs: PairTable,
     preprocess: Preprocess,
     tokenize: Tokenize | None,
-    shards: Iterable[tuple[int, range]],
+    shards: Iterable[tuple[int, Sequence[int]]],
     batch_size: int,
     workers: int,
     pinned: bool = False,
@@ -287,8 +286,8 @@ def decoded_batches(
 
 
 def rows_of_batches(
-    shards: Iterable[tuple[int, range]], batch_size: int
-) -> Iterator[tuple[int, range]]:
+    shards: Iterable[tuple[int, Sequence[int]]], batch_size: int
+) -> Iterator[tuple[int, Sequence[int]]]:
     """Each shard's rows in batches; a shard without rows is one batch without rows."""
     for shard, rows in shards:
         for start in range(0, max(len(rows), 1), batch_size):

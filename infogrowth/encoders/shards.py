@@ -12,7 +12,8 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ class ShardedOutput:
             called when it does.
         rows, shard_size: how many samples, and how many to a shard.
         part: ``"3/16"`` where independent jobs share the folder, see :func:`parse_part`.
+        samples: (id, caption) of every row, or (id, None), where the folder may have been made
+            from fewer of them: shards for the new ones are added to it, the others stay.
 
     Raises:
         UserError: the folder was made from something else, with the difference named; a node of
@@ -83,19 +86,18 @@ class ShardedOutput:
         rows: int,
         shard_size: int,
         part: str | None = None,
+        samples: Sequence[tuple[str, str | None]] | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.shards = split(rows, shard_size)
-        self.identity = {
-            **identity, "rows": rows, "shard_size": shard_size, "shards": len(self.shards),
-        }  # fmt: skip
-        self._compared = compared
+        self.identity = {**identity, "rows": rows, "shard_size": shard_size}
+        self._compared, self._samples = compared, samples
         self._part = parse_part(part)
-        self.finished, self.pending, self._claims = distributed.on_main(self._open)
+        self.finished, self.shards, self.pending, self._claims = distributed.on_main(self._open)
+        self.identity["shards"] = len(self.shards)
         self.writer = FeatureWriter(self.directory, len(self.shards))
         self._refuse_separate_disks()
 
-    def claim(self) -> Iterator[tuple[int, range]]:
+    def claim(self) -> Iterator[tuple[int, Sequence[int]]]:
         """Pending shards, number and rows, one by one; no other rank of the launch gets the same.
 
         The next is claimed when the one before is done, so that a slow rank takes fewer.
@@ -116,10 +118,22 @@ class ShardedOutput:
         distributed.barrier()
         return distributed.on_main(self._complete)
 
-    def _open(self) -> tuple[bool, list[int], str]:
-        """Whether all is done, this job's pending shards, and the name of their counter."""
+    def _open(self) -> tuple[bool, list[Sequence[int]], list[int], str]:
+        """Whether all is done, every shard's rows, this job's pending shards, and the name of
+        their counter."""
         existing = self._existing()
+        earlier: list[int] = []
+        grown = False
         if existing is not None:
+            earlier = existing.get("earlier_shards", [])
+            if grown := self._has_grown(existing):
+                earlier = sorted(FeatureWriter(self.directory).finished_shards())
+                logger.info("%s: embedding what is new", self.directory)
+        self.shards = self._split(earlier)
+        self.identity["shards"] = len(self.shards)
+        if earlier:
+            self.identity["earlier_shards"] = earlier
+        if existing is not None and not grown:
             self._refuse_difference(existing)
         writer = FeatureWriter(self.directory, len(self.shards))
         done = writer.finished_shards()
@@ -133,7 +147,65 @@ class ShardedOutput:
             writer.remove_leftovers(None if step == 1 else own)
             if existing != {**self.identity, "finished": False}:
                 self._describe({"finished": False})
-        return finished, [i for i in own if i not in done], f"shards {secrets.token_hex(8)}"
+        pending = [number for number in own if number not in done]
+        return finished, self.shards, pending, f"shards {secrets.token_hex(8)}"
+
+    def _has_grown(self, existing: Mapping[str, Any]) -> bool:
+        """Whether the folder was made from other samples, and more may be added to it."""
+        if self._samples is None or existing.get("samples") == self.identity["samples"]:
+            return False
+        self._refuse_difference(existing, but=("samples", "rows", "shard_size", "shards"))
+        here = self.identity.get("containers", {})
+        for name, version in existing.get("containers", {}).items():
+            if here.get(name) != version:
+                raise UserError(
+                    f"{name} is not what it was when {self.directory} was made: its images may "
+                    "have changed; give --output another folder"
+                )
+        return True
+
+    def _split(self, earlier: Sequence[int]) -> list[Sequence[int]]:
+        """Rows by shard; those of earlier shards are theirs already, so they get none."""
+        rows, size = self.identity["rows"], self.identity["shard_size"]
+        if not earlier:
+            return list(split(rows, size))
+        new = self._new_rows(earlier)
+        parts = iter([new[start : start + size] for start in range(0, len(new), size)])
+        shards: list[Sequence[int]] = []
+        taken = set(earlier)
+        while True:
+            if len(shards) in taken:
+                shards.append(())
+            elif (part := next(parts, None)) is not None:
+                shards.append(part)
+            else:
+                return shards
+
+    def _new_rows(self, earlier: Sequence[int]) -> list[int]:
+        """Rows that no earlier shard holds.
+
+        Raises:
+            UserError: an earlier shard holds a sample that is gone or has another caption.
+        """
+        assert self._samples is not None
+        with_captions = any(caption is not None for _, caption in self._samples)
+        done, skipped = FeatureWriter(self.directory, max(earlier) + 1).samples(earlier)
+        embedded = Counter(done if with_captions else [(name, None) for name, _ in done])
+        unused = Counter(skipped)
+        new: list[int] = []
+        for row, sample in enumerate(self._samples):
+            if embedded[sample] > 0:
+                embedded[sample] -= 1
+            elif unused[sample[0]] > 0:
+                unused[sample[0]] -= 1
+            else:
+                new.append(row)
+        if gone := next((name for (name, _), count in embedded.items() if count > 0), None):
+            raise UserError(
+                f"{self.directory} was made with another {self._compared['samples']}: its sample "
+                f"{gone!r} is gone or has another caption now; give --output another folder"
+            )
+        return new
 
     def _complete(self) -> dict[str, Any]:
         if not self.finished:
@@ -196,10 +268,10 @@ class ShardedOutput:
             raise UserError(f"{self.directory} holds something else; give --output another folder")
         return None
 
-    def _refuse_difference(self, existing: dict[str, Any]) -> None:
+    def _refuse_difference(self, existing: Mapping[str, Any], but: Sequence[str] = ()) -> None:
         for key, name in {**self._compared, "shards": "a split into shards"}.items():
             there, here = existing.get(key), self.identity.get(key)
-            if _identity(there) != _identity(here):
+            if key not in but and _identity(there) != _identity(here):
                 raise UserError(
                     f"{self.directory} was made with another {name.removeprefix('a ')}: "
                     f"{_readable(there)} there, {_readable(here)} now; give --output another folder"

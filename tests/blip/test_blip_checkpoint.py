@@ -180,12 +180,33 @@ def test_tied_names_with_different_values_are_an_error(pretrained, golden_config
         load_weights(BlipPretrain(golden_config, queue_size=32), tmp_path / "untied.pth")
 
 
-def test_names_of_a_distributed_model_lose_their_prefix(pretrained, golden_config, tmp_path):
-    state = {f"module.{name}": tensor for name, tensor in pretrained.state_dict().items()}
-    torch.save({"model": state}, tmp_path / "ddp.pth")
+@pytest.mark.parametrize(
+    ("wrapped", "rename"),
+    [
+        (lambda state: {"model": state}, lambda name: f"module.{name}"),
+        (lambda state: {"state_dict": state}, lambda name: f"model.{name}"),  # Lightning
+        (lambda state: {"model_state_dict": state}, lambda name: f"_orig_mod.{name}"),  # compiled
+        (lambda state: {"module": state}, lambda name: name),  # DeepSpeed
+        (lambda state: {"module": {"model": state}}, lambda name: f"module._orig_mod.{name}"),
+        (lambda state: state, lambda name: name.replace(".blocks.", "._orig_mod.blocks.")),
+        (lambda state: {**state, "n_averaged": torch.ones(())}, lambda name: f"module.{name}"),
+    ],
+)
+def test_what_wrappers_do_to_names_is_undone(pretrained, golden_config, tmp_path, wrapped, rename):
+    state = {rename(name): tensor for name, tensor in pretrained.state_dict().items()}
+    torch.save(wrapped(state), tmp_path / "wrapped.pth")
     again = BlipPretrain(golden_config, queue_size=32, seed=1)
-    load_weights(again, tmp_path / "ddp.pth")
+    load_weights(again, tmp_path / "wrapped.pth")
     assert same(again, pretrained)
+
+
+def test_an_error_lists_unexpected_names_beside_the_missing_ones(
+    pretrained, golden_config, tmp_path
+):
+    state = {f"net.{name}": tensor for name, tensor in pretrained.state_dict().items()}
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"missing: .*unexpected: net\."):
+        load_weights(BlipPretrain(golden_config, queue_size=32), tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])

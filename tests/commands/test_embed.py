@@ -22,6 +22,7 @@ from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
+from infogrowth.data.images import decode_image
 from infogrowth.encoders.loading import load_encoder
 from infogrowth.errors import UserError
 from infogrowth.randomness import generator
@@ -286,6 +287,55 @@ def test_a_folder_of_other_annotations_or_another_cut_is_refused(
     assert "another annotation file" in capsys.readouterr().err
     assert main([*_arguments(pile, encoder, embedded), "--shard-size", "6"]) == 2
     assert "another shard size: 5 there, 6 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [None, 1], ids=["finished", "interrupted"])
+def test_annotations_that_grew_cost_only_what_is_new(pile, encoder, tmp_path, monkeypatch, lost):
+    """The old samples keep their shards, the new ones come after, in the order of the file."""
+    entries = json.loads((pile / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps(entries[::2]))
+    changed = ["--annotations", str(tmp_path / "pairs.json")]
+    features = tmp_path / "features"
+    assert main([*_arguments(pile, encoder, features), *changed]) == 0
+    if lost is not None:  # as if it had been killed before this shard
+        (features / "finished" / f"{lost}.json").unlink()
+        description = json.loads((features / "features.json").read_text())
+        (features / "features.json").write_text(json.dumps(description | {"finished": False}))
+    kept = [n for n in range(0, PAIRS, 2) if lost is None or n // 2 // 5 != lost]
+    (tmp_path / "pairs.json").write_text(json.dumps(entries))
+    decoded = []
+    monkeypatch.setattr(
+        "infogrowth.encoders.dataset.decode_image",
+        lambda data: decoded.append(data) or decode_image(data),
+    )
+    arguments = [*_arguments(pile, encoder, features), *changed]
+    assert main(arguments) == 0
+    assert len(decoded) == PAIRS - len(kept)
+    before = _files(features)
+    batch = _read(features)
+    assert sorted(batch.ids) == [f"{n:09d}.jpg" for n in range(PAIRS)]
+    whole = {name: row for row, name in enumerate(batch.ids)}
+    model = load_encoder(str(encoder))
+    for n in (0, 7, 8, 22):
+        row = whole[f"{n:09d}.jpg"]
+        assert batch.captions[row] == _caption(n)
+        text = model.encode_texts([_caption(n)])[0].numpy()
+        np.testing.assert_allclose(batch.text[row], text, atol=5e-4)
+    assert main(arguments) == 0  # nothing left to do
+    assert _files(features) == before
+    assert len(decoded) == PAIRS - len(kept)
+
+
+def test_a_sample_that_is_gone_is_no_growth(pile, encoder, tmp_path, capsys):
+    entries = json.loads((pile / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps(entries[:9]))
+    changed = ["--annotations", str(tmp_path / "pairs.json")]
+    assert main([*_arguments(pile, encoder, tmp_path / "features"), *changed]) == 0
+    before = _files(tmp_path / "features")
+    (tmp_path / "pairs.json").write_text(json.dumps(entries[1:]))
+    assert main([*_arguments(pile, encoder, tmp_path / "features"), *changed]) == 2
+    assert "'000000000.jpg' is gone" in capsys.readouterr().err
+    assert _files(tmp_path / "features") == before
 
 
 def test_bad_samples_are_skipped_recorded_and_counted(encoder, tmp_path, capsys):
