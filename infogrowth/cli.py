@@ -16,6 +16,8 @@ from typing import Any
 from infogrowth import __version__
 from infogrowth.config import add_flags, config_from_args
 from infogrowth.errors import UserError, exit_status
+from infogrowth.extras import missing_package
+from infogrowth.remote import retry_summary
 
 VERBS = (
     *("run", "pack", "embed", "recaption", "score", "grow", "select"),
@@ -54,7 +56,14 @@ def _run(
 ) -> int:
     _configure_logging(quiet=args.quiet)
     try:
-        return run(config_from_args(config_class, args, positional)) or 0
+        status = run(config_from_args(config_class, args, positional)) or 0
+        if again := retry_summary():
+            logging.getLogger(__name__).warning("%s", again)
+        return status
+    except ModuleNotFoundError as error:
+        if (sentence := missing_package(error)) is None:
+            raise
+        return exit_status(UserError(sentence))
     except BrokenPipeError:  # `infogrowth explain … | head` is not an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
         return 0
@@ -93,7 +102,13 @@ def _configure_logging(quiet: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
     )
-    for chatty in ("faiss", "httpx"):  # libraries that tell at INFO what only they care about
+    for chatty in (
+        "faiss",
+        "httpx",
+        "aiobotocore",
+        "botocore",
+        "werkzeug",
+    ):  # libraries that tell at INFO what only they care about
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from infogrowth.errors import UserError
+from infogrowth.remote import RemotePath, as_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,7 @@ def atomic_write_array(path: str | os.PathLike[str], *parts: "np.ndarray") -> No
             file.write(part.tobytes() if not part.flags.c_contiguous else part.data)
 
 
-def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
+def read_json(path: str | os.PathLike[str] | RemotePath, what: str = "the JSON file") -> Any:
     """Parse the JSON at ``path``; a whole number of thousands of digits comes back as infinity.
 
     Args:
@@ -107,7 +108,7 @@ def read_json(path: str | os.PathLike[str], what: str = "the JSON file") -> Any:
         UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = as_path(path).read_text(encoding="utf-8-sig")
         try:
             return json.loads(text)
         except json.JSONDecodeError:

@@ -5,11 +5,14 @@ are picklable by their address. A read that fails is tried again a few times, an
 """
 
 import io
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from infogrowth.errors import UserError, shorten
@@ -28,6 +31,101 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedE
 def is_remote(address: object) -> bool:
     """Whether ``address`` names something by a protocol rather than by a path."""
     return isinstance(address, str) and _ADDRESS.match(address) is not None
+
+
+class RemotePath:
+    """A file or folder below an address, in the words of pathlib that readers of folders use.
+
+    What is there is listed once, when it is opened with :func:`as_path`.
+    """
+
+    def __init__(self, root: str, names: frozenset[str], relative: str = ""):
+        self._root, self._names, self._relative = root, names, relative
+
+    def __str__(self) -> str:
+        return _joined(self._root, self._relative)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __truediv__(self, part: str) -> "RemotePath":
+        return RemotePath(self._root, self._names, f"{self._relative}/{part}".lstrip("/"))
+
+    def __lt__(self, other: "RemotePath") -> bool:
+        return str(self) < str(other)
+
+    @property
+    def name(self) -> str:
+        return str(self).rsplit("/", 1)[-1]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self._root, self._names, self._relative.rpartition("/")[0])
+
+    def is_file(self) -> bool:
+        return self._relative in self._names
+
+    def is_dir(self) -> bool:
+        prefix = f"{self._relative}/" if self._relative else ""
+        return any(name and name.startswith(prefix) for name in self._names)
+
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
+        """The files right below whose names fit, sorted."""
+        for name in sorted(self._names):
+            folder, _, last = name.rpartition("/")
+            if folder == self._relative and fnmatchcase(last, pattern):
+                yield RemotePath(self._root, self._names, name)
+
+    def open(self) -> BinaryIO:
+        return open_remote(self._root, self._relative)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
+        system, path = _system(str(self))
+        return _tried(str(self), partial(system.cat_file, path, start=start, end=stop))
+
+    def size(self) -> int:
+        system, path = _system(str(self))
+        return int(_tried(str(self), partial(system.size, path)))
+
+    def read_bytes(self) -> bytes:
+        return read_remote(self._root, self._relative)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+
+AnyPath = Path | RemotePath
+
+
+def as_path(path: str | os.PathLike[str] | RemotePath) -> AnyPath:
+    """A path as it is; what is at an address is listed.
+
+    Raises:
+        UserError: there is nothing at the address.
+    """
+    if isinstance(path, RemotePath):
+        return path
+    if not is_remote(path):
+        return Path(path)
+    address = str(path).rstrip("/")
+    system, root = _system(address)
+    if _tried(address, partial(system.isfile, root)):
+        return RemotePath(address, frozenset([""]))
+    return RemotePath(address, frozenset(list_remote(address)))
+
+
+def opened(path: AnyPath) -> Any:
+    """What numpy, pyarrow and zipfile open: a path as it is, a file at an address as a stream."""
+    return path.open() if isinstance(path, RemotePath) else path
 
 
 def list_remote(address: str) -> list[str]:
@@ -131,10 +229,10 @@ def _system(address: str) -> tuple[Any, str]:
         import fsspec
 
         return fsspec.core.url_to_fs(address)
-    except ImportError as error:
+    except ImportError as error:  # fsspec names the package
         raise UserError(
-            f"{address} needs a package that is not installed: {shorten(error)} "
-            "(pip install 'infogrowth[s3]' for s3://)"
+            f"{address} needs a package that is not installed ({shorten(error)}); "
+            "pip install 'infogrowth[remote]' brings those of s3:// and https://"
         ) from error
     except (ValueError, OSError) as error:
         raise UserError(f"{address} is no address that can be read: {shorten(error)}") from error

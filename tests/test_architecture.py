@@ -10,6 +10,7 @@ import pytest
 
 GROUND = {
     "errors",
+    "extras",
     "files",
     "remote",
     "annotations",

@@ -1,12 +1,13 @@
 """One feature file: an array of rows, a table of metadata, or a single file of arrays with ids."""
 
+import io
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError, refusing
+from infogrowth.remote import AnyPath, RemotePath, opened
 
 ID_COLUMNS = ("image_path", "id", "uid", "key", "image", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "label")
@@ -25,6 +27,7 @@ _ARRAY_NAMES = {
     "image": ("image", "image_features", "image_feat", "image_feats", "img_emb", "image_emb"),
     "text": ("text", "text_features", "text_feat", "text_feats", "text_emb", "txt_emb"),
 }
+_HEAD_BYTES = 4096  # at least the header of a npy file
 _SIGNED_BYTES = 4096  # the last bytes of a parquet or zip hold row counts, statistics, checksums
 
 
@@ -70,11 +73,11 @@ class FeatureArray:
 class ParquetColumns:
     """Ids, captions and wanted extra columns of a metadata parquet, read when first needed."""
 
-    def __init__(self, path: Path, extra: Sequence[str]):
+    def __init__(self, path: AnyPath, extra: Sequence[str]):
         self._path = path
         self.name = str(path)
         with reading(path):
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(opened(path))
             names = file.schema_arrow.names
             self.rows = int(file.metadata.num_rows)
         self._id = _column(path, names, ID_COLUMNS, "sample id")
@@ -86,7 +89,7 @@ class ParquetColumns:
         if self._table is None:
             wanted = list(dict.fromkeys([self._id, self._caption, *self._extra]))
             with reading(self._path):
-                self._table = pq.ParquetFile(self._path).read(wanted)
+                self._table = pq.ParquetFile(opened(self._path)).read(wanted)
         rows = self._table.slice(start, stop - start)
         return Columns(
             _column_texts(rows[self._id]),
@@ -119,7 +122,7 @@ class ListColumns:
 
 
 def read_arrays(
-    path: Path, spaces: Sequence[str], extra: Sequence[str]
+    path: AnyPath, spaces: Sequence[str], extra: Sequence[str]
 ) -> tuple[dict[str, FeatureArray], ListColumns]:
     """Features by space and metadata of a ``.npz`` or ``.pth``/``.pt``, held in memory.
 
@@ -143,17 +146,57 @@ def read_arrays(
     return arrays, ListColumns(f"{path}:ids", Columns(ids, captions, more))
 
 
-def reading(path: Path, fault: str = "cannot be read") -> AbstractContextManager[None]:
+def reading(path: AnyPath, fault: str = "cannot be read") -> AbstractContextManager[None]:
     """What numpy, zipfile or pyarrow say of a damaged file becomes one sentence that names it."""
     return refusing(
-        path, "the file", ValueError, EOFError, RuntimeError,
+        str(path), "the file", ValueError, EOFError, RuntimeError,
         zipfile.BadZipFile, zlib.error, pa.ArrowException, fault=fault,
     )  # fmt: skip
 
 
-def open_array(path: Path) -> np.ndarray:
-    """A memory-mapped ``(n, D)`` floating array from a npy file, or a UserError naming it."""
+class RemoteRows:
+    """A npy file at an address as far as it is needed here: its shape, and rows by slices."""
+
+    def __init__(self, path: RemotePath):
+        self._path = path
+        head = io.BytesIO(path.read_range(0, _HEAD_BYTES))
+        self.shape, fortran_order, self.dtype = npy_header(head)
+        self._start = head.tell()
+        if fortran_order and self.size:
+            raise UserError(f"{path} is stored column by column; save it in C order")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        width = self.dtype.itemsize * math.prod(self.shape[1:])
+        count = max(0, stop - start)
+        first = self._start + start * width
+        content = self._path.read_range(first, first + count * width) if count else b""
+        if len(content) != count * width:
+            raise UserError(f"{self._path} is shorter than its header says; write it again")
+        return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
+
+
+def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the array in an opened npy file, which then stands at its rows."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    header = np.lib.format.read_array_header_1_0 if first else None
+    return (header or np.lib.format.read_array_header_2_0)(file)
+
+
+def open_array(path: AnyPath) -> Any:
+    """A ``(n, D)`` floating array from a npy file, memory-mapped or (at an address) read by slices;
+    or a UserError naming it."""
     with reading(path):
+        if isinstance(path, RemotePath):
+            return checked_features(RemoteRows(path), str(path))
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError:  # an array without rows cannot be mapped
@@ -169,8 +212,11 @@ def same_rows(counts: dict[str, int]) -> int:
     return next(iter(counts.values()))
 
 
-def file_tail(path: Path) -> bytes:
+def file_tail(path: AnyPath) -> bytes:
     """A file's size and last bytes (of parquet and zip files these sum up the content)."""
+    if isinstance(path, RemotePath):
+        size = path.size()
+        return str(size).encode() + path.read_range(max(0, size - _SIGNED_BYTES), size)
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _SIGNED_BYTES))
@@ -222,9 +268,10 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         return column.cast(pa.list_(pa.binary()) if listed else pa.binary()).to_pylist()
 
 
-def checked_features(array: Any, where: str) -> np.ndarray:
+def checked_features(array: Any, where: str) -> Any:
     """``array`` if it is ``(n, D)`` of floats, or a UserError that names ``where``."""
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2:
+    is_array = isinstance(array, np.ndarray | RemoteRows)
+    if not is_array or array.dtype.kind != "f" or array.ndim != 2:
         shape = getattr(array, "shape", ())
         kind = getattr(array, "dtype", type(array).__name__)
         raise UserError(
@@ -236,7 +283,7 @@ def checked_features(array: Any, where: str) -> np.ndarray:
     return array
 
 
-def _column(path: Path, names: Sequence[str], wanted: Sequence[str], what: str) -> str:
+def _column(path: AnyPath, names: Sequence[str], wanted: Sequence[str], what: str) -> str:
     for name in wanted:
         if name in names:
             if names.count(name) > 1:
@@ -250,21 +297,21 @@ def _column(path: Path, names: Sequence[str], wanted: Sequence[str], what: str) 
     )
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: AnyPath) -> dict[str, Any]:
     plain = "cannot be read as plain arrays (ids and captions as text arrays, not Python objects)"
     with reading(path, plain):
-        content = np.load(path, allow_pickle=False)
+        content = np.load(opened(path), allow_pickle=False)
         if isinstance(content, np.ndarray):
             raise ValueError("it is a single array (.npy), not several with names")
         with content:
             return {name: content[name] for name in content.files}
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def _read_torch(path: AnyPath) -> dict[str, Any]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(opened(path), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or unsafe file makes the restricted loader say
         raise UserError(
             f"{path} cannot be read as tensors and plain lists (weights_only); save a dictionary "
@@ -275,7 +322,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     return {str(name): _as_array(path, name, value) for name, value in content.items()}
 
 
-def _as_array(path: Path, name: Any, value: Any) -> Any:
+def _as_array(path: AnyPath, name: Any, value: Any) -> Any:
     """A tensor as a numpy array (half precision and bfloat16 as float32); the rest as it is."""
     if not hasattr(value, "detach"):
         return value
@@ -288,7 +335,7 @@ def _as_array(path: Path, name: Any, value: Any) -> Any:
         ) from error
 
 
-def _part(path: Path, content: Mapping[str, Any], part: str) -> Any:
+def _part(path: AnyPath, content: Mapping[str, Any], part: str) -> Any:
     for name in _ARRAY_NAMES[part]:
         if name in content:
             return content[name]
@@ -296,7 +343,7 @@ def _part(path: Path, content: Mapping[str, Any], part: str) -> Any:
     raise UserError(f"{path} has no {part!r} (one row per sample); it holds {names}")
 
 
-def _as_list(path: Path, name: str, values: Any) -> list[Any]:
+def _as_list(path: AnyPath, name: str, values: Any) -> list[Any]:
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(values, list | tuple):
         raise UserError(f"{path}: {name!r} must have one row per sample, not be a single value")

@@ -13,8 +13,9 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,14 @@ from infogrowth.data.feature_files import (
     Metadata,
     ParquetColumns,
     file_tail,
+    npy_header,
     open_array,
     read_arrays,
     reading,
     same_rows,
 )
 from infogrowth.errors import UserError
+from infogrowth.remote import AnyPath, RemotePath, opened
 
 _FOLDERS = {
     "image": ("img_emb", "image_emb", "img_embs", "image_embs", "img_embeddings", "images"),
@@ -37,6 +40,7 @@ _FOLDERS = {
     "metadata": ("metadata", "meta"),
 }
 _PARTS = {"image": "image features", "text": "text features", "metadata": "metadata"}
+_OPENED_AT_ONCE = 16
 _DATACOMP_KEYS = ("b32", "l14")
 _DATACOMP_SUFFIX = {"image": "img", "text": "txt"}
 
@@ -78,7 +82,9 @@ class FeatureShard:
             array.release()
 
 
-def find_shards(directory: Path, spaces: Sequence[str], extra: Sequence[str]) -> list[FeatureShard]:
+def find_shards(
+    directory: AnyPath, spaces: Sequence[str], extra: Sequence[str]
+) -> list[FeatureShard]:
     """The folder's clip-retrieval shards in order of their numbers; empty if it has none.
 
     Raises:
@@ -100,10 +106,21 @@ def find_shards(directory: Path, spaces: Sequence[str], extra: Sequence[str]) ->
                 f"shard {missing[0]} of {directory} has no {_PARTS[part]} file; "
                 "every number needs one file of each kind"
             )
-    return [_npy_shard({part: needed[part][i] for part in needed}, extra) for i in numbers]
+    shards = [{part: needed[part][number] for part in needed} for number in numbers]
+    return _opened_shards(directory, shards, partial(_npy_shard, extra=extra))
 
 
-def _npy_shard(files: dict[str, Path], extra: Sequence[str]) -> FeatureShard:
+def _opened_shards(
+    directory: AnyPath, shards: Sequence[Any], opening: Callable[[Any], FeatureShard]
+) -> list[FeatureShard]:
+    """The shards opened: at an address several at a time, since each waits for its headers."""
+    if not isinstance(directory, RemotePath):
+        return list(map(opening, shards))
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        return list(pool.map(opening, shards))
+
+
+def _npy_shard(files: dict[str, AnyPath], extra: Sequence[str]) -> FeatureShard:
     metadata = ParquetColumns(files["metadata"], extra)
     spaces = {space: path for space, path in files.items() if space != "metadata"}
 
@@ -123,7 +140,7 @@ def _npy_shard(files: dict[str, Path], extra: Sequence[str]) -> FeatureShard:
 
 
 def find_datacomp(
-    directory: Path, spaces: Sequence[str], key: str | None, extra: Sequence[str]
+    directory: AnyPath, spaces: Sequence[str], key: str | None, extra: Sequence[str]
 ) -> tuple[list[FeatureShard], str] | None:
     """DataComp's shards in order of their names, and which of its encoders they are from.
 
@@ -145,14 +162,15 @@ def find_datacomp(
     chosen = _datacomp_key(archives[min(archives)], key)
     members = {space: f"{chosen}_{_DATACOMP_SUFFIX[space]}" for space in spaces}
     stems = sorted(tables)
-    return [_datacomp_shard(archives[s], tables[s], members, extra) for s in stems], chosen
+    opening = lambda s: _datacomp_shard(archives[s], tables[s], members, extra)  # noqa: E731
+    return _opened_shards(directory, stems, opening), chosen
 
 
 def _datacomp_shard(
-    archive: Path, table: Path, members: dict[str, str], extra: Sequence[str]
+    archive: AnyPath, table: AnyPath, members: dict[str, str], extra: Sequence[str]
 ) -> FeatureShard:
     def load(member: str) -> np.ndarray:
-        with reading(archive), np.load(archive, allow_pickle=False) as content:
+        with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
             return content[member]
 
     arrays = {
@@ -165,21 +183,21 @@ def _datacomp_shard(
     return FeatureShard(arrays, ParquetColumns(table, extra), sign)
 
 
-def arrays_shard(path: Path, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
+def arrays_shard(path: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
     """A single ``.npz`` or ``.pth`` of arrays as a shard, see :func:`read_arrays`."""
     arrays, metadata = read_arrays(path, spaces, extra)
     return FeatureShard(arrays, metadata, lambda: file_tail(path))
 
 
-def _numbered(directory: Path, names: Sequence[str], extension: str) -> dict[int, Path]:
+def _numbered(directory: AnyPath, names: Sequence[str], extension: str) -> dict[int, AnyPath]:
     """Files by number: ``NAME/*{i}.extension``, or ``NAME_{i}.extension`` in the folder itself."""
     for name in names:
-        files = sorted((directory / name).glob(f"*.{extension}"))
-        files = files or sorted(directory.glob(f"{name}*.{extension}"))
+        files = _files(directory / name, f"*.{extension}")
+        files = files or _files(directory, f"{name}*.{extension}")
         files = [path for path in files if ".tmp-" not in path.name]
         if not files:
             continue
-        by_number: dict[int, Path] = {}
+        by_number: dict[int, AnyPath] = {}
         for path in files:
             match = re.search(r"(\d+)$", path.stem)
             if match is None and len(files) > 1:
@@ -192,7 +210,11 @@ def _numbered(directory: Path, names: Sequence[str], extension: str) -> dict[int
     return {}
 
 
-def _missing_part(directory: Path, part: str, found: dict[str, dict[int, Path]]) -> str:
+def _files(directory: AnyPath, pattern: str) -> list[AnyPath]:
+    return sorted(directory.glob(pattern), key=str)
+
+
+def _missing_part(directory: AnyPath, part: str, found: dict[str, dict[int, AnyPath]]) -> str:
     have = " and ".join(_PARTS[space] for space in ("image", "text") if found[space])
     advice = ""
     if part == "text":
@@ -202,8 +224,8 @@ def _missing_part(directory: Path, part: str, found: dict[str, dict[int, Path]])
     return f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/){advice}"
 
 
-def _datacomp_key(archive: Path, key: str | None) -> str:
-    with reading(archive), zipfile.ZipFile(archive) as content:
+def _datacomp_key(archive: AnyPath, key: str | None) -> str:
+    with reading(archive), zipfile.ZipFile(opened(archive)) as content:
         members = {name.removesuffix(".npy") for name in content.namelist()}
     present = [k for k in _DATACOMP_KEYS if any(m.startswith(f"{k}_") for m in members)]
     if key is None and len(present) == 1:
@@ -216,15 +238,13 @@ def _datacomp_key(archive: Path, key: str | None) -> str:
     return key
 
 
-def _npz_shape(archive: Path, member: str) -> tuple[int, int]:
+def _npz_shape(archive: AnyPath, member: str) -> tuple[int, int]:
     """The shape of an array inside a npz, from its header alone."""
-    with reading(archive), zipfile.ZipFile(archive) as content:
+    with reading(archive), zipfile.ZipFile(opened(archive)) as content:
         if f"{member}.npy" not in content.namelist():
             raise UserError(f"{archive} has no array {member}; see --feature-key")
         with content.open(f"{member}.npy") as file:
-            first = np.lib.format.read_magic(file) == (1, 0)
-            header = np.lib.format.read_array_header_1_0 if first else None
-            shape, _, dtype = (header or np.lib.format.read_array_header_2_0)(file)
+            shape, _, dtype = npy_header(file)
     if len(shape) != 2 or dtype.kind != "f":
         raise UserError(f"{archive}: {member} must be floats of shape (samples, dimension)")
     return shape

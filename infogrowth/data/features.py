@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from infogrowth.data.feature_layouts import (
 )
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
+from infogrowth.remote import AnyPath, RemotePath, as_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def open_features(
     """Open a features folder or file of any supported layout.
 
     Args:
-        path: a clip-retrieval / LAION folder, a DataComp metadata folder, or a .npz / .pth file.
+        path: a clip-retrieval / LAION folder, a DataComp metadata folder, or a .npz / .pth file;
+            or the address of one (``s3://…``), which is read in a stream.
         spaces: the spaces that must be there: ``("image", "text")``, ``("text",)`` for a
             recaption table, ``("image",)`` for growth in the image space alone.
         key: which of DataComp's features, ``"b32"`` or ``"l14"``; needed where both are there.
@@ -105,21 +106,21 @@ def open_features(
         UserError: nothing readable there, an unfinished ``embed``, files whose row counts do not
             agree (named), a missing space or column.
     """
-    path = Path(path)
-    if path.is_file():
-        return FeatureStream(path, "arrays", [arrays_shard(path, spaces, extra)], {})
-    if not path.is_dir():
+    folder = as_path(path)
+    if folder.is_file():
+        return FeatureStream(folder, "arrays", [arrays_shard(folder, spaces, extra)], {})
+    if not folder.is_dir():
         raise UserError(f"the features {path} do not exist; check the path")
-    description = _describe(path)
-    if shards := find_shards(path, spaces, extra):
-        _refuse_missing(path, description, len(shards))
-        return FeatureStream(path, "clip-retrieval", shards, description)
+    description = _describe(folder)
+    if shards := find_shards(folder, spaces, extra):
+        _refuse_missing(folder, description, len(shards))
+        return FeatureStream(folder, "clip-retrieval", shards, description)
     if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
-        return FeatureStream(path, "clip-retrieval", [], description)
-    if found := find_datacomp(path, spaces, key, extra):
+        return FeatureStream(folder, "clip-retrieval", [], description)
+    if found := find_datacomp(folder, spaces, key, extra):
         shards, chosen = found
         description = {"encoder": {"name": f"DataComp {chosen}"}}
-        return FeatureStream(path, "DataComp", shards, description)
+        return FeatureStream(folder, "DataComp", shards, description)
     raise UserError(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
@@ -139,12 +140,13 @@ class FeatureStream:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | RemotePath,
         layout: str,
         shards: Sequence[FeatureShard],
         description: dict[str, Any],
     ):
         self.path = str(path)
+        self._folder = as_path(path)
         self.layout = layout
         self.shards = list(shards)
         self.description = description
@@ -186,13 +188,13 @@ class FeatureStream:
         """
         recorded = self.description.get("skipped")
         if recorded is None:
-            return _count_skipped(Path(self.path) / "skipped.jsonl")
+            return _count_skipped(self._folder / "skipped.jsonl")
         counts = recorded if isinstance(recorded, dict) else {"": None}
         for reason, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 shown = f"{count!r} for {reason!r}" if counts is recorded else repr(recorded)
                 raise UserError(
-                    f'"skipped" must be counts by reason in {Path(self.path) / "features.json"}, '
+                    f'"skipped" must be counts by reason in {self._folder / "features.json"}, '
                     f"not {shown[:60]}"
                 )
         return dict(counts)
@@ -281,7 +283,7 @@ def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:
     return dimensions
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: AnyPath) -> dict[str, Any]:
     file = path / "features.json"
     if not file.is_file():
         return {}
@@ -296,7 +298,7 @@ def _describe(path: Path) -> dict[str, Any]:
     return description
 
 
-def _refuse_missing(path: Path, description: dict[str, Any], found: int) -> None:
+def _refuse_missing(path: AnyPath, description: dict[str, Any], found: int) -> None:
     planned = description.get("shards")
     if isinstance(planned, int) and planned != found:
         raise UserError(
@@ -305,7 +307,7 @@ def _refuse_missing(path: Path, description: dict[str, Any], found: int) -> None
         )
 
 
-def _count_skipped(path: Path) -> dict[str, int]:
+def _count_skipped(path: AnyPath) -> dict[str, int]:
     if not path.is_file():
         return {}
     counts: Counter[str] = Counter()

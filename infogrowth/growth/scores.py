@@ -23,6 +23,7 @@ Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 REFERENCE_ROWS = 4096
 TEMPERATURE = 0.07
 _BLOCK_ROWS = 256
+_TOGETHER = 16  # rows of the reference that are neighbors in the features: fewer reads
 
 
 class NegClip:
@@ -102,16 +103,21 @@ def draw_reference(
     Raises:
         UserError: none of them can be used.
     """
-    chosen = np.arange(features.rows)
+    blocks = np.arange(-(-features.rows // _TOGETHER))
     if features.rows > rows:
-        chosen = np.sort(generator(seed, "negclip").choice(features.rows, rows, replace=False))
-    parts = [features.row(row) for row in chosen.tolist()]
+        number = -(-rows // _TOGETHER)
+        blocks = np.sort(generator(seed, "negclip").choice(blocks, number, replace=False))
+    starts = (blocks * _TOGETHER).tolist()
+    parts = [
+        next(features.batches(_TOGETHER, start, min(start + _TOGETHER, features.rows)))
+        for start in starts
+    ]
     image, image_faults = unit_rows(np.concatenate([part.image for part in parts]))
     text, text_faults = unit_rows(np.concatenate([part.text for part in parts]))
     usable = (image_faults == 0) & (text_faults == 0)
     if not usable.any():
         raise UserError(f"no pair of {features.path} has usable features")
-    return NegClip(image[usable], text[usable], temperature)
+    return NegClip(image[usable][:rows], text[usable][:rows], temperature)
 
 
 def reference_path(growth: str | os.PathLike[str]) -> Path:

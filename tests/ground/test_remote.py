@@ -14,30 +14,12 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """An S3 server on loopback with a few files; its address."""
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem()
-    files.mkdir("shards")
+def bucket(upload, tmp_path):
+    """The address of three files on an S3 server."""
     for name in ("b/2.bin", "a.bin", "b/1.bin"):
-        files.pipe(f"shards/set/{name}", CONTENT)
-    yield "s3://shards/set"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(CONTENT)
+    return upload(tmp_path / "set")
 
 
 def test_files_of_a_bucket_are_listed_and_read(bucket):
@@ -56,7 +38,7 @@ def test_files_of_a_bucket_are_listed_and_read(bucket):
     with pytest.raises(UserError, match="does not exist"):
         remote.read_remote(bucket, "c.bin")
     with pytest.raises(UserError, match="no files"):
-        remote.list_remote("s3://shards/other")
+        remote.list_remote("s3://bucket/other")
 
 
 def test_reads_that_fail_are_tried_again_and_counted(monkeypatch):
