@@ -79,8 +79,11 @@ class FreeIndex:
     def describe(self) -> str:
         return "free"
 
+    def report(self) -> dict[str, Any]:
+        return {"search": "free"}
 
-def measure(features: Path, profile: bool) -> None:
+
+def measure(features: Path) -> None:
     """Grow in this process; prints the seconds, from opening the features to the JSON on disk."""
     import pandas  # noqa: F401 - pyarrow would import it, and torch, while time runs
     import torch  # noqa: F401
@@ -89,34 +92,23 @@ def measure(features: Path, profile: bool) -> None:
         with contextlib.suppress(ImportError):
             home = importlib.import_module(f"infogrowth.{name}")
             if hasattr(home, "create_index"):
-                home.create_index = lambda kind, dimension, k, *rest: FreeIndex(dimension, k)
+                home.create_index = lambda kind, width, k, *rest, **more: FreeIndex(width, k)
     from infogrowth.commands import grow
 
     with tempfile.TemporaryDirectory(dir=features.parent) as folder:
         config = grow.Config(
             features=str(features), growth=f"{folder}/growth", output=[f"{folder}/grown.json"]
         )
-        profiler = None
-        if profile:
-            import cProfile
-
-            profiler = cProfile.Profile()
-            profiler.enable()
         started, work = time.perf_counter(), time.process_time()
         grow.run(config)
         seconds, work = time.perf_counter() - started, time.process_time() - work
-        if profiler is not None:
-            import pstats
-
-            profiler.disable()
-            pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(45)
         print(json.dumps({"seconds": seconds, "cpu": work}))
 
 
-def run_once(checkout: Path, features: Path, profile: bool = False) -> dict[str, float]:
+def run_once(checkout: Path, features: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", str(features)]
     answer = subprocess.run(
-        command + ["--profile"] * profile,
+        command,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         stdout=subprocess.PIPE,
         text=True,
@@ -130,11 +122,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4 * SHARD)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure, options.profile)
+        measure(options.measure)
         return
     checkouts = {"this checkout": Path(__file__).parents[1]}
     if options.against:
@@ -145,7 +136,7 @@ def main() -> None:
         best: dict[str, dict[str, float]] = {}
         for _ in range(options.rounds):
             for name, checkout in checkouts.items():
-                found = run_once(checkout, features, options.profile)
+                found = run_once(checkout, features)
                 if name not in best or found["seconds"] < best[name]["seconds"]:
                     best[name] = found
     for name, found in best.items():

@@ -177,8 +177,10 @@ class GrowthLedger:
             table = pa.concat_tables(self._tables).combine_chunks()
             numbers = np.arange(before.rows, before.rows + len(table), dtype=np.int64)
             table = table.add_column(0, "row", pa.array(numbers)).cast(SCHEMA)
-            for space, parts in self._features.items():
-                if parts:
+            assert self.settings is not None
+            for space, width in self.settings["dimension"].items():
+                if width:
+                    parts = self._features[space] or [np.empty((0, width), np.float32)]
                     atomic_write_array(self.paths.kept(space, before.parts), *parts)
             with atomic_write(self.paths.decisions(before.parts)) as file:
                 pq.write_table(table, file, compression="zstd")

@@ -339,6 +339,17 @@ def test_a_first_batch_of_which_nothing_is_kept(feature_folder, infogrowth, tmp_
     assert kept[0]["gains"] == [1, 1]  # the first sample of an empty index
 
 
+def test_a_dataset_begun_with_samples_without_captions_grows_on(
+    feature_folder, infogrowth, tmp_path
+):
+    first, second = feature_folder("first", captions=[""] * 6), feature_folder("second")
+    for features in (first, second):
+        inputs = ("--features", features, "--growth", tmp_path / "g")
+        assert infogrowth("grow", *inputs, "--output", tmp_path / "o.json")[0] == 0
+    assert len(load_annotations(tmp_path / "o.json")) == 6
+    assert read_growth(tmp_path / "g").totals["reasons"]["caption is missing"] == 6
+
+
 def test_options_come_from_yaml_and_a_flag_wins(feature_folder, infogrowth, tmp_path):
     config = tmp_path / "grow.yaml"
     config.write_text(
