@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infogrowth.config import option
 from infogrowth.errors import UserError
+from infogrowth.remote import retry_summary
 
 if TYPE_CHECKING:
     from infogrowth.encoders.embedding import Summary
@@ -134,6 +135,8 @@ def print_summary(output: str, result: "Summary") -> None:
         print(f"written: {output}")
     else:
         print(f"this part is written; {output} is finished once all parts are")
+    if (retried := retry_summary()) is not None:
+        print(retried)
 
 
 def _refuse_nonsense(config: Config) -> None:

@@ -13,6 +13,7 @@ from infogrowth.data.images import MAX_PIXELS
 from infogrowth.data.packing import Packed, Target, pack
 from infogrowth.data.sources import Source, open_splits
 from infogrowth.errors import UserError
+from infogrowth.remote import is_remote, retry_summary
 
 HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
 
@@ -21,7 +22,9 @@ HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
 class Config:
     """Options of the writer."""
 
-    image_root: str = option(help="folder with cc3m_train/ and cc3m_val/, or with one set of pairs")
+    image_root: str = option(
+        help="folder with cc3m_train/ and cc3m_val/, or with one set of pairs; or its address: s3://…"
+    )
     output_root: str | None = option(
         None,
         "where the results go; none: into --image_root, or into its folder packed/ if it is a "
@@ -46,11 +49,13 @@ def run(config: Config) -> int:
     lmdb_train, cc3m_train.json and lmdb_train_skipped.jsonl, and the same for val and test. Bad
     samples are skipped and recorded; a killed run continues when it is started again.
     """
-    root = Path(config.image_root)
-    if not root.is_dir():
+    root = config.image_root
+    if not is_remote(root) and not os.path.isdir(root):
         raise UserError(f"--image_root {root} does not exist or is not a folder")
+    if is_remote(root) and config.output_root is None:
+        raise UserError(f"give --output_root: results cannot be written to {root}")
     sources = open_splits(root)
-    output = output_folder(root, config.output_root, sources)
+    output = output_folder(Path(root), config.output_root, sources)
     workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
     for split, source in sources.items():
         target = Target(
@@ -60,6 +65,8 @@ def run(config: Config) -> int:
         )
         packed = pack(source, target, workers, config.max_pixels)
         print(summary(split, source, target, packed), flush=True)
+    if (retried := retry_summary()) is not None:
+        print(retried)
     return 0
 
 

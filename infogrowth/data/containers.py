@@ -30,7 +30,7 @@ from infogrowth.data.records import (
     image_column,
     split_of,
 )
-from infogrowth.data.tree import DAMAGE, Tree, decompressed, is_hidden
+from infogrowth.data.tree import DAMAGE, HIDDEN, Tree, is_hidden
 from infogrowth.errors import shorten
 
 _NAMING = ("key", "__key__", "uid", "id", "image_id", "filename", "file_name", "image_path")
@@ -195,7 +195,8 @@ class Tar(_Files):
     kind = "webdataset"
 
     def __init__(self, tree: Tree, name: str, downloads: Downloads) -> None:
-        self._tree, self.name, self._open = tree, name, tree.open
+        self._tree, self.name = tree, name
+        self._open = tree.open if tree.is_plain(name) else tree.open_copy
         self.notes = list(downloads.notes)
         self._offsets, self._sizes = array("q"), array("q")
         names: list[str] = []
@@ -204,7 +205,7 @@ class Tar(_Files):
             for member in self._members():
                 linked = member.linkname in names if member.islnk() else None
                 if is_hidden(member.name):
-                    other["hidden files and folders"] += 1
+                    other[HIDDEN] += 1
                 elif linked or (member.isreg() and not member.issparse()):
                     original = names.index(member.linkname) if linked else -1
                     names.append(member.name)
@@ -220,14 +221,10 @@ class Tar(_Files):
         self._hold(entries, downloads)
 
     def _members(self) -> Iterator[tarfile.TarInfo]:
-        with self._tree.open(self.name) as file:
-            stream = decompressed(file)
-            if stream is not None:
-                self._open = self._tree.open_decompressed
-            with tarfile.open(fileobj=stream or file, mode="r|" if stream else "r:") as archive:
-                for member in archive:
-                    archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    yield member
+        with self._open(self.name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                yield member
 
     def _read(self, member: int) -> bytes:
         with self._open(self.name) as file:

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -21,13 +21,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infogrowth.errors import UserError
+from infogrowth.remote import is_remote, list_remote, open_remote, read_remote, remote_version
 
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "PaxHeader")
 _RESULT = re.compile(
     r"(cc3m_(train|val|test)\.json|lmdb_(train|val|test)_skipped\.jsonl|.*\.tmp-[\w-]+)$"
 )
 _RESULT_FOLDERS = {"data.mdb", "img_emb", "text_emb", "features.json", "growth.json"}
-_COPIES_HELD = 4  # decompressed tars
+_COPIES_HELD = 4  # tars that are compressed, or lie elsewhere
+HIDDEN = "hidden files and folders"
 # What damaged archives raise, compressed or not.
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 _DECOMPRESSION: dict[bytes, Callable[[Any], Any]] = {
@@ -57,27 +59,45 @@ class Listing:
 
 
 class Tree:
-    """A folder whose files are read by their paths from it; picklable.
+    """A folder, or an fsspec address such as ``s3://bucket/shards``, whose files are read by their
+    paths from it; picklable.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder; in all methods, what an address does not give.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.fspath(root)
-        if not os.path.isdir(self.root):
+        self.remote = is_remote(self.root)
+        if not self.remote and not os.path.isdir(self.root):
             raise UserError(f"the image folder {root} does not exist or is not a folder")
-        self._copies = _Copies()
+        self._copies: str | None = None
 
     def walk(self) -> Listing:
         """Go through all folders."""
         listing = Listing()
+        if self.remote:
+            self._walk_remote(listing)
         seen: set[tuple[int, int]] = set()
-        pending = [""]
+        pending = [] if self.remote else [""]
         while pending:
             pending.extend(self._list(pending.pop(), seen, listing))
         listing.files.sort()
         return listing
+
+    def _walk_remote(self, listing: Listing) -> None:
+        names = list_remote(self.root)
+        results = {os.path.dirname(n) for n in names if os.path.basename(n) in _RESULT_FOLDERS}
+        for name in names:
+            folders = os.path.dirname(name).split("/")
+            above = {"/".join(folders[:depth]) for depth in range(1, len(folders) + 1)} - {""}
+            if is_hidden(name):
+                listing.ignored[HIDDEN] += 1
+            elif above & results or _RESULT.match(os.path.basename(name)):
+                listing.ignored["results of infogrowth"] += 1
+            else:
+                listing.files.append(name)
+            listing.folders += [folder for folder in above if folder not in listing.folders]
 
     def _list(self, folder: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
         """Note the files of one folder; returns the folders in it."""
@@ -99,7 +119,7 @@ class Tree:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if is_hidden(entry.name):
-                listing.ignored["hidden files and folders"] += 1
+                listing.ignored[HIDDEN] += 1
             elif entry.is_dir():
                 below.append(name)
                 listing.folders.append(name)
@@ -117,54 +137,59 @@ class Tree:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
+        if self.remote:
+            return read_remote(self.root, name)
         with open(self.path(name), "rb", buffering=0) as file:
             return file.read()
 
     def open(self, name: str) -> BinaryIO:
         """A file to read and seek in."""
-        return open(self.path(name), "rb")
+        return open_remote(self.root, name) if self.remote else open(self.path(name), "rb")
 
     def version(self, name: str) -> str:
         """What changes when a file's content does: its size, and the server's word if it has."""
+        if self.remote:
+            return remote_version(self.root, name)
         return str(os.stat(self.path(name)).st_size)
 
-    def open_decompressed(self, name: str) -> BinaryIO:
-        """The content of a compressed file, to read and seek in."""
-        return self._copies.open(name, lambda: decompressed(self.open(name)))
+    def is_plain(self, name: str) -> bool:
+        """Whether a file can be read in any order where it lies: local and not compressed."""
+        if self.remote:
+            return False
+        with self.open(name) as file:
+            return decompressed(file) is None
 
+    def open_copy(self, name: str) -> BinaryIO:
+        """A local, decompressed copy of a file, to read and seek in; the last few are kept.
 
-class _Copies:
-    """The last few decompressed files, in a temporary folder that all processes share."""
-
-    def __init__(self) -> None:
-        self._folder: str | None = None
-
-    def open(self, name: str, stream: Callable[[], BinaryIO | None]) -> BinaryIO:
-        """A file's copy, made now if it is not there; what cannot be decompressed is left out."""
-        self.prepare()
-        assert self._folder is not None
-        copy = os.path.join(self._folder, hashlib.sha256(os.fsencode(name)).hexdigest())
+        They lie in a temporary folder that other processes share if it is there when they begin.
+        """
+        if self._copies is None:
+            self._copies = tempfile.mkdtemp(prefix="infogrowth-")
+            weakref.finalize(self, _remove, self._copies, os.getpid())
+        copy = os.path.join(self._copies, hashlib.sha256(os.fsencode(name)).hexdigest())
         try:
             return open(copy, "rb")
         except FileNotFoundError:
             pass
-        with open(os.path.join(self._folder, "lock"), "w") as lock:
+        with open(os.path.join(self._copies, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # also among threads: each has opened it by itself
             if not os.path.exists(copy):
-                with open(copy + ".part", "wb") as file, suppress(*DAMAGE):
-                    shutil.copyfileobj(stream(), file, 1 << 20)  # type: ignore[arg-type]
+                with self.open(name) as file, open(copy + ".part", "wb") as part:
+                    part.writelines(_content(decompressed(file) or file))
                 os.replace(copy + ".part", copy)
-                copies = [entry for entry in os.scandir(self._folder) if entry.name != "lock"]
+                copies = [entry for entry in os.scandir(self._copies) if entry.name != "lock"]
                 copies.sort(key=lambda entry: entry.stat().st_mtime_ns)
                 for old in copies[:-_COPIES_HELD]:
                     os.unlink(old)  # whoever reads it has it open
             return open(copy, "rb")
 
-    def prepare(self) -> None:
-        """Make the folder: before other processes begin, so that they share it."""
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="infogrowth-")
-            weakref.finalize(self, _remove, self._folder, os.getpid())
+
+def _content(file: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a file, as far as it goes."""
+    with suppress(*DAMAGE):
+        while chunk := file.read(1 << 20):
+            yield chunk
 
 
 def _remove(folder: str, owner: int) -> None:

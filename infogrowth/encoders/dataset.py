@@ -22,6 +22,7 @@ from infogrowth.encoders.protocols import Preprocess, Tokenize, Tokens
 from infogrowth.encoders.shards import file_digest, list_digest
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
+from infogrowth.remote import is_remote
 
 NO_IMAGE = "the image is missing"
 
@@ -158,7 +159,7 @@ def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> PairR
     Raises:
         UserError: there is neither an LMDB, nor a download, nor a folder of images.
     """
-    if not is_lmdb(path) and Path(path).is_dir():
+    if is_remote(path) or (not is_lmdb(path) and Path(path).is_dir()):
         try:
             source = open_source(path)
         except UserError:  # a plain folder of images, perhaps
