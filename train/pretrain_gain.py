@@ -9,6 +9,7 @@ from the last checkpoint of --output_dir; train/README.md explains what it leave
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
-from infogrowth.annotations import gains_array, load_annotations
+from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.blip.checkpoint import load_weights, save_folder
-from infogrowth.blip.config import preset
+from infogrowth.blip.config import Stem, preset
 from infogrowth.blip.initialize import initialize
 from infogrowth.blip.pretrain import OBJECTIVES, BlipPretrain, Objective
 from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
@@ -32,7 +33,7 @@ from infogrowth.config import option
 from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.retrieval import RetrievalEvaluation
-from infogrowth.data.transforms import evaluation_transform, training_transform
+from infogrowth.data.transforms import Augment, evaluation_transform, training_transform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.recall import recall_table
 from infogrowth.evaluation.rerank import retrieval_scores
@@ -56,19 +57,25 @@ class PretrainConfig(RunOptions):
     images: str = option(help="LMDB of the images (or a folder of them)")
     sampler: Mode = option("two_phase", "how an epoch is drawn from the gains")
     vit: Vit = option("base", "size of the model")
+    vision_stem: Stem | None = option(None, "patch or conv (small models); none: the size's own")
     image_size: int = option(224, "pixels a side")
     embed_dim: int | None = option(None, "width of the common feature space; none: the size's own")
     text_dropout: float = option(0.1, "dropout of the text transformers")
     drop_path: float | None = option(None, "stochastic depth; none: the size's own")
     vocabulary: str = option("bert-base-uncased", "name, folder or vocab.txt")
-    vision_init: str = option("auto", "random, deit, imagenet21k or a local file of ViT weights")
-    text_init: str = option("auto", "random, bert-base-uncased or a local folder of BERT weights")
+    vision_init: str = option("auto", "random, fan_in, deit, imagenet21k or a file of ViT weights")
+    text_init: str = option("auto", "random, fan_in, bert-base-uncased or a folder of BERT's")
     pretrained: str | None = option(None, "start from this BLIP checkpoint instead")
     val_annotations: str | None = option(None, "captions to validate with; none: no validation")
     val_images: str | None = option(None, "folder or LMDB of their images; none: as `images`")
     validate_every: int = option(1000, "optimizer steps between validations")
     max_length: int = option(30, "tokens of a caption that are kept")
     min_crop: float = option(0.2, "smallest share of the image that a random crop keeps")
+    tint: bool = option(False, "give images without colors random ones")
+    augment: Augment = option("blip", "random operations: blip, jitter (for drawings) or none")
+    captions_per_visit: int = option(1, "captions of an image in a batch, all its matches")
+    class_key: str | None = option(None, "annotation key; samples alike in it match each other")
+    class_vectors: bool = option(False, "also learn a vector per class, to tell classes by")
     batch_size: int = option(75, "pairs per rank and forward pass")
     objectives: list[Objective] = option([*OBJECTIVES], "losses: ita (contrastive), itm, lm")
     label_smoothing: float = option(0.1, "of the language modelling loss")
@@ -85,14 +92,20 @@ class PretrainConfig(RunOptions):
         super().__post_init__()
         if not self.objectives:
             raise UserError("objectives must name at least one of ita, itm and lm")
+        if self.class_vectors and (self.class_key is None or "ita" not in self.objectives):
+            raise UserError("class_vectors needs a class_key, and ita among the objectives")
 
 
 def pretrain(config: PretrainConfig) -> int:
     """Train BLIP on a grown dataset, drawing the samples by their gains."""
     with distributed.process_group(config.device) as device:
         tokenizer = load_tokenizer(config.vocabulary)
-        loader = build_loader(config, tokenizer, device)
-        model = build_model(config, tokenizer).to(device)
+        annotations = load_annotations(config.annotations)
+        if not annotations:
+            raise UserError(f"the annotation file {config.annotations} holds no samples")
+        classes = classes_of(annotations, config)
+        loader = build_loader(config, annotations, classes, tokenizer, device)
+        model = build_model(config, classes, tokenizer).to(device)
         if config.compile:
             model.compile_encoders()
         optimizer = adamw(model, config.init_lr, config.weight_decay)
@@ -146,6 +159,7 @@ def losses(
         batch["mask"],
         alpha,
         sample_ids=batch["index"],
+        class_ids=batch.get("class"),
         generator=negatives,
     )
 
@@ -185,23 +199,47 @@ def cosine_recall(
     return recall_table(cosines.i2t.numpy(), cosines.t2i.numpy(), val_set.img2txt, val_set.txt2img)
 
 
+def classes_of(annotations: Sequence[Annotation], config: PretrainConfig) -> list[int] | None:
+    """The class of each row, numbered from 0: what ``class_key`` says, else each row its own.
+
+    None where no two captions of a batch can match one image but by chance, as in BLIP.
+
+    Raises:
+        UserError: a sample without that key.
+    """
+    if config.class_key is None:
+        return list(range(len(annotations))) if config.captions_per_visit > 1 else None
+    without = [entry["image"] for entry in annotations if config.class_key not in entry]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(annotations)} samples of {config.annotations} have no "
+            f"{config.class_key!r}, for example {without[0]!r}; check class_key"
+        )
+    labels = [str(entry[config.class_key]) for entry in annotations]
+    number = {label: i for i, label in enumerate(sorted(set(labels)))}
+    return [number[label] for label in labels]
+
+
 def build_loader(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: PretrainConfig,
+    annotations: Sequence[Annotation],
+    classes: list[int] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> EpochLoader:
     """The batches of this rank, in the order that the gains give.
 
     Raises:
-        UserError: missing files, samples without gains, or zero total gain.
+        UserError: missing images, samples without gains, or zero total gain.
     """
-    annotations = load_annotations(config.annotations)
-    if not annotations:
-        raise UserError(f"the annotation file {config.annotations} holds no samples")
     dataset = PairDataset(
         annotations,
         config.images,
-        training_transform(config.image_size, min_scale=config.min_crop),
+        training_transform(config.image_size, config.min_crop, config.augment, config.tint),
         max_words=config.max_words,
         seed=config.seed,
+        captions_per_visit=config.captions_per_visit,
+        classes=classes,
     )
     sampler = GainSampler(
         # Uniform sampling needs no gains: a plain annotation file will do.
@@ -222,13 +260,19 @@ def build_loader(
     )
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> BlipPretrain:
+def build_model(
+    config: PretrainConfig, classes: list[int] | None, tokenizer: PreTrainedTokenizerBase
+) -> BlipPretrain:
     """The model with its starting weights, on the CPU.
 
     Raises:
         UserError: weights that cannot be had or do not fit.
     """
-    changes = {"embed_dim": config.embed_dim, "drop_path": config.drop_path}
+    changes = {
+        "vision_stem": config.vision_stem,
+        "embed_dim": config.embed_dim,
+        "drop_path": config.drop_path,
+    }
     model = BlipPretrain(
         preset(
             config.vit,
@@ -241,6 +285,8 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> B
         objectives=config.objectives,
         label_smoothing=config.label_smoothing,
         id_aware_targets=config.id_aware_targets,
+        class_positives=classes is not None,
+        class_vectors=len(set(classes)) if classes and config.class_vectors else 0,
         vit_grad_ckpt=config.vit_grad_ckpt,
         vit_ckpt_layer=config.vit_ckpt_layer,
         seed=config.seed,

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+Stem = Literal["patch", "conv"]
+
+# A convolutional stem halves the image's sides four times.
+STEM_PATCH = 16
 
 FORMAT = "infogrowth-blip"
 CONFIG_FILE = "config.json"
@@ -30,6 +35,7 @@ class BlipConfig:
 
     image_size: int = 224
     patch_size: int = 16
+    vision_stem: Stem = "patch"  # what makes tokens of an image's pixels
     vision_width: int = 768
     vision_depth: int = 12
     vision_heads: int = 12
@@ -55,6 +61,13 @@ class BlipConfig:
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.vision_stem not in get_args(Stem):
+            raise UserError(f"vision_stem must be patch or conv, not {self.vision_stem!r}")
+        if self.vision_stem == "conv" and self.patch_size != STEM_PATCH:
+            raise UserError(
+                f"the conv stem makes one token of {STEM_PATCH} × {STEM_PATCH} pixels; "
+                f"patch_size must be {STEM_PATCH}, not {self.patch_size}"
             )
         for side in ("vision", "text"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
@@ -118,16 +131,16 @@ class BlipConfig:
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "image_size": 64,
-        "patch_size": 16,
-        "vision_width": 128,
-        "vision_depth": 4,
-        "vision_heads": 4,
-        "text_width": 128,
-        "text_depth": 4,
-        "text_heads": 4,
-        "text_feedforward": 512,
+        "vision_stem": "conv",
+        "vision_width": 192,
+        "vision_depth": 2,
+        "vision_heads": 3,
+        "text_width": 192,
+        "text_depth": 2,
+        "text_heads": 3,
+        "text_feedforward": 768,
         "text_positions": 64,
-        "embed_dim": 64,
+        "embed_dim": 128,
     },
     "base": {},
     "large": {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16, "drop_path": 0.1},
@@ -183,6 +196,11 @@ def to_huggingface(config: BlipConfig) -> dict[str, Any]:
     """The same shape as the ``config.json`` that ``transformers`` reads (without architectures)."""
     from transformers import BlipConfig as HuggingFaceConfig
 
+    if config.vision_stem != "patch":
+        raise UserError(
+            "transformers knows no BLIP with a convolutional stem, so this model has no Hugging "
+            "Face form; keep it as an official .pth or a folder of ours"
+        )
     vision = {
         "hidden_size": config.vision_width,
         "intermediate_size": config.vision_hidden,
@@ -233,7 +251,11 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
         UserError: the names are not a BLIP's, or the width is no multiple of 64.
     """
     try:
-        width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
+        conv = "visual_encoder.patch_embed.proj.0.0.weight" in state
+        if conv:
+            width, patch = state["visual_encoder.pos_embed"].shape[2], STEM_PATCH
+        else:
+            width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
         positions = state["visual_encoder.pos_embed"].shape[1]
         text = "text_encoder." if "text_encoder.embeddings.LayerNorm.bias" in state else None
         text = text or "text_decoder.bert."
@@ -241,6 +263,7 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
         inferred: dict[str, Any] = {
             "image_size": round((positions - 1) ** 0.5) * patch,
             "patch_size": patch,
+            "vision_stem": "conv" if conv else "patch",
             "vision_width": width,
             "vision_depth": _count(state, "visual_encoder.blocks."),
             "vision_feedforward": state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],

@@ -8,11 +8,13 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from infogrowth.blip.checkpoint import LoadReport, load_tensors, summary
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.hub import download
+from infogrowth.blip.momentum import MomentumBlip
 from infogrowth.blip.weights_files import WeightFile, locate, read_tensors
 from infogrowth.errors import UserError
 
@@ -38,10 +40,12 @@ def initialize(
     extended by random rows for [DEC] and [ENC].
 
     Args:
-        vision: ``deit`` (ViT-B/16), ``imagenet21k`` (ViT-L/16), ``random``, a local file of such
-            weights, or ``auto``: what BLIP uses for the model's shape.
-        text: ``bert-base-uncased``, ``random``, a local file or folder of BERT weights, or
-            ``auto``: ``bert-base-uncased``.
+        vision: ``deit`` (ViT-B/16), ``imagenet21k`` (ViT-L/16), ``random``, ``fan_in`` (random
+            with a standard deviation of fan_in^-0.5 in linear layers, which models much narrower
+            than BLIP's need to learn at all), a local file of such weights, or ``auto``: what
+            BLIP uses for the model's shape.
+        text: ``bert-base-uncased``, ``random``, ``fan_in``, a local file or folder of BERT
+            weights, or ``auto``: ``bert-base-uncased``.
 
     Raises:
         UserError: no network, no such file, or weights of another shape.
@@ -49,13 +53,35 @@ def initialize(
     vision = _published_vision(model.config) if vision == "auto" else vision
     text = "bert-base-uncased" if text == "auto" else text
     reports = []
-    if vision != "random":
+    if vision == "fan_in":
+        scale_to_fan_in(model.visual_encoder, model.vision_proj)
+    elif vision != "random":
         reports.append(_load(model, _vision_weights(vision), "visual_encoder."))
-    if text != "random":
+    if text == "fan_in":
+        # BlipPretrain has a decoder as well.
+        parts = ("text_encoder", "text_proj", "itm_head", "text_decoder")
+        scale_to_fan_in(*(part for name, part in model.named_children() if name in parts))
+    elif text != "random":
         reports.append(_load(model, _text_weights(model, text), "text_encoder.", "text_decoder."))
     for report in reports:
         logger.info("starting weights: %s", report)
+    if "fan_in" in (vision, text) and isinstance(model, MomentumBlip):
+        model.copy_to_momentum()
     return reports
+
+
+@torch.no_grad()
+def scale_to_fan_in(*parts: nn.Module) -> None:
+    """Give the weights of all linear layers a standard deviation of fan_in^-0.5, in place.
+
+    The random weights that are there are scaled, so they stay a function of the model's seed. The
+    words' embeddings stay as they are, where they serve as an output layer too.
+    """
+    words = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Embedding)}
+    linear = {m for part in parts for m in part.modules() if isinstance(m, nn.Linear)}
+    for layer in linear:
+        if layer.weight not in words:
+            layer.weight *= layer.in_features**-0.5 / layer.weight.std()
 
 
 def _published_vision(config: BlipConfig) -> str:

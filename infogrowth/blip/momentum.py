@@ -1,7 +1,7 @@
 """Momentum contrast for both trainings: momentum encoders, and the feature queues.
 
-Shapes: B rows of this rank, D feature width, C candidates: the batch's momentum features, then
-the queue.
+Shapes: B images and N texts of this rank (N = B but for pretraining with several captions an
+image), D feature width, C candidates: the batch's momentum features, then the queue.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,9 @@ class MomentumBlip(BlipDual):
 
     Args:
         queue_size: how many past momentum features are candidates; any size, 0 for none.
-        momentum: how much of a momentum parameter stays at each step.
+        momentum: how much of a momentum parameter stays at each step. With 0 and no queue the
+            momentum features are the online ones: nothing is computed twice, and the candidates
+            take a gradient as well (CLIP's loss).
         pointer_name: the official name of the queue's pointer, which differs between models.
         with_ids: keep the ids of the queued samples.
     """
@@ -97,6 +99,7 @@ class MomentumBlip(BlipDual):
             for source, target in pairs:
                 target.copy_(source)
                 target.requires_grad_(False)
+        self._copy_buffers()
 
     @torch.no_grad()
     def update_momentum(self) -> None:
@@ -108,6 +111,14 @@ class MomentumBlip(BlipDual):
             targets.extend(momentum.parameters())
         torch._foreach_mul_(targets, self.momentum)
         torch._foreach_add_(targets, sources, alpha=1.0 - self.momentum)
+        self._copy_buffers()
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        """Take statistics of normalization (a conv stem has some) as they are: they are means."""
+        for online, momentum in self.momentum_pairs:
+            for source, target in zip(online.buffers(), momentum.buffers(), strict=True):
+                target.copy_(source)
 
     @torch.no_grad()
     def momentum_features(
@@ -130,7 +141,10 @@ class MomentumBlip(BlipDual):
         image_tokens, image = self.encode_image(images_BCHW)
         _, text = self.encode_text(ids_BT, mask_BT)
         self.update_momentum()
-        image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
+        if self.momentum == 0 and not self.image_queue.numel():
+            image_momentum, text_momentum = image, text
+        else:
+            image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
         return Features(
             image_tokens=image_tokens,
             image=image,

@@ -107,8 +107,9 @@ def is_momentum(name: str) -> bool:
 
 
 def is_queue(name: str) -> bool:
-    """Whether ``name`` is a queue or the pointer of one."""
-    return name in ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
+    """Whether ``name`` is a queue, the pointer of one, or the class vectors: only training's."""
+    queues = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
+    return name in (*queues, "class_vectors")
 
 
 def is_positions(name: str) -> bool:

@@ -4,10 +4,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from infogrowth.blip.config import BlipConfig
+
+# Channels of the convolutional stem: its first convolution, then one residual stage each.
+STEM_CHANNELS = (32, 64, 128, 256)
 
 
 class VisionEncoder(VisionTransformer):
@@ -44,6 +49,47 @@ def _with_own_format(
     return inputs, options
 
 
+class ConvStem(PatchEmbed):
+    """A small residual network in place of the patch projection: ``(B, 3, H, W) -> (B, L, width)``.
+
+    For models too small to learn from patches what a corner or a stripe is. Where several ranks
+    train, each normalises by its own batch, and checkpoints keep the statistics of rank 0.
+    """
+
+    def __init__(self, *, embed_dim: int, **options: Any) -> None:
+        super().__init__(embed_dim=embed_dim, **options)
+        first, *stages = STEM_CHANNELS
+        widths = zip([first, *stages], stages, strict=False)
+        self.proj = nn.Sequential(  # type: ignore[assignment]
+            _convolution(3, first, 3, stride=2),
+            nn.ReLU(),
+            *(ResidualStage(width, wider) for width, wider in widths),
+            nn.Conv2d(stages[-1], embed_dim, 1),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # Channels last is the order that CPUs and GPUs convolve quickest in.
+        return super().forward(images.contiguous(memory_format=torch.channels_last))
+
+
+class ResidualStage(nn.Module):
+    """Two 3×3 convolutions beside a 1×1 one, ``(B, C, H, W) -> (B, D, H/2, W/2)``."""
+
+    def __init__(self, width: int, wider: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(width, wider, 3, stride=2)
+        self.conv2 = _convolution(wider, wider, 3)
+        self.shortcut = _convolution(width, wider, 1, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+
+def _convolution(width: int, wider: int, side: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(width, wider, side, stride, padding=side // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(wider))
+
+
 def build_vision(
     config: BlipConfig,
     gradient_checkpointing: bool = False,
@@ -65,6 +111,7 @@ def build_vision(
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=config.vision_norm_eps),
         drop_path_rate=config.drop_path,
+        embed_layer=ConvStem if config.vision_stem == "conv" else PatchEmbed,
         num_classes=0,
         block_fn=RecomputableBlock,
     )

@@ -34,7 +34,8 @@ def open_loader(
         batches: a sized iterable of lists of what the dataset is asked for.
         workers: decoding processes; 0 decodes in this one.
         device: batches for CUDA are pinned.
-        tokenize: adds ``ids`` and ``mask`` of the items' ``caption``, in the workers.
+        tokenize: adds ``ids`` and ``mask`` of the items' ``caption``, in the workers; where items
+            have several, all first captions come before all second ones.
         persistent: the workers outlive an iteration.
     """
     return DataLoader(
@@ -88,7 +89,7 @@ class Collate:
             for key in items[0]  # type: ignore[union-attr]
         }
         if self.tokenize is not None:
-            batch["ids"], batch["mask"] = self.tokenize(batch["caption"])
+            batch["ids"], batch["mask"] = self.tokenize(_texts(batch["caption"]))
         if get_worker_info() is not None:
             try:
                 _check_shared_memory(batch)
@@ -110,6 +111,13 @@ def _check_shared_memory(batch: Batch) -> None:
             f"worker takes {max(needed >> 20, 1)}: give the container more (docker run "
             "--shm-size=8g), or set num_workers to 0"
         )
+
+
+def _texts(captions: list[str] | list[list[str]]) -> list[str]:
+    """One text an item; where items have several, all items' first, then all second, and so on."""
+    if isinstance(captions[0], str):
+        return captions  # type: ignore[return-value]
+    return [text for texts in zip(*captions, strict=True) for text in texts]
 
 
 def _column(values: list[Any]) -> Any:

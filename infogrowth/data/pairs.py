@@ -41,6 +41,9 @@ class PairDataset(Dataset):
         max_words: words of a caption that are kept.
         seed: names the random streams.
         prompt: put before every caption.
+        captions_per_visit: captions of an item, different ones as far as there are that many;
+            above 1 ``caption`` is a list.
+        classes: the class of each row; then items have ``class`` too.
 
     Items are ``{"image": (3, S, S) float32, "caption": str, "index": int, "replaced": 0 or 1}``;
     ``index`` is the row that is really shown.
@@ -54,11 +57,14 @@ class PairDataset(Dataset):
         max_words: int = 30,
         seed: int = 0,
         prompt: str = "",
+        captions_per_visit: int = 1,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self._annotations = annotations
         self._images: ImageStore = open_images(images) if _is_path(images) else images
         self._transform, self._max_words = transform, max_words
         self._seed, self._prompt = seed, prompt
+        self._captions_per_visit, self._classes = captions_per_visit, classes
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -74,7 +80,7 @@ class PairDataset(Dataset):
         random = generator(self._seed, "augment", epoch, position)
         image, shown = self._picture(row, epoch, position)
         return {
-            "caption": self._caption(self._annotations[shown]["caption"], random),
+            "caption": self._captions(self._annotations[shown]["caption"], random),
             "image": self._transform(image, random),
             "index": shown,
             "replaced": int(shown != row),
@@ -82,8 +88,18 @@ class PairDataset(Dataset):
         }
 
     def _extra(self, row: int) -> dict[str, Any]:
-        """What a kind of pairs tells beside the rest."""
-        return {}
+        """What a kind of pairs has beside the rest."""
+        return {} if self._classes is None else {"class": int(self._classes[row])}
+
+    def _captions(
+        self, caption: str | Sequence[str], random: np.random.Generator
+    ) -> str | list[str]:
+        count = self._captions_per_visit
+        if count == 1:
+            return self._caption(caption, random)
+        texts = [caption] if isinstance(caption, str) else caption
+        chosen = random.choice(len(texts), size=count, replace=len(texts) < count)
+        return [self._prompt + pre_caption(str(texts[i]), self._max_words) for i in chosen]
 
     def _caption(self, caption: str | Sequence[str], random: np.random.Generator) -> str:
         if not isinstance(caption, str):

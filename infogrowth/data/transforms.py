@@ -1,15 +1,18 @@
 """From a picture to the model's input: training (random) and evaluation (never random) apart."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from infogrowth.data.augmentation import random_augment
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+Augment = Literal["blip", "jitter", "none"]
 
 _ASPECTS = (3 / 4, 4 / 3)  # width to height of a random crop
 _CROP_ATTEMPTS = 10
@@ -41,20 +44,28 @@ class TrainingTransform:
         size: pixels a side of the result.
         min_scale: the smallest share of the picture's area that a crop keeps (0.2 for
             pretraining, 0.5 for retrieval in BLIP).
-        augment: whether the two random operations are applied.
+        augment: ``blip`` (its two random operations), ``jitter`` (see :func:`jittered`, which then
+            makes the crop and the flip as well) or ``none``.
+        tint: give an image without colors a random ink and a random paper (before the others).
     """
 
-    def __init__(self, size: int, min_scale: float = 0.2, augment: bool = True) -> None:
-        self.size, self.min_scale, self.augment = size, min_scale, augment
+    def __init__(
+        self, size: int, min_scale: float = 0.2, augment: Augment = "blip", tint: bool = False
+    ) -> None:
+        self.size, self.min_scale, self.augment, self.tint = size, min_scale, augment, tint
         # A picture at least so wide and high fills the smallest crop without being enlarged.
         self.pixels_needed = math.ceil(size / math.sqrt(max(min_scale, 0.01) * _ASPECTS[0]))
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
+        if self.augment == "jitter":
+            return normalized(jittered(image, self.size, self.min_scale, self.tint, random))
         box = random_crop(image.width, image.height, self.min_scale, random)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return normalized(random_augment(image, random) if self.augment else image)
+        if self.tint:
+            image = tinted(image, random)
+        return normalized(random_augment(image, random) if self.augment == "blip" else image)
 
 
 def evaluation_transform(size: int) -> EvaluationTransform:
@@ -63,10 +74,10 @@ def evaluation_transform(size: int) -> EvaluationTransform:
 
 
 def training_transform(
-    size: int, min_scale: float = 0.2, augment: bool = True
+    size: int, min_scale: float = 0.2, augment: Augment = "blip", tint: bool = False
 ) -> TrainingTransform:
     """BLIP's preprocessing for training, at ``size`` pixels; see :class:`TrainingTransform`."""
-    return TrainingTransform(size, min_scale, augment)
+    return TrainingTransform(size, min_scale, augment, tint)
 
 
 def random_crop(
@@ -91,6 +102,88 @@ def random_crop(
     h = min(height, max(1, round(width / _ASPECTS[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+# The largest difference between a pixel's channels in an image that counts as one without colors.
+_COLORLESS = 30
+
+
+def tinted(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """An RGB image with colors of its own as it is; any other between two random ones.
+
+    Black becomes the ink, any color; white the paper: white in four of ten, else a light color.
+    In a quarter of all cases the two change places, a drawing in light on dark.
+    """
+    pixels_HWC = np.asarray(image)
+    if not colorless(pixels_HWC):
+        return image
+    ink, light = random.random(3), 1 - 0.35 * random.random(3)
+    white, swapped = random.random(2) < (0.4, 0.25)
+    paper = np.ones(3) if white else light
+    if swapped:
+        ink, paper = paper, 0.8 * ink
+    brightness_HW1 = pixels_HWC.mean(axis=2, keepdims=True) / 255
+    mixed_HWC = ink + brightness_HW1 * (paper - ink)
+    return Image.fromarray((255 * mixed_HWC + 0.5).astype(np.uint8))
+
+
+def colorless(pixels_HWC: np.ndarray) -> bool:
+    """Whether no pixel of ``(H, W, 3) uint8`` has a color to speak of."""
+    return int((pixels_HWC.max(axis=2) - pixels_HWC.min(axis=2)).max()) < _COLORLESS
+
+
+def jittered(
+    image: Image.Image, size: int, min_scale: float, tint: bool, random: np.random.Generator
+) -> Image.Image:
+    """An RGB image in another hand's manner: turned, stretched, sheared, moved; other colors.
+
+    For drawings, which fill their frame and differ from hand to hand in proportions and colors.
+
+    Args:
+        size: pixels a side of the result.
+        min_scale: the smallest share of the area that is shown; the largest is its inverse, with
+            the color of the top left corner around the image.
+        tint: whether one image in ten loses its colors, and those without get random ones.
+    """
+    angle, shear = math.radians(random.normal(0, 8)), random.normal(0, 0.08)
+    zoom = random.uniform(-0.5, 0.5) * math.log(min_scale)
+    stretch = random.uniform(-0.15, 0.15)
+    flip = -1.0 if random.random() < 0.5 else 1.0
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    scale = np.array([[flip * math.exp(zoom + stretch), shear], [0, math.exp(zoom - stretch)]])
+    matrix = turn @ scale * (np.array([[image.width], [image.height]]) / size)
+    shift = random.uniform(-0.06, 0.06, 2) * (image.width, image.height)
+    offset = np.array([image.width / 2, image.height / 2]) - matrix @ [size / 2, size / 2] + shift
+    paper = image.getpixel((0, 0))
+    drawn = image.transform(
+        (size, size),
+        Image.Transform.AFFINE,
+        (*matrix[0], offset[0], *matrix[1], offset[1]),
+        Image.Resampling.BILINEAR,
+        fillcolor=paper,  # type: ignore[arg-type]
+    )
+    recolor, bleach = random.random(2) < (0.6, 0.1)
+    if tint and bleach:
+        drawn = drawn.convert("L").convert("RGB")
+    if tint and colorless(np.asarray(drawn)):
+        return tinted(drawn, random)
+    return recolored(drawn, random) if recolor else drawn
+
+
+def recolored(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """An RGB image with its hue turned, a little mostly, and other saturation and contrast."""
+    pixels_HWC = np.array(image.convert("HSV"))
+    far = random.random() < 0.25
+    turn = int(random.integers(256) if far else random.integers(-14, 15))
+    pixels_HWC[..., 0] += np.uint8(turn % 256)
+    image = Image.fromarray(pixels_HWC, "HSV").convert("RGB")
+    for enhancer, low, high in (
+        (ImageEnhance.Color, 0.4, 1.5),
+        (ImageEnhance.Contrast, 0.7, 1.2),
+        (ImageEnhance.Brightness, 0.75, 1.15),
+    ):
+        image = enhancer(image).enhance(random.uniform(low, high))
+    return image
 
 
 def normalized(image: Image.Image) -> torch.Tensor:

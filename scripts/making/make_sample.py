@@ -26,6 +26,7 @@ from sample_parts.shards import Picture, key_of, write_shards
 
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.transforms import colorless
 from infogrowth.files import atomic_write
 from infogrowth.randomness import generator
 
@@ -180,6 +181,7 @@ def make_training_set(output: Path, cache: Path, seed: int) -> None:
         key = key_of(len(pictures), 1000)
         rng = generator(seed, "training", number)
         texts = captions(drawing.concept, rng, WORDINGS, drawing.own_name)
+        share = 0.5 if colorless(np.asarray(image)) else 1.0
         data = encode(image.resize((STORED_SIZE, STORED_SIZE), Image.Resampling.BOX), "png")
         pictures.append(Picture(key, texts[0], source_of(drawing), "png", data))
         annotations.append(
@@ -188,6 +190,7 @@ def make_training_set(output: Path, cache: Path, seed: int) -> None:
                 "caption": texts,
                 "concept": drawing.concept.code,
                 "artist": drawing.artist,
+                "gains": [share, share],
             }
         )
     write_shards(folder, pictures, 1000)

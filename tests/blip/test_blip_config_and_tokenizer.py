@@ -114,11 +114,14 @@ def test_presets():
         preset("huge")
 
 
-def test_the_shape_is_read_off_official_weights():
-    config = preset("tiny", vocab_size=50, text_dropout=0.1, bos_token_id=48, enc_token_id=49)
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_the_shape_is_read_off_official_weights(stem):
+    config = preset(
+        "tiny", vision_stem=stem, vocab_size=50, text_dropout=0.1, bos_token_id=48, enc_token_id=49
+    )
     state = BlipPretrain(config, queue_size=4).state_dict()
-    told = {"bos_token_id": 48, "enc_token_id": 49, "vision_heads": 4, "text_heads": 4}
-    assert infer_config(state, **told) == config.replace(vision_feedforward=512)
+    told = {"bos_token_id": 48, "enc_token_id": 49, "vision_heads": 3, "text_heads": 3}
+    assert infer_config(state, **told) == config.replace(vision_feedforward=768)
     with pytest.raises(UserError, match="not a BLIP's"):
         infer_config({"weight": torch.zeros(3)})
 
@@ -126,8 +129,8 @@ def test_the_shape_is_read_off_official_weights():
 def test_heads_at_widths_that_no_blip_has_are_assumed_aloud_or_refused(caplog, golden_config):
     config = preset("tiny", vocab_size=50)
     inferred = infer_config(BlipDual(config).state_dict())
-    assert (inferred.vision_heads, inferred.text_heads) == (2, 2)
-    assert "vision attention heads" in caplog.text and "assuming 2" in caplog.text
+    assert (inferred.vision_heads, inferred.text_heads) == (3, 3)
+    assert "vision attention heads" in caplog.text and "assuming 3" in caplog.text
     with pytest.raises(UserError, match=r"vision attention heads; put the model's config\.json"):
         infer_config(BlipDual(golden_config).state_dict())
 

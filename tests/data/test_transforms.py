@@ -88,7 +88,7 @@ def test_crops_lie_inside_the_picture(size):
 def test_without_augmentation_a_whole_crop_is_the_evaluation_or_its_mirror():
     picture = drawn(4, (96, 96))
     whole = evaluation_transform(32)(picture)
-    transform = training_transform(32, min_scale=1.0, augment=False)
+    transform = training_transform(32, min_scale=1.0, augment="none")
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(300):

@@ -75,5 +75,5 @@ def test_it_writes_captions_for_unseen_pictures(pairs):
 
 def test_the_readme_tells_figure_seed_and_command(folder):
     readme = (folder / "README.md").read_text()
-    for told in ("AUROC", "scripts/making/train_tiny_blip.sh", "pretrain_tiny.yaml", "seed"):
+    for told in ("AUROC", "scripts/making/tiny_blip.sh", "pretrain_tiny.yaml", "seed"):
         assert told in readme

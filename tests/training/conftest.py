@@ -101,7 +101,8 @@ def make_run(tmp_path, tokenizer):
         precision="fp32", dataset=None, dropout=0.1, longest=True, **options,
     ):  # fmt: skip
         config = preset(
-            "tiny", image_size=16, patch_size=8, vision_width=32, vision_depth=2, vision_heads=2,
+            "tiny", image_size=16, patch_size=8, vision_stem="patch",
+            vision_width=32, vision_depth=2, vision_heads=2,
             text_width=32, text_depth=2, text_heads=2, text_feedforward=64, embed_dim=16,
             text_dropout=dropout,
         ).with_tokenizer(tokenizer)  # fmt: skip

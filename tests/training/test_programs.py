@@ -77,6 +77,7 @@ def options(world, output, **changes):
     return {
         "annotations": str(world / "grown.json"), "images": str(world / "lmdb"),
         "vocabulary": str(world / "vocab.txt"), "output_dir": str(output), "vit": "tiny",
+        "vision_stem": "patch",  # what a BatchNorm sees depends on the number of ranks
         "image_size": 16, "vision_init": "random", "text_init": "random", "max_length": 8,
         "batch_size": 4, "queue_size": 10, "max_epoch": 3, "warmup_steps": 2, "num_workers": 0,
         "log_every": 1, "checkpoint_every": 2, "device": "cpu", "tensorboard": False, **changes,

@@ -366,18 +366,6 @@ PACKAGES: tuple[Package, ...] = (
         by_name=True,
     ),
     Package(
-        "@iconify-json/arcticons",
-        "1.2.58",
-        "oBrvhxt0InVXZojQIyTFpqog4WBVtarEcNYYh7l4Id8GguTTliyUtaSa90fb7L+v1JgwoLJbxuJVsmsab417Uw==",
-        "training pictures",
-        "arcticons",
-        "Arcticons, © Donno and contributors",
-        "CC-BY-SA-4.0",
-        _CC_BY_SA,
-        "https://github.com/Arcticons-Team/Arcticons",
-        by_name=True,
-    ),
-    Package(
         "@iconify-json/bi",
         "1.2.7",
         "IPz8WNxmLkH1I9msl+0Q4OnmjjvP4uU0Z61a4i4sqonB6vKSbMGUWuGn8/YuuszlReVj8rf+3gNv5JU8Xoljyg==",
