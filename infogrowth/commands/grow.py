@@ -49,6 +49,12 @@ class Config:
         help="what a new caption must reach; auto: the 0.75 quantile of the seeds' own "
         "[min_align, or that of the folder]",
     )
+    clean_by: str = option(
+        "cosine",
+        help="what says how well a caption fits: cosine (the paper), negclip (normalised by a "
+        "fixed reference drawn from the features), or a column of --scores such as itm",
+    )
+    scores: list[str] = option([], help="parquet files with id and the column of --clean-by")
     k: int = option(4, help="a gain is the mean distance to this many nearest kept samples")
     index: Literal["auto", "exact", "approximate"] = option("auto", help="neighbor search")
     modality: Literal["pair", "image"] = option(
@@ -110,6 +116,20 @@ def _check(config: Config) -> None:
         raise UserError("give --seed-features or --seed-ids, not both")
     if config.modality == "image" and config.recaptions:
         raise UserError("--recaptions has no use with --modality image: labels are not captions")
+    if config.modality == "image" and config.clean_by != "cosine":
+        raise UserError("--clean-by judges captions: --modality image has none")
+    if config.clean_by not in ("cosine", "negclip"):
+        if not config.scores:
+            raise UserError(
+                f"--clean-by {config.clean_by} needs --scores FILE.parquet with that column; "
+                "without a table there are cosine and negclip"
+            )
+        for value in (config.min_align, config.min_recaption_align):
+            if isinstance(value, str):
+                raise UserError(
+                    f"--clean-by {config.clean_by} is a table's column, which has no scores of "
+                    f"swapped captions to find {value!r} from: give a number"
+                )
     for name in ("k", "batch_size", "memory_mb", "commit_rows", "uid_repeats"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")

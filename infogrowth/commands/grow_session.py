@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth.annotations import SPACES
+from infogrowth.commands.clean_by import clean_by
 from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
@@ -77,8 +78,11 @@ class GrowSession:
         )
         try:
             settings, manifest = on_main(self._open_folder)
+            self._clean_by = clean_by(config, features, self._recaptions, settings is not None)
             self._sources = manifest.sources if self._ledger is None else self._ledger.sources
             self._engine = self._restore(settings, manifest)
+            self._engine.score = self._clean_by.score
+            self._engine.measure = self._clean_by.measure
         except BaseException:
             self.__exit__()
             raise
@@ -121,7 +125,9 @@ class GrowSession:
             choose = _with_id(_found_seeds(stream, seed_ids))
         if todo and undetermined and self._engine.thresholds.purity:
             log.info("estimating how many captions of %s are wrong", self._features.path)
-            alignments = partial(stream_alignments, self._features, seed_ids or ())
+            alignments = partial(
+                stream_alignments, self._features, seed_ids or (), self._engine.score
+            )
             self._stream_alignments = on_main(alignments)
         for number in todo:
             # The thresholds come from all seeds together, so they are inserted in one step.
@@ -265,6 +271,7 @@ class GrowSession:
         config, features = self._config, self._features
         encoder = features.encoder
         return {
+            **self._clean_by.settings,
             "k": config.k,
             **asdict(self._requested),
             "modality": config.modality,
@@ -280,6 +287,7 @@ class GrowSession:
         settings = self._settings()
         if self._ledger.settings is None:
             settings |= asdict(self._engine.thresholds)
+            self._clean_by.save(self._config.growth)
         self._ledger.begin(settings)
 
 

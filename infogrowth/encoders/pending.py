@@ -11,6 +11,7 @@ from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import validate
 from infogrowth.growth.ledger import PENDING_REASONS, read_growth
+from infogrowth.growth.scores import Score
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
@@ -113,7 +114,9 @@ def thresholds_of_seeds(
     return requested.resolve(image[usable], text[usable], stream)
 
 
-def stream_alignments(features: FeatureStream, seed_ids: Collection[str] = ()) -> np.ndarray:
+def stream_alignments(
+    features: FeatureStream, seed_ids: Collection[str] = (), score: Score = row_products
+) -> np.ndarray:
     """Alignments of a stream's samples, without seeds, on which its purity is estimated.
 
     Of more than a million rows evenly spaced blocks are read: a choice that depends on nothing
@@ -127,7 +130,7 @@ def stream_alignments(features: FeatureStream, seed_ids: Collection[str] = ()) -
         for batch in features.batches(_ROWS, block * _ROWS, stop):
             image, text, usable = _unit_rows(batch)
             usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
-            parts.append(row_products(image, text)[usable])
+            parts.append(score(image, text)[usable])
     return np.concatenate(parts)
 
 

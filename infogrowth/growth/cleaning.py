@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
-from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
+from infogrowth.growth.scores import Measure, cosine
+from infogrowth.neighbors.rows import Trouble, as_matrix, unit_rows
 
 
 def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
@@ -23,23 +24,27 @@ def clean_pairs(
     min_align: float,
     recaptions: Mapping[str, Recaption] | None,
     min_recaption_align: float,
+    measure: Measure = cosine,
 ) -> np.ndarray:
     """Clean N image–caption pairs; returns which of them pass, (N,) bool.
 
     A sample under `min_align` takes its recaption if that reaches `min_recaption_align`; a sample
     that aligns is never recaptioned, and an alignment equal to its threshold passes. Alignments,
-    reasons, captioners and new captions with their features are entered in `batch`.
+    reasons, captioners and new captions with their features are entered in `batch`. `measure` says
+    how well captions fit; where it cannot (NaN) a sample does not pass, unless all do (seeds).
     """
     image, text = batch.features["image"], batch.features["text"]
-    alignment = row_products(image, text)
+    alignment = measure(batch.ids, image, text, False)
     alignment[~batch.usable] = np.nan
+    unknown = batch.usable & np.isnan(alignment) & (min_align > -np.inf)
     low = is_below(alignment, min_align)
     batch.original_alignment, batch.alignment = alignment, alignment.copy()
     batch.reason_codes[batch.usable & ~low] = REASON_CODE[Reason.ALIGNED]
     batch.reason_codes[low] = REASON_CODE[Reason.LOW_ALIGNMENT]
+    batch.reason_codes[unknown] = REASON_CODE[Reason.SCORE_MISSING]
     if recaptions:
-        _recaption(batch, np.flatnonzero(low), min_recaption_align, recaptions)
-    return batch.usable & (~low | batch.recaptioned)
+        _recaption(batch, np.flatnonzero(low), min_recaption_align, recaptions, measure)
+    return batch.usable & ~unknown & (~low | batch.recaptioned)
 
 
 def _recaption(
@@ -47,6 +52,7 @@ def _recaption(
     low_rows: np.ndarray,
     min_recaption_align: float,
     recaptions: Mapping[str, Recaption],
+    measure: Measure,
 ) -> None:
     """Give the samples `low_rows` their recaptions where these align well enough."""
     image = batch.features["image"]
@@ -65,9 +71,10 @@ def _recaption(
     if not rows:
         return
     candidates = np.concatenate(features)
-    alignment = row_products(image[rows], candidates)
+    alignment = measure([batch.ids[row] for row in rows], image[rows], candidates, True)
     batch.recaption_alignment[rows] = alignment
-    aligned = np.flatnonzero(~is_below(alignment, min_recaption_align))
+    fits = ~is_below(alignment, min_recaption_align) & ~np.isnan(alignment)
+    aligned = np.flatnonzero(fits)
     taken = np.array(rows)[aligned]
     batch.captions = list(batch.captions)
     for number, row in zip(aligned.tolist(), taken.tolist(), strict=True):

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     DUPLICATE_ID = "id is already in the dataset"
     ID_MISSING = "id is missing"
     CAPTION_MISSING = "caption is missing"
+    SCORE_MISSING = "score is missing"
 
 
 _VERDICTS = list(Verdict)

@@ -29,9 +29,10 @@ from infogrowth.growth.decisions import (
     validate,
 )
 from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
+from infogrowth.growth.scores import Measure, Score, cosine
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
-from infogrowth.neighbors.rows import as_matrix, unit_rows
+from infogrowth.neighbors.rows import as_matrix, row_products, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
 
@@ -78,6 +79,9 @@ class InfoGrowth:
         self.k = k
         self.modality = modality
         self.spaces = SPACES if modality == "pair" else SPACES[:1]
+        # What captions are judged by, seeds and all: others may be set before the first sample.
+        self.score: Score = row_products
+        self.measure: Measure = cosine
         self._index_kind = index
         self._device, self._memory_mb, self._sharded = device, memory_mb, sharded
         self._indexes: dict[str, NeighborIndex] = {}
@@ -106,7 +110,7 @@ class InfoGrowth:
         with self._all_or_nothing():
             if not self.thresholds.resolved:
                 image, text = (batch.features[space][batch.usable] for space in SPACES)
-                self.thresholds = self.thresholds.resolve(image, text, stream)
+                self.thresholds = self.thresholds.resolve(image, text, stream, self.score)
             return self._grow(batch, -np.inf, None, Reason.SEED)
 
     def process(
@@ -155,7 +159,7 @@ class InfoGrowth:
             recaption_align = self.thresholds.min_recaption_align
             assert recaption_align is not None
             batch.recaption_rule = self.thresholds.recaption_rule
-            aligned = clean_pairs(batch, min_align, recaptions, recaption_align)
+            aligned = clean_pairs(batch, min_align, recaptions, recaption_align, self.measure)
             if passed is not None:
                 batch.reason_codes[aligned] = REASON_CODE[passed]
             for rows in batch.blocks(BLOCK_ROWS):

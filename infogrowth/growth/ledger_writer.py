@@ -43,7 +43,7 @@ from infogrowth.growth.plan import SourceProgress
 from infogrowth.growth.thresholds import Thresholds
 
 # What must stay as it was when the folder was begun; `index` may change (it is only recorded).
-_UNCHANGING = ("k", "modality", "dimension")
+_UNCHANGING = ("k", "modality", "dimension", "clean_by")
 
 
 class GrowthLedger:

@@ -7,11 +7,13 @@ its thresholds. The paper's score is the cosine, :func:`infogrowth.neighbors.row
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError, refusing
 from infogrowth.files import atomic_write
@@ -19,6 +21,59 @@ from infogrowth.neighbors.rows import row_products, unit_rows
 from infogrowth.randomness import generator
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Measure = Callable[[Sequence[str], np.ndarray, np.ndarray, bool], np.ndarray]
+"""A score in cleaning: ids, features, and whether the texts are recaptions -> (N,) float64."""
+
+
+def measure_by(score: Score) -> Measure:
+    """A score of features as a measure: it asks for no ids."""
+    return lambda ids, image, text, new: score(image, text)
+
+
+cosine = measure_by(row_products)
+"""The paper's measure."""
+
+
+class ScoreColumn:
+    """A measure made elsewhere: columns of score tables by id, NaN for ids that they do not have.
+
+    Args:
+        paths: parquet files, or folders of them, as `score` writes them.
+        column: the score of the samples' own captions; ``recaption_COLUMN`` is that of recaptions.
+
+    Raises:
+        UserError: no such file or column.
+    """
+
+    def __init__(self, paths: Sequence[str], column: str):
+        self._columns = {False: column, True: f"recaption_{column}"}
+        self._values: dict[bool, dict[str, float]] = {False: {}, True: {}}
+        digest = hashlib.blake2b(digest_size=8)
+        files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.parquet")) or [p])]
+        found = False
+        for file in files:
+            with refusing(file, "the score table", pa.ArrowException):
+                table = pq.read_table(file)
+            if column not in table.column_names or "id" not in table.column_names:
+                continue
+            found = True
+            ids = table["id"].to_pylist()
+            for is_recaption, name in self._columns.items():
+                if name in table.column_names:
+                    values = table[name].cast(pa.float64()).to_numpy()
+                    digest.update(values.tobytes())
+                    self._values[is_recaption].update(zip(ids, values.tolist(), strict=True))
+        if not found:
+            raise UserError(f"no file of --scores has columns id and {column}")
+        self.has_recaptions = bool(self._values[True])
+        self.digest = digest.hexdigest()
+
+    def __call__(
+        self, ids: Sequence[str], image: np.ndarray, text: np.ndarray, new: bool
+    ) -> np.ndarray:
+        values = self._values[new]
+        return np.array([values.get(name, np.nan) for name in ids], np.float64)
+
 
 REFERENCE_ROWS = 4096
 TEMPERATURE = 0.07

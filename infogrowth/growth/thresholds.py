@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from infogrowth.errors import UserError
+from infogrowth.growth.scores import Score
 from infogrowth.neighbors.rows import row_products
 from infogrowth.randomness import generator
 
@@ -108,7 +109,9 @@ class Thresholds:
         """What lets a new caption in, for the record."""
         return f"{self.min_recaption_align:.4f} ({self.min_recaption_align_rule})"
 
-    def resolve(self, image: np.ndarray, text: np.ndarray, stream: Any = None) -> Thresholds:
+    def resolve(
+        self, image: np.ndarray, text: np.ndarray, stream: Any = None, score: Score = row_products
+    ) -> Thresholds:
         """Find what is to be found.
 
         Args:
@@ -121,11 +124,11 @@ class Thresholds:
         found = self
         if self.min_align is None:
             found = (
-                found._with_purity(image, text, stream)
+                found._with_purity(image, text, stream, score)
                 if self.purity
                 else replace(
                     found,
-                    min_align=choose_min_align(image, text),
+                    min_align=choose_min_align(image, text, score),
                     min_align_rule="auto: best balanced accuracy between the captions of "
                     f"{len(image)} seeds and swapped ones",
                 )
@@ -136,7 +139,7 @@ class Thresholds:
         if rule == "auto":
             if not len(image):
                 raise UserError("min_recaption_align 'auto' needs seeds: there are none")
-            recaption = float(np.quantile(row_products(image, text), RECAPTION_QUANTILE))
+            recaption = float(np.quantile(score(image, text), RECAPTION_QUANTILE))
             rule = (
                 f"auto: the {RECAPTION_QUANTILE:g} quantile of the alignments of {len(image)} seeds"
             )
@@ -145,7 +148,7 @@ class Thresholds:
             log.info("min_recaption_align = %.4f (%s)", recaption, rule)
         return replace(found, min_recaption_align=recaption, min_recaption_align_rule=rule)
 
-    def _with_purity(self, image: np.ndarray, text: np.ndarray, stream: Any) -> Thresholds:
+    def _with_purity(self, image: Any, text: Any, stream: Any, score: Score) -> Thresholds:
         purity = self.purity
         assert purity is not None
         if stream is None:
@@ -153,7 +156,7 @@ class Thresholds:
                 f"min_align '{self.min_align_rule}' is found from the seeds and the stream: give "
                 "seed() the alignments of the samples to come as stream=…"
             )
-        estimate = estimate_stream(image, text, np.asarray(stream, np.float64))
+        estimate = estimate_stream(image, text, np.asarray(stream, np.float64), score)
         threshold = estimate.threshold(purity)
         lost = float(estimate.right_lost(threshold))
         if lost > 0.5:
@@ -170,7 +173,7 @@ class Thresholds:
         )
 
 
-def choose_min_align(image: np.ndarray, text: np.ndarray) -> float:
+def choose_min_align(image: np.ndarray, text: np.ndarray, score: Score = row_products) -> float:
     """A threshold from the seeds themselves: what best tells right captions from swapped ones.
 
     `image` and `text` (N, D) float32 unit rows of a clean seed set. The alignments of the N right
@@ -179,7 +182,7 @@ def choose_min_align(image: np.ndarray, text: np.ndarray) -> float:
     middle of the widest gap if several are equally good. Raises UserError if the seeds are too
     few or all alike.
     """
-    right, (swapped, _, _) = row_products(image, text), _swapped(image, text)
+    right, (swapped, _, _) = score(image, text), _swapped(image, text, score)
     values = np.unique(np.concatenate([right, swapped]))
     if len(swapped) == 0 or len(values) < 2:
         raise UserError(
@@ -257,7 +260,9 @@ class StreamEstimate:
         return float(between[clean[0]])
 
 
-def estimate_stream(image: np.ndarray, text: np.ndarray, stream: np.ndarray) -> StreamEstimate:
+def estimate_stream(
+    image: np.ndarray, text: np.ndarray, stream: np.ndarray, score: Score = row_products
+) -> StreamEstimate:
     """Estimate how many captions of a stream are wrong.
 
     `image` and `text` (N, D) float32 unit rows of the seeds; `stream` (S,) alignments of the
@@ -272,8 +277,8 @@ def estimate_stream(image: np.ndarray, text: np.ndarray, stream: np.ndarray) -> 
         UserError: fewer than 20 seeds, seeds all alike, or an empty stream.
     """
     stream = stream[np.isfinite(stream)].astype(np.float64)
-    right = row_products(image, text)
-    swapped, first, second = _swapped(image, text)
+    right = score(image, text)
+    swapped, first, second = _swapped(image, text, score)
     if len(right) < MIN_SEEDS or len(swapped) < MIN_SEEDS:
         raise UserError(
             f"a purity needs at least {MIN_SEEDS} seed samples with different captions, not "
@@ -332,16 +337,16 @@ def _request(value: float | None, rule: str) -> float | str | None:
     return None if rule == PAPERS_RULE else rule.partition(": ")[0]
 
 
-def _swapped(image: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _swapped(
+    image: np.ndarray, text: np.ndarray, score: Score
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Alignments (M,) of seeds with the captions of the seeds that follow, and both rows (M,)."""
     rows = np.arange(len(image))
     parts = []
     for shift in range(1, min(len(image), _SWAPS + 1)):
         other = np.roll(text, shift, axis=0)
         differs = (other != text).any(axis=1)  # an equal caption is no wrong one
-        parts.append(
-            (row_products(image, other)[differs], rows[differs], np.roll(rows, shift)[differs])
-        )
+        parts.append((score(image, other)[differs], rows[differs], np.roll(rows, shift)[differs]))
     if not parts:
         return np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
     alignment, first, second = (np.concatenate(part) for part in zip(*parts, strict=True))
