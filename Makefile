@@ -5,7 +5,7 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 SYSTEM  ?= python3
 
-.PHONY: setup demo test test-browser check clean
+.PHONY: setup demo claim test test-browser check clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 
 demo: setup
 	$(PYTHON) scripts/demo.py
+
+# The experiment of docs/claim.md: hours of CPU; a stopped run goes on, and the results file grows.
+claim: setup
+	$(PYTHON) scripts/claim.py --config scripts/configs/claim.yaml
 
 # One thread per worker: the tests' tensors are tiny, and threads that wait for each other cost more.
 test: setup
