@@ -77,6 +77,17 @@ def _entry_text(entry: Annotation, legacy_strings: bool) -> str:
     return json.dumps(entry, ensure_ascii=False, allow_nan=False)
 
 
+def as_id(value: Any) -> str | None:
+    """An id in its text form: ``802`` and ``802.0`` are ``"802"``; None for what is no id."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        return None
+    return str(value) or None
+
+
 def read_ids(path: str | os.PathLike[str], what: str = "the seed list") -> frozenset[str]:
     """Sample ids from a JSON list of them, or from an annotation file.
 
@@ -86,9 +97,10 @@ def read_ids(path: str | os.PathLike[str], what: str = "the seed list") -> froze
     ids = read_json(path, what)
     if isinstance(ids, list) and all(isinstance(entry, dict) for entry in ids):
         ids = [entry.get("image") for entry in ids]
-    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+    names = [as_id(name) for name in ids] if isinstance(ids, list) else []
+    if not names or None in names:
         raise UserError(f"{what} {path} must be a JSON list of sample ids, or an annotation file")
-    return frozenset(ids)
+    return frozenset(name for name in names if name is not None)
 
 
 def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:
@@ -112,8 +124,10 @@ def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotat
     where = f"sample {position} of {path}"
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be an object with image and caption, not {entry!r:.60}")
-    if not isinstance(entry.get("image"), str) or not entry["image"]:
+    if (image := as_id(entry.get("image"))) is None:
         raise UserError(f"{where} has no image id: the key 'image' must be a non-empty string")
+    if image != entry["image"]:
+        entry = {**entry, "image": image}
     where = f"{where} ({entry['image']!r})"
     caption = entry.get("caption")
     captions = caption if isinstance(caption, list) else [caption]

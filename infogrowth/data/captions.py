@@ -41,6 +41,7 @@ def _line(line: bytes) -> str:
 
 def repaired(text: str) -> tuple[str, tuple[str, ...]]:
     """``text`` with U+FFFD for what JSON, UTF-8 or a database would refuse, and whether it was."""
+    text = text.removeprefix("\ufeff")
     clean = text if text.isascii() and "\0" not in text else _FORBIDDEN.sub("\ufffd", text)
     return clean, (REPLACED,) if clean != text else ()
 
@@ -66,8 +67,9 @@ def caption_of(value: Any) -> tuple[Caption, tuple[str, ...]]:
         fields = {str(name).lower(): field for name, field in value.items()}
         reason = NO_CAPTION
         for name in CAPTION_FIELDS:
+            field = fields.get(name)
             try:
-                return caption_of(fields.get(name))
+                return caption_of([field] if isinstance(field, Mapping) else field)
             except Unusable as error:
                 reason = error.reason if reason == NO_CAPTION else reason
         raise Unusable(reason)

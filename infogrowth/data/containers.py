@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infogrowth.annotations import as_id
 from infogrowth.data.captions import (
     CAPTION_FIELDS,
     NO_CAPTION,
@@ -25,7 +26,6 @@ from infogrowth.data.entries import NO_IMAGE, Entry, entries_of, extension_of, i
 from infogrowth.data.records import (
     Downloads,
     Row,
-    as_id,
     download_problem,
     image_column,
     split_of,

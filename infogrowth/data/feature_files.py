@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infogrowth.annotations import as_id
 from infogrowth.errors import UserError, refusing
 from infogrowth.remote import AnyPath, RemotePath, opened
 
@@ -224,7 +225,8 @@ def file_tail(path: AnyPath) -> bytes:
 
 
 def texts(values: Sequence[Any]) -> list[str]:
-    """Values as text: bytes read as UTF-8, of a list its first; missing ones (None, NaN) as ``""``.
+    """Values as text: bytes read as UTF-8, of a list its first that is not blank,
+    whole numbers without ``.0``; missing ones (None, NaN) as ``""``.
 
     What is no Unicode text (half of a surrogate pair, a byte that is not UTF-8) becomes U+FFFD, the
     replacement character: the features are as good as any, so the sample stays.
@@ -245,8 +247,8 @@ def repaired(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return _text(value[0]) if value else ""
-    return "" if value is None or value != value else str(value)
+        return next((text for item in value if (text := _text(item)).strip()), "")
+    return as_id(value) or ("" if value is None or value != value else str(value))
 
 
 def _column_texts(column: pa.ChunkedArray) -> list[str]:

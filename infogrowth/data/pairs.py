@@ -103,6 +103,7 @@ class PairDataset(Dataset):
 
     def _caption(self, caption: str | Sequence[str], random: np.random.Generator) -> str:
         if not isinstance(caption, str):
+            caption = [text for text in caption if text.strip()] or caption
             caption = str(caption[int(random.integers(len(caption)))])
         return self._prompt + pre_caption(caption, self._max_words)
 

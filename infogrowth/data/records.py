@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infogrowth.annotations import as_id
 from infogrowth.data.captions import decode_text
 from infogrowth.data.entries import clean_name, extension_of, image_id, key_of
 from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS
@@ -43,17 +44,6 @@ def split_of(*names: Any) -> str | None:
     words = (word for name in names if isinstance(name, str) for word in _WORD.findall(name))
     found = {_SPLIT_WORDS.get(word.lower()) for word in words}
     return next((split for split in reversed(SPLITS) if split in found), None)
-
-
-def as_id(value: Any) -> str | None:
-    """A key in its text form: ``802`` and ``802.0`` are ``"802"``; None for what is no key."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bytes):
-        value = decode_text(value)[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
-        return None
-    return str(value) or None
 
 
 class Downloads:
@@ -153,7 +143,11 @@ class Records:
         self.notes: list[tuple[str, str]] = []
         self.repairs: Counter[str] = Counter()
         self._tree = tree
-        self._files = {clean_name(name): name for name in files} if tables else {}
+        self._files: dict[str, str] = {}  # by path and, after those, by path without extension
+        if tables:
+            images = [name for name in files if extension_of(name) in IMAGE_EXTENSIONS]
+            self._files = {key_of(name): name for name in images}
+            self._files.update((clean_name(name), name) for name in files)
         for table in tables:
             self._read(table)
 
@@ -187,7 +181,7 @@ class Records:
     def _find(self, folder: str, name: str) -> str | None:
         """The file that a record means, in or below a folder above it: its path as it is."""
         root = f"{self._tree.root}/"
-        for form in (name, name.replace("\\", "/")):
+        for form in (name, name.replace("\\", "/"), re.sub(r"^(\d+)\.0$", r"\1", name)):
             form = form.removeprefix(root)
             above = folder
             while not form.startswith("/"):
@@ -228,7 +222,7 @@ def _named(records: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, str | None
             continue
         fields = {str(field).strip().lower(): value for field, value in record.items()}
         values = (fields.get(field) for field in FILE_FIELDS)
-        name = next((v.strip() for v in values if isinstance(v, str) and v.strip()), None)
+        name = next((name for value in values if (name := (as_id(value) or "").strip())), None)
         yield number, name, fields.get(PROBLEM, fields if name else NO_NAME)
 
 

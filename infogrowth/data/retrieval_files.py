@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from infogrowth.annotations import as_id
 from infogrowth.data.captions import Unusable, caption_of
-from infogrowth.data.records import as_id
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
@@ -55,7 +55,7 @@ def read_captioned_images(
     reasons: list[str] = []
     for name, caption, image_id in _entries(content, split, file):
         try:
-            if not isinstance(name, str) or not name:
+            if (name := as_id(name)) is None:
                 raise Unusable("it names no image")
             texts, _ = caption_of(caption)
         except Unusable as error:

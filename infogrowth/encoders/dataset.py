@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from infogrowth.annotations import as_id
 from infogrowth.data.captions import NO_CAPTION, first_caption
 from infogrowth.data.folders import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
@@ -298,8 +299,8 @@ def rows_of_batches(
 def _checked(entry: Any, row: int) -> tuple[str, str, str | None]:
     """Id, caption and what is wrong with an entry; other commands refuse such a file whole, but
     one bad line in a dataset of millions is no reason not to embed the others."""
-    name = entry.get("image") if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not name:
+    name = as_id(entry.get("image")) if isinstance(entry, dict) else None
+    if name is None:
         return f"entry {row}", "", "the entry has no image id"
     caption = first_caption(entry.get("caption"))
     return name, caption or "", None if caption else NO_CAPTION

@@ -81,7 +81,7 @@ def test_golden_annotations_hold_their_gains(golden):
         ("[{", "not valid JSON"),
         ('["x"]', "sample 0"),
         ('[{"caption": "c"}]', "no image id"),
-        ('[{"image": 3, "caption": "c"}]', "no image id"),
+        ('[{"image": true, "caption": "c"}]', "no image id"),
         ('[{"image": "x"}]', "'x'.*no caption"),
         ('[{"image": "x", "caption": []}]', "'x'.*no caption"),
         ('[{"image": "x", "caption": [1]}]', "'x'.*no caption"),
