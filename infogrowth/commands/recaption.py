@@ -50,11 +50,19 @@ class Config:
         None, help='import captions made elsewhere, [{"image", "caption"}], instead of a captioner'
     )
     captioner: str = option(
-        "tiny", help="tiny, a BLIP with a text decoder, or a Hugging Face image-to-text model"
+        "tiny",
+        help="tiny, a BLIP with a text decoder, a Hugging Face image-to-text model, or "
+        "nearest:FILE: the nearest caption of a trusted list (an annotation JSON, or text lines)",
     )
     prompt: str = option("", help="words that the caption continues, or a chat model's question")
     beams: int = option(3, help="hypotheses of the beam search")
     max_tokens: int = option(30, help="longest caption, in tokens")
+    min_margin: float = option(
+        0.0, help="with nearest:FILE: how much nearer the best caption must be than the next"
+    )
+    seed_check: int = option(
+        100, help="seeds on which the captioner's captions are compared with the true ones"
+    )
     lmdb: str | None = option(None, help="LMDB or source of the images [that of the features]")
     encoder: str | None = option(None, help="encoder of the text [that of the features]")
     vocabulary: str | None = option(
@@ -89,16 +97,49 @@ def run(config: Config) -> int:
             if config.captions is None:
                 captioner = load_captioner(
                     config.captioner, device, config.vocabulary,
-                    config.prompt, config.beams, config.max_tokens,
+                    config.prompt, config.beams, config.max_tokens, encoder, config.min_margin,
                 )  # fmt: skip
         _refuse_other_encoder(config, encoder, told)
+        if captioner is not None:
+            origin["seed_check"] = distributed.on_main(
+                lambda: _checked_on_seeds(config, told, captioner, encoder)
+            )
         result = _write(config, samples, origin, pending, captioner, encoder, device)
         if distributed.is_main():
             if pending is not None:
                 under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"
                 print(f"{len(pending.ids):,} of {pending.examined:,} samples{under}")
+            if check := origin.get("seed_check"):
+                print(_check_line(check))
             print_summary(config.output, result)
     return 0
+
+
+def _checked_on_seeds(
+    config: Config, told: dict[str, Any], captioner: "Captioner", encoder: "DualEncoder"
+) -> "dict[str, Any] | None":
+    """How the captioner's captions align where the true caption is known; None without seeds."""
+    from infogrowth.encoders.pending import check_captioner, seeds_of
+
+    seeds = seeds_of(config.features, config.growth, config.seed_ids, config.seed_features)
+    where = config.lmdb or (seeds and seeds.images) or told.get("images")
+    if seeds is None or config.seed_check < 1 or where is None:
+        return None
+    return check_captioner(seeds, where, captioner, encoder, config.seed_check)
+
+
+def _check_line(check: dict[str, Any]) -> str:
+    share = check["better_than_true"] / max(check["seeds"], 1)
+    line = (
+        f"on {check['seeds']} seeds the new caption aligns better than the true one for "
+        f"{check['better_than_true']} ({share:.0%})"
+    )
+    if share > 0.5:
+        line += (
+            ": alignment cannot tell its captions from true ones; ask more of them "
+            "(grow --min-recaption-align auto)"
+        )
+    return line
 
 
 def _write(

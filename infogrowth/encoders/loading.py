@@ -72,17 +72,25 @@ def load_captioner(
     prompt: str = "",
     beams: int = 3,
     max_tokens: int = 30,
+    encoder: "DualEncoder | None" = None,
+    min_margin: float = 0.0,
 ) -> "Captioner":
-    """The captioner called ``name``: a BLIP with a text decoder, or a Hugging Face
-    image-to-text model; names as for :func:`load_encoder`.
+    """The captioner called ``name``: a BLIP with a text decoder, a Hugging Face image-to-text
+    model (names as for :func:`load_encoder`), or ``nearest:FILE``, which picks from a list.
 
     Args:
         prompt: words that the caption continues.
         beams: hypotheses kept by beam search; sampling is never used.
         max_tokens: longest caption.
+        encoder, min_margin: by which, and how clearly, ``nearest:FILE`` picks.
     """
     import torch
 
+    from infogrowth.encoders.nearest import PREFIX, NearestCaptioner
+
+    if name.startswith(PREFIX):
+        assert encoder is not None
+        return NearestCaptioner(name, encoder, min_margin)
     path, device = locate(name, "captioner"), torch.device(device)
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipDescriber

@@ -3,21 +3,29 @@
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
+from infogrowth.annotations import read_ids
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
+from infogrowth.data.images import BadImage, decode_image
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import is_below
-from infogrowth.growth.decisions import validate
+from infogrowth.growth.decisions import Reason, validate
 from infogrowth.growth.ledger import PENDING_REASONS, read_growth
 from infogrowth.growth.scores import Score
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
+if TYPE_CHECKING:
+    from infogrowth.encoders.protocols import Captioner, DualEncoder
+
 logger = logging.getLogger(__name__)
 
 _ROWS = 16_384
+_CHECKED_AT_ONCE = 16
 _MAX_BLOCKS = 64  # about a million alignments say enough about a stream
 
 
@@ -138,6 +146,90 @@ def seeds_in_features(features: FeatureStream, ids: frozenset[str]) -> Iterable[
     """The rows of a features folder whose ids are in the seed list, in row order."""
     for batch in features.batches(_ROWS):
         yield batch.take(np.flatnonzero([sample in ids for sample in batch.ids]))
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds with their true captions: ids, image rows (N, D), own alignments (N,), and where their
+    images are, if that is recorded."""
+
+    ids: list[str]
+    image: np.ndarray
+    alignment: np.ndarray
+    images: str | None
+
+
+def seeds_of(
+    features: str | None, growth: str | None, seed_ids: str | None, seed_features: str | None
+) -> Seeds | None:
+    """The seeds that a run knows of, those with usable features; None if it knows of none.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    if growth is not None:
+        return _seeds_of_growth(growth)
+    source = seed_features or (features if seed_ids else None)
+    if source is None:
+        return None
+    stream = open_pairs(source)
+    batches = stream.batches(_ROWS)
+    if seed_features is None and seed_ids is not None:
+        batches = iter(seeds_in_features(stream, read_ids(seed_ids)))
+    joined = FeatureBatch.join([batch for batch in batches if len(batch)])
+    image, text, usable = _unit_rows(joined)
+    ids = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
+    alignment = row_products(image[usable], text[usable])
+    return Seeds(ids, image[usable], alignment, stream.description.get("images"))
+
+
+def check_captioner(
+    seeds: Seeds, images: str, captioner: "Captioner", encoder: "DualEncoder", limit: int
+) -> dict[str, Any]:
+    """How often a captioner's caption aligns better than the true one; evenly spaced seeds.
+
+    A captioner that often beats the truth picks what the encoder likes: alignment says little
+    about its captions.
+    """
+    from infogrowth.encoders.dataset import pairs_by_id
+
+    rows = np.unique(np.linspace(0, len(seeds.ids) - 1, min(limit, len(seeds.ids))).astype(int))
+    ids = [seeds.ids[row] for row in rows.tolist()]
+    pairs = pairs_by_id(images, ids, [""] * len(ids))
+    better, found, written = 0, 0, 0
+    for start in range(0, len(ids), _CHECKED_AT_ONCE):
+        prepared, owners = [], []
+        for number in range(start, min(start + _CHECKED_AT_ONCE, len(ids))):
+            try:
+                prepared.append(captioner.preprocess(decode_image(pairs.read(number)[1])))
+            except BadImage:
+                continue
+            owners.append(rows[number])
+        if not prepared:
+            continue
+        found += len(owners)
+        captions = captioner.caption(prepared)
+        said = [number for number, caption in enumerate(captions) if caption]
+        if said:
+            owned = np.array(owners)[said]
+            text = encoder.encode_texts([captions[number] for number in said]).numpy()
+            better += int((row_products(seeds.image[owned], text) > seeds.alignment[owned]).sum())
+            written += len(said)
+    return {"seeds": found, "captioned": written, "better_than_true": better}
+
+
+def _seeds_of_growth(directory: str) -> Seeds | None:
+    growth = read_growth(directory)
+    ids: list[str] = []
+    alignment: list[float] = []
+    for table in growth.decision_parts(("id", "reason", "original_alignment")):
+        seeds = table.filter(pc.equal(table["reason"], Reason.SEED))
+        ids += seeds["id"].to_pylist()
+        alignment += seeds["original_alignment"].to_pylist()
+    if not ids:
+        return None
+    image = growth.first_kept_features("image", len(ids))
+    return Seeds(ids, image, np.array(alignment), growth.settings.get("images"))
 
 
 def open_pairs(path: str) -> FeatureStream:

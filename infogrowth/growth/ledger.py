@@ -224,10 +224,11 @@ class GrowthFolder:
         stream = stream[np.isfinite(stream)]
         if seeds < MIN_SEEDS or not len(stream):
             return None
-        image, text = (self._first_kept_features(space, seeds) for space in SPACES)
+        image, text = (self.first_kept_features(space, seeds) for space in SPACES)
         return estimate_stream(image, text, stream)
 
-    def _first_kept_features(self, space: str, count: int) -> np.ndarray:
+    def first_kept_features(self, space: str, count: int) -> np.ndarray:
+        """Unit rows of the first ``count`` kept samples: the seeds come first."""
         parts: list[np.ndarray] = []
         for rows in self.kept_feature_parts(space):
             parts.append(rows[: count - sum(map(len, parts))])

@@ -228,6 +228,71 @@ def test_grow_takes_an_imported_table_and_offers_the_samples_again(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["json", "txt"])
+def test_the_nearest_caption_of_a_list_is_found_and_its_captioner_recorded(
+    work, model, threshold, tmp_path, alignments, kind
+):
+    candidates = [_caption(number) for number in range(0, PAIRS, 2)]
+    path = tmp_path / f"list.{kind}"
+    entries = [{"image": str(n), "caption": text} for n, text in enumerate(candidates)]
+    path.write_text(json.dumps(entries) if kind == "json" else "\n".join([*candidates, "", " "]))
+    seeds = [f"{n:03d}.jpg" for n in range(0, PAIRS, 3)]
+    (tmp_path / "seeds.json").write_text(json.dumps(seeds))
+    arguments = ["recaption", "--features", str(work / "features"), "--min-align", str(threshold),
+                 "--captioner", f"nearest:{path}", "--output", str(tmp_path / "table"),
+                 "--seed-ids", str(tmp_path / "seeds.json"), *SHORT]  # fmt: skip
+    assert main(arguments) == 0
+    batch = next(open_features(work / "features").batches(1000))
+    image = batch.image / np.linalg.norm(batch.image, axis=1, keepdims=True)
+    lists = load_encoder(str(model)).encode_texts(candidates).numpy()
+    best = (image.astype(np.float64) @ lists.T).argmax(axis=1)
+    table = _table(tmp_path / "table")
+    assert len(table) > 3
+    for sample, caption in zip(table.ids, table.captions, strict=True):
+        assert caption == candidates[best[batch.ids.index(sample)]]
+    check = json.loads((tmp_path / "table" / "features.json").read_text())["seed_check"]
+    rows = [batch.ids.index(name) for name in seeds]
+    own = alignments[rows]
+    better = (image[rows].astype(np.float64) @ lists.T).max(axis=1) > own + 1e-6
+    assert check == {
+        "seeds": len(seeds), "captioned": len(seeds), "better_than_true": int(better.sum())
+    }  # fmt: skip
+    grow = ["grow", "--features", str(work / "features"), "--growth", str(tmp_path / "g"),
+            "--min-align", str(threshold), "--recaptions", str(tmp_path / "table"),
+            "--output", str(tmp_path / "grown.json"), *SHORT]  # fmt: skip
+    assert main(grow) == 0
+    decisions = read_growth(tmp_path / "g").decisions().to_pandas()
+    taken = decisions[decisions.verdict == "recaptioned"]
+    assert len(taken) and taken.captioner.eq(f"nearest:{path}").all()
+    assert taken.recaption_rule.str.contains("min_align").all()
+
+
+def test_an_image_that_is_undecided_between_two_captions_gets_none(work, model, tmp_path):
+    captions = [_caption(0), _caption(1)]
+    (tmp_path / "list.txt").write_text("\n".join(captions))
+    arguments = [*_before(work, model, 0, tmp_path / "table", "--all")]
+    arguments[arguments.index("--captioner") + 1] = f"nearest:{tmp_path / 'list.txt'}"
+    assert main([*arguments, "--min-margin", "0.02"]) == 0
+    batch = next(open_features(work / "features").batches(1000))
+    lists = load_encoder(str(model)).encode_texts(captions).numpy()
+    products = batch.image / np.linalg.norm(batch.image, axis=1, keepdims=True) @ lists.T
+    decided = np.abs(products[:, 0] - products[:, 1]) >= 0.02
+    assert 0 < decided.sum() < PAIRS
+    assert _table(tmp_path / "table").ids == [batch.ids[n] for n in np.flatnonzero(decided)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("no.json", None), ("a.json", "{}"), ("b.txt", " "), ("c.txt", "\xff")]
+)
+def test_a_list_without_captions_is_refused(work, model, tmp_path, capsys, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+    arguments = [*_before(work, model, 0, tmp_path / "table", "--all")]
+    arguments[arguments.index("--captioner") + 1] = f"nearest:{tmp_path / name}"
+    assert main(arguments) == 2
+    assert "list of captions" in capsys.readouterr().err
+
+
 def test_all_recaptions_every_sample(work, model, tmp_path):
     assert main(_before(work, model, 0, tmp_path / "table", "--all")) == 0
     assert len(_table(tmp_path / "table")) == PAIRS
