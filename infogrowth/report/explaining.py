@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from infogrowth.data.lmdb_store import image_key, strip_extension
@@ -168,6 +167,8 @@ def _cut(text: str, limit: int = 90) -> str:
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that matplotlib brings along, so that it is there on every machine."""
+    from matplotlib import get_data_path  # for the strip alone
+
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), size)
 
 

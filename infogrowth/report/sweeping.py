@@ -7,18 +7,23 @@ is a range. The gains are those recorded: with another kept set they would diffe
 nearest kept samples would be others.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from infogrowth.errors import UserError
 from infogrowth.growth.sampling import normalized_gains, select_top
-from infogrowth.report.charts import Palette, chart_style, compact_counts, legend_above, new_figure
 from infogrowth.report.dataset import GrowthTable
+
+if TYPE_CHECKING:  # the tables need no matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from infogrowth.report.charts import Palette
 
 UNKNOWN_RECAPTION = "alignment and recaption below min_align"
 DUPLICATE = "id is already in the dataset"
@@ -205,6 +210,8 @@ def sweep_figure(
     Args:
         stacked: one chart under the other, for narrow screens.
     """
+    from infogrowth.report.charts import chart_style, new_figure
+
     with chart_style(palette):
         figure = new_figure(width, 560 if stacked else 300)
         shape = (2, 1) if stacked else (1, 2)
@@ -241,8 +248,7 @@ def _draw_thresholds(axes: Axes, found: Sweep, palette: Palette) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("alignment threshold (min_align)")
     axes.set_ylabel("samples kept")
-    compact_counts(axes, "y")
-    legend_above(axes)
+    _finish(axes, "y")
 
 
 def _draw_tops(axes: Axes, found: Sweep, palette: Palette) -> None:
@@ -266,5 +272,11 @@ def _draw_tops(axes: Axes, found: Sweep, palette: Palette) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("samples selected (N)")
     axes.set_ylabel("information kept (percent)")
-    compact_counts(axes, "x")
+    _finish(axes, "x")
+
+
+def _finish(axes: Axes, counted: str) -> None:
+    from infogrowth.report.charts import compact_counts, legend_above
+
+    compact_counts(axes, counted)
     legend_above(axes)
