@@ -7,7 +7,7 @@ import threading
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,37 +40,18 @@ _GROUPS_HELD = 8  # row groups in memory; img2dataset's are of 100 rows
 Found = tuple[Caption, tuple[str, ...]]  # a caption, and the repairs that it took
 
 
-class Container(Protocol):
-    """A part of a source: samples by number, in the order of their ids.
+class _Files:
+    """Samples made of several files each: what folders and archives have in common.
 
-    Attributes:
-        name: its path in the tree.
-        kind: what it is, in a word.
-        ids: of all samples, bad ones and repeats included.
-        repeats: whether samples of one id are the same sample again, not others of one name.
-        notes: (name, reason) of what could not be used at all.
-        ignored: how many of what kind in it are no part of a sample.
+    As of all containers: ``name`` is its path in the tree, ``kind`` what it is in a word, ``ids``
+    are those of all samples in order, bad ones and repeats included; ``repeats``: samples of one
+    id are the same sample again, not others of one name; ``notes``: (name, reason) of what could
+    not be used at all; ``ignored``: how many of what kind in it are no part of a sample.
     """
 
     name: str
-    kind: str
-    ids: list[str]
-    repeats: bool
     notes: list[tuple[str, str]]
     ignored: Counter[str]
-
-    def caption(self, number: int) -> Found:
-        """The caption; raises Unusable."""
-        ...
-
-    def data(self, number: int) -> bytes:
-        """The encoded image; raises Unusable."""
-        ...
-
-
-class _Files:
-    """Samples made of several files each: what folders and archives have in common."""
-
     repeats = True
 
     def _hold(self, entries: list[Entry], downloads: Downloads) -> None:
@@ -341,6 +322,9 @@ class Table:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._fresh()
+
+
+Container = Folder | Tar | Table
 
 
 def _paths(file: pq.ParquetFile, image: str) -> list[str | None] | None:

@@ -1,25 +1,26 @@
-"""Pictures of a folder by id, and the choice between a folder and an LMDB."""
+"""Images of a folder by id, and the choice between a folder and an LMDB."""
 
 import os
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from infogrowth.data.lmdb_store import LmdbImages, is_lmdb, possible_names
+from infogrowth.data.entries import extension_of, image_id
+from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS, LmdbImages, is_lmdb, possible_names
 from infogrowth.errors import UserError
 
 
 class ImageStore(Protocol):
-    """Encoded pictures by id; picklable."""
+    """Encoded images by id; picklable."""
 
     def read(self, name: str) -> bytes:
-        """The bytes; raises UserError naming the id when there is no such picture."""
+        """The bytes; raises UserError naming the id when there is no such image."""
         ...
 
     def __contains__(self, name: str) -> bool: ...
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageStore:
-    """The pictures at ``path``: an LMDB if it is one, else a folder of files.
+    """The images at ``path``: an LMDB if it is one, else a folder of files.
 
     Raises:
         UserError: nothing is there.
@@ -32,13 +33,14 @@ def open_images(path: str | os.PathLike[str]) -> ImageStore:
 
 
 class FolderImages:
-    """Picture files below a folder, by relative path, with or without the image ending."""
+    """Image files below a folder, by relative path, with or without the extension."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._listed: dict[str, dict[str, Path]] = {}  # only where a name is not found as it is
 
     def read(self, name: str) -> bytes:
-        """The bytes of a picture.
+        """The bytes of an image.
 
         Raises:
             UserError: no such file, one that cannot be read, or an id that leads out of the folder.
@@ -62,4 +64,22 @@ class FolderImages:
             file = self.path / possible
             if file.is_file():
                 return file
-        return None
+        name = name.replace("\\", "/")
+        folder = name.rpartition("/")[0]
+        if folder not in self._listed:
+            self._listed[folder] = self._images_in(folder)
+        return self._listed[folder].get(image_id(name).casefold())
+
+    def _images_in(self, folder: str) -> dict[str, Path]:
+        """Files by their ids, whatever their capitals and form of Unicode."""
+        try:
+            names = [
+                f"{folder}/{name}" if folder else name for name in os.listdir(self.path / folder)
+            ]
+        except OSError:
+            return {}
+        return {
+            image_id(name).casefold(): self.path / name
+            for name in sorted(names)
+            if extension_of(name) in IMAGE_EXTENSIONS
+        }

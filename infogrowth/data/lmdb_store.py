@@ -1,7 +1,7 @@
-"""The LMDB of pictures: one key rule, one writer, one reader.
+"""The LMDB of images: one key rule, one writer, one reader.
 
-A picture's key is its id without folder and without image extension (``cc3m_train/000123.jpg`` →
-``000123``), its value the encoded bytes as they came. Readers find a picture by its id with or
+An image's key is its id without folder and without image extension (``cc3m_train/000123.jpg`` →
+``000123``), its value the encoded bytes as they came. Readers find an image by its id with or
 without the extension, whichever way the LMDB was written.
 """
 
@@ -31,7 +31,7 @@ _MAX_BATCH_COUNT, _MAX_BATCH_BYTES = 1000, 64 << 20
 
 
 def image_key(name: str) -> str:
-    """The key under which a picture is stored: file name without its image extension.
+    """The key under which an image is stored: file name without its image extension.
 
     An id without an image extension is its own key, slashes and dots included.
     """
@@ -46,7 +46,7 @@ def strip_extension(name: str) -> str:
 
 
 def possible_names(name: str) -> Iterator[str]:
-    """Every name under which the picture ``name`` may be stored, the surest first."""
+    """Every name under which the image ``name`` may be stored, the surest first."""
     stems = dict.fromkeys((image_key(name), strip_extension(name)))
     yield from dict.fromkeys((name, *stems, name.rsplit("/", 1)[-1]))
     for stem in stems:
@@ -54,7 +54,7 @@ def possible_names(name: str) -> Iterator[str]:
 
 
 class LmdbWriter:
-    """Adds pictures to an LMDB in batched transactions; the map grows as needed.
+    """Adds images to an LMDB in batched transactions; the map grows as needed.
 
     What was committed survives a killed process. Use it as a context manager, or call
     :meth:`close`.
@@ -151,9 +151,9 @@ class LmdbWriter:
 
 
 class LmdbImages:
-    """Pictures of an LMDB by id, read-only.
+    """Images of an LMDB by id, read-only.
 
-    It is opened when the first picture is asked for, once per process however many objects name
+    It is opened when the first image is asked for, once per process however many objects name
     it, so an object can be pickled, and used in worker processes and after a fork. Nothing is
     locked: do not read while another process writes to the same LMDB.
 
@@ -174,16 +174,16 @@ class LmdbImages:
         self._opened: _Opened | None = None
 
     def read(self, name: str) -> bytes:
-        """The encoded bytes of a picture, whether its id is given with the extension or without.
+        """The encoded bytes of an image, whether its id is given with the extension or without.
 
         Raises:
-            UserError: naming the id and the LMDB, if there is no such picture.
+            UserError: naming the id and the LMDB, if there is no such image.
         """
         data = self._find(name)
         if data is None:
             raise UserError(
                 f"the image {name!r} is not in the LMDB {self.path} "
-                f"({len(self)} images); was it packed from other pictures?"
+                f"({len(self)} images); was it packed from other images?"
             )
         return data
 

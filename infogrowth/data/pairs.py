@@ -1,4 +1,4 @@
-"""The training pairs: an annotation and its picture, augmented the same way in any worker."""
+"""The training pairs: an annotation and its image, augmented the same way in any worker."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ class PairDataset(Dataset):
     ``(seed, epoch, position)`` alone: the number of workers or ranks, or a resume, changes
     nothing. A plain row stands for ``(row, 0, row)``.
 
-    A picture that cannot be decoded does not stop the run: another row, drawn by the same rule,
+    An image that cannot be decoded does not stop the run: another row, drawn by the same rule,
     takes its place, which the item tells (``replaced`` is 1) and a warning names.
 
     Args:
         annotations: dicts with ``image`` and ``caption`` (text or a list of text).
-        images: LMDB or folder of the pictures, as a path or opened.
-        transform: called with an RGB picture and a generator; see transforms.py.
+        images: LMDB or folder of the images, as a path or opened.
+        transform: called with an RGB image and a generator; see transforms.py.
         max_words: words of a caption that are kept.
         seed: names the random streams.
         prompt: put before every caption.
@@ -73,12 +73,12 @@ class PairDataset(Dataset):
         """One pair.
 
         Raises:
-            UserError: a picture that is not in the store, or 20 bad pictures one after the other.
+            UserError: an image that is not in the store, or 20 bad images one after the other.
         """
         row, epoch, position = place if isinstance(place, tuple) else (place, 0, place)
         row = range(len(self))[row]  # IndexError where a sequence would raise one
         random = generator(self._seed, "augment", epoch, position)
-        image, shown = self._picture(row, epoch, position)
+        image, shown = self._image(row, epoch, position)
         return {
             "caption": self._captions(self._annotations[shown]["caption"], random),
             "image": self._transform(image, random),
@@ -107,8 +107,8 @@ class PairDataset(Dataset):
             caption = str(caption[int(random.integers(len(caption)))])
         return self._prompt + pre_caption(caption, self._max_words)
 
-    def _picture(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
-        """The row's picture, or a stand-in's, and whose it is."""
+    def _image(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
+        """The row's image, or a stand-in's, and whose it is."""
         stand_ins = generator(self._seed, "stand-in", epoch, position)
         for _ in range(_MOST_REPLACEMENTS):
             name = self._annotations[row]["image"]

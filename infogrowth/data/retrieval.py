@@ -27,11 +27,11 @@ class RetrievalTrain(PairDataset):
     Args:
         annotations: caption files in any form of retrieval_files.py. Of Karpathy's own file the
             training split is taken, unless the path names another.
-        images: LMDB or folder of the pictures, as a path or opened.
+        images: LMDB or folder of the images, as a path or opened.
         transform, max_words, seed, prompt: as for PairDataset.
 
     Raises:
-        UserError: a file that cannot be read as captions, or no pictures at ``images``.
+        UserError: a file that cannot be read as captions, or no images at ``images``.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RetrievalEvaluation(Dataset):
 
     Args:
         annotations: a caption file in any form of retrieval_files.py.
-        images: LMDB or folder of the pictures, as a path or opened.
+        images: LMDB or folder of the images, as a path or opened.
         transform: normally ``evaluation_transform(size)``; it alone normalises.
         max_words: words of a caption that are kept.
         prompt: put before every text.
@@ -116,9 +116,9 @@ class RetrievalEvaluation(Dataset):
         number = range(len(self))[number]
         name = self.names[number]
         try:
-            picture = decode_image(self._images.read(name))
+            image = decode_image(self._images.read(name))
         except BadImage as error:
             raise UserError(
                 f"the image {name!r} cannot be evaluated: {error.reason}; replace the file"
             ) from error
-        return {"image": self._transform(picture), "index": number}
+        return {"image": self._transform(image), "index": number}

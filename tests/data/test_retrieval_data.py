@@ -210,6 +210,15 @@ def test_captions_of_removed_images_and_bad_entries_are_left_out_with_a_warning(
     assert "left out: 1" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a", "A.JPG", "sub\\b.jpg", "e\u0301.png"])
+def test_images_of_a_folder_are_found_whatever_their_capitals_and_unicode(tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    for file in ("A.JPG", "sub/b.JPEG", "é.PNG"):
+        (tmp_path / file).write_bytes(encoded(drawn(1)))
+    file = write(tmp_path / "f.json", [{"image": name, "caption": "x"}])
+    assert RetrievalEvaluation(file, tmp_path, TRANSFORM)[0]["image"].shape == (3, 16, 16)
+
+
 def test_karpathys_file_needs_a_split_to_evaluate(tmp_path, images, karpathy):
     with pytest.raises(UserError, match=r"holds the splits restval, test, train, val: write"):
         RetrievalEvaluation(karpathy, images, TRANSFORM)
