@@ -292,25 +292,30 @@ def grow(machine: Machine) -> Iterator[Row]:
     for shard, part in enumerate(np.array_split(np.arange(count), 4)):
         rows = slice(part[0], part[-1] + 1)
         writer.write_shard(shard, ids[rows], captions[rows], image[rows], mixed[rows])
-    trees = {}
-    for name, device, batch in (("cpu", "cpu", 8192), ("device", machine.device.type, 3000)):
-        growth, output = machine.folder / f"growth_{name}", machine.folder / f"{name}.json"
-        status, seconds = timed(
-            lambda growth=growth, output=output, device=device, batch=batch: main(
-                ["grow", "--features", str(machine.folder / "features"), "--recaptions", str(table),
-                 "--growth", str(growth), "--output", str(output), "--device", device,
-                 "--batch-size", str(batch), "--quiet"]
-            )
-        )  # fmt: skip
-        files = {str(p.relative_to(growth)): p for p in sorted(growth.rglob("*")) if p.is_file()}
-        trees[name] = {key: path.read_bytes() for key, path in files.items()}
-        trees[name]["output"] = output.read_bytes() if status == 0 else b""
-        yield machine.measured(f"{count:,} pairs, {name}", f"{seconds:.1f} s")
-    kept = len(json.loads(trees["cpu"]["output"]))
-    yield machine.holds("kept, recaptioned and dropped ones", 0 < kept < count, kept, "some")
-    names = trees["cpu"].keys() | trees["device"].keys()
-    different = sorted(n for n in names if trees["cpu"].get(n) != trees["device"].get(n))
-    yield machine.holds("files that differ", not different, different or "none", "none")
+    for index in ("exact", "approximate"):
+        trees = {}
+        for name, device, batch in (("cpu", "cpu", 8192), ("device", machine.device.type, 3000)):
+            growth = machine.folder / f"{index}_{name}"
+            output = growth.with_suffix(".json")
+            arguments = [
+                "grow", "--features", str(machine.folder / "features"), "--recaptions", str(table),
+                "--growth", str(growth), "--output", str(output), "--device", device,
+                "--index", index, "--batch-size", str(batch), "--quiet",
+            ]  # fmt: skip
+            status, seconds = timed(lambda arguments=arguments: main(arguments))
+            paths = [*sorted(growth.rglob("*")), output] if status == 0 else []
+            trees[name] = {
+                str(path.relative_to(growth)) if path != output else "output": path.read_bytes()
+                for path in paths
+                if path.is_file()
+            }
+            yield machine.measured(f"{index}: {count:,} pairs, {name}", f"{seconds:.1f} s")
+        kept = len(json.loads(trees["cpu"]["output"]))
+        yield machine.holds(f"{index}: some are kept", 0 < kept < count, kept, f"< {count:,}")
+        names = trees["cpu"].keys() | trees["device"].keys()
+        different = sorted(n for n in names if trees["cpu"].get(n) != trees["device"].get(n))
+        shown = ", ".join(different) or "none"
+        yield machine.holds(f"{index}: files that differ", not different, shown, "none")
 
 
 @check
