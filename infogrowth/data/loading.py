@@ -39,7 +39,7 @@ def open_loader(
         persistent: the workers outlive an iteration.
     """
     return DataLoader(
-        _ErrorsAsItems(dataset),
+        ErrorsAsItems(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]  # any sized iterable will do
         num_workers=workers,
         collate_fn=Collate(tokenize),
@@ -66,7 +66,7 @@ def _clean_start() -> Any:
     return context
 
 
-def checked(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+def checked(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches; an error that came in place of one is raised here, in the main process."""
     for batch in batches:
         if isinstance(batch, UserError):
@@ -90,17 +90,22 @@ class Collate:
         }
         if self.tokenize is not None:
             batch["ids"], batch["mask"] = self.tokenize(_texts(batch["caption"]))
-        if get_worker_info() is not None:
-            try:
-                _check_shared_memory(batch)
-            except UserError as error:
-                return error
+        try:
+            check_shared_memory(batch.values())
+        except UserError as error:
+            return error
         return batch
 
 
-def _check_shared_memory(batch: Batch) -> None:
-    """A worker without room for its batch would die without a word, and the run would wait."""
-    needed = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+def check_shared_memory(values: Iterable[Any]) -> None:
+    """A worker without room for its batch would die without a word, and the run would wait.
+
+    Raises:
+        UserError: in a worker, when there is no room for these values' tensors.
+    """
+    if get_worker_info() is None:
+        return
+    needed = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
     try:
         total, _, free = shutil.disk_usage(SHARED_MEMORY)
     except OSError:  # no such folder: another way of sharing, which needs no check
@@ -128,7 +133,7 @@ def _column(values: list[Any]) -> Any:
     return values
 
 
-class _ErrorsAsItems(Dataset):
+class ErrorsAsItems(Dataset):
     """Returns a UserError as the item: raised in a worker it would arrive as a traceback."""
 
     def __init__(self, dataset: Dataset) -> None:

@@ -18,6 +18,7 @@ from infogrowth.data.captions import NO_CAPTION, first_caption
 from infogrowth.data.folders import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
 from infogrowth.data.lmdb_store import image_key, is_lmdb
+from infogrowth.data.loading import ErrorsAsItems, check_shared_memory, checked
 from infogrowth.data.sources import Source, open_source
 from infogrowth.encoders.protocols import Preprocess, Tokenize, Tokens
 from infogrowth.encoders.shards import file_digest, list_digest
@@ -251,6 +252,7 @@ class DecodedBatches(Dataset):
             captions.append(caption)
             images.append(self._preprocess(image))
         tokens = self._tokenize(captions) if self._tokenize and captions else None
+        check_shared_memory(images)
         if len({image.shape for image in images}) == 1:
             return DecodedBatch(shard, good, captions, torch.stack(images), tokens, skipped)
         arrays = [image.numpy() for image in images]
@@ -274,10 +276,13 @@ def decoded_batches(
         batch_size: rows per batch, bad ones included.
         workers: processes that decode ahead; 0 decodes when asked.
         pinned: page-locked memory, for quicker copies to a GPU.
+
+    Raises:
+        UserError: images that can no longer be read, or no shared memory for what workers decode.
     """
-    return iter(
+    return checked(
         DataLoader(
-            DecodedBatches(pairs, preprocess, tokenize),
+            ErrorsAsItems(DecodedBatches(pairs, preprocess, tokenize)),
             sampler=rows_of_batches(shards, batch_size),  # type: ignore[arg-type]  # not sized
             batch_size=None,  # one item is one batch already
             num_workers=workers,

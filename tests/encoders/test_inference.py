@@ -1,14 +1,17 @@
 """Half precision changes speed and nothing else; memory that is short costs time, not the run."""
 
+import io
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from infogrowth.encoders.dataset import PairTable, decoded_batches
 from infogrowth.encoders.embedding import threads_for, workers_for
 from infogrowth.encoders.inference import UnitFeatures, half_products, halving
 from infogrowth.encoders.loading import load_captioner, load_encoder
+from infogrowth.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -86,3 +89,35 @@ def test_decoding_workers_are_a_ranks_share_of_its_own_node(monkeypatch):
     assert workers_for(cuda) == 15
     assert workers_for(CPU) == 0
     assert threads_for(cuda) == 2
+
+
+class Unreadable:
+    """Pairs whose store is gone."""
+
+    def read(self, row):
+        raise UserError(f"cannot read the LMDB x (row {row})")
+
+
+def test_an_error_in_a_decoding_worker_is_one_sentence(blip_folder):
+    preprocess = load_encoder(str(blip_folder)).preprocess
+    table = PairTable(["a", "b"], {}, Unreadable())
+    for workers in (0, 1):
+        batches = decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers)
+        with pytest.raises(UserError) as raised:
+            next(batches)
+        assert str(raised.value) == "cannot read the LMDB x (row 0)"
+
+
+def test_full_shared_memory_is_one_sentence_of_the_worker(blip_folder, pil_images, monkeypatch):
+    class Pairs:
+        def read(self, row):
+            buffer = io.BytesIO()
+            pil_images[row].save(buffer, "PNG")
+            return "a cat", buffer.getvalue()
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: (64 << 20, 64 << 20, 0))
+    preprocess = load_encoder(str(blip_folder)).preprocess
+    table = PairTable(["a", "b"], {}, Pairs())
+    with pytest.raises(UserError, match="shm"):
+        next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers=1))
+    assert len(next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, 0)).rows) == 2
