@@ -2,10 +2,45 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
+
+MISSING = ("lmdb", "faiss", "pycocotools", "tensorboard", "matplotlib", "duckdb", "webdataset")
+# A machine that lacks these: importing one of them fails, as there.
+START = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.path.insert(0, {folder})
+sys.argv[0] = {script}
+runpy.run_path({script}, run_name="__main__")
+"""
+
+
+def start(repository, missing, *arguments):
+    script = repository / "benchmarks" / "gpu_check.py"
+    program = START.format(
+        missing=missing, folder=repr(str(script.parent)), script=repr(str(script))
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, "--device", "cpu", "--small", *arguments],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_all_checks_pass_on_a_bare_machine_without_a_gpu(repository, tmp_path):
+    pytest.importorskip("infogrowth.neighbors.index")
+    ran = start(repository, MISSING, "--json", str(tmp_path / "check.json"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert written["counts"]["FAIL"] == 0
+    checks = {row["check"] for row in written["rows"]}
+    assert checks == {"versions", "exact", "certificate", "grow", "cells", "scale", "embedding",
+                      "golden", "resume", "evaluation", "ranks", "training"}  # fmt: skip
+    assert all(row["what"] in ran.stdout for row in written["rows"])
 
 
 @pytest.fixture(scope="module")
