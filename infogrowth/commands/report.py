@@ -22,6 +22,9 @@ class Config:
     lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
     output: str = option("report.html", "the page to write", short="-o")
+    atlas: str | None = option(
+        None, "also write the decisions as FILE.parquet for Embedding Atlas, for large sets"
+    )
     title: str | None = option(None, "title of the page; by default the folder's name")
     duplicate_distance: float | Literal["auto"] = option(
         "auto",
@@ -62,6 +65,10 @@ def _check(config: Config) -> None:
             "nothing to report on: give a growth folder, --annotations FILE.json, "
             "or --training RUN_DIR …"
         )
+    if config.atlas and not config.growth:
+        raise UserError("--atlas shows the decisions of a growth folder: give one")
+    if config.atlas and not config.atlas.endswith(".parquet"):
+        raise UserError(f"--atlas {config.atlas} must end in .parquet")
     distance = config.duplicate_distance
     if distance != "auto" and not 0 <= distance <= 2:
         raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2, or auto")
@@ -78,5 +85,10 @@ def _dataset(config: Config) -> tuple[str, dict[str, Any]]:
     if not table.ids:
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
     thumbnails, note = open_thumbnails(config.lmdb, table.images)
+    if config.atlas:
+        from infogrowth.report.atlas import COMMAND, write_atlas
+
+        write_atlas(config.atlas, table, thumbnails)
+        log.info("wrote %s; look at it with: %s", config.atlas, COMMAND.format(path=config.atlas))
     distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
     return table.name, dataset_context(table, thumbnails, [note] if note else [], distance)
