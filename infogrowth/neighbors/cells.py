@@ -1,256 +1,217 @@
-"""What lets exact search on a CPU skip most rows: cells of similar rows, and bounds on cosines.
+"""Cells of similar rows, so that a query need only be multiplied with the rows of the nearest ones.
 
-Rows are grouped into cells. A row x of a cell with center c is x = c + e, and a query q splits
-into its share in the M leading principal directions and the rest, so
+A row lies in two cells: in that of its nearest center, and in the one whose center is near in a
+direction in which the first is not. A query from whose view the first cell lies badly then meets
+the row in the second (the idea of SOAR, Sun et al., NeurIPS 2023; it saves four fifths of the rows
+read on real embeddings).
 
-    q·x = q·c + q·e  ≤  q·c + q₁·e₁ + |q₂| |e₂|      (Cauchy–Schwarz on the rest)
-
-The right side is a product of M + 1 columns, once q·c is known for the cell. A query needs the
-full product only in cells where this bound reaches its k-th best cosine so far. Few columns rule
-out most cells, some more columns most of the others; and where q₁·e₁ ≤ |q₁| max|e₁| suffices, a
-cell is ruled out without touching its rows. Every step errs upwards by more than float32 rounds,
-so no row is skipped that could be among the nearest (the margins are several times what rounding
-takes).
-
-Rows are visited in blocks: a cell is one block, or several if it is large.
-
-Shapes: N queries, W rows of a block, D dimension, J cells, M leading directions.
+Everything that decides which rows a query meets is the same on every device, at any batch size and
+number of ranks: centers are sums in integers, and where float32 leaves open which of two cells it
+is, float64 decides. So the answer depends on the rows alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 
-from infogrowth.neighbors.base import GrowingRows
+from infogrowth.neighbors.candidates import SMALL_GROUP, pair_products, ranks
+from infogrowth.neighbors.fast import summation_error
+from infogrowth.neighbors.rows import fold_sum
+from infogrowth.neighbors.store import RowStore
 
-ROWS_PER_CELL = 192
-MOST_CELLS = 1024  # visiting more costs more than smaller cells save
-SAMPLE_PER_CELL = 24  # rows from which each center is learned
-SAMPLE_ROWS = 16384  # rows from which the principal directions are learned
-LEADING_SHARES = (1 / 12, 1 / 4)  # of the columns: what the two bounds look at
-BLOCK_ROWS = 512  # of a block, at most
-LANES = 8  # products with a multiple of so many rows are almost twice as fast
-CACHED_PRODUCTS = 1 << 18  # that stay in a core's cache
-PORTION = 65536  # rows handled at once while learning
-MOSTLY = 0.7  # share of queries from which on picking them out costs more than it saves
-SEED = 0
+CELLS_PER_ROOT = 3  # cells per square root of the rows: what is read balances what is compared
+SAMPLE_PER_CELL = 16  # rows from which a center is learned
+ROUNDS = 3  # of k-means: more of either make no difference to the gain error
+FIXED_POINT = 2.0**32  # of the integers that centers are summed in: exact for 2³¹ unit rows
+NEAREST_FIRST = 2  # cells that are read before the others, whose rows then have a score to beat
+PORTION = 4096  # rows compared with the centers at once
+LEAST_SQUARE = 0.1  # of the distance from the first center, where directions mean something
+NO_ROW = torch.iinfo(torch.int64).max
+
+
+def cell_count(rows: int) -> int:
+    """How many cells so many rows get."""
+    return max(1, round(CELLS_PER_ROOT * rows**0.5))
+
+
+def learn_centers(sample_SD: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
+    """Spherical k-means: `count` unit centers (J, D) float32 of float32 unit rows."""
+    first = np.sort(random.choice(len(sample_SD), count, replace=False))
+    centers_JD = sample_SD[torch.from_numpy(first).to(sample_SD.device)]
+    fixed_SD = (sample_SD.double() * FIXED_POINT).round().long()
+    for _ in range(ROUNDS):
+        cell_S = nearest_centers(sample_SD, centers_JD, 1)[:, 0]
+        sums_JD = torch.zeros(centers_JD.shape, dtype=torch.int64, device=sample_SD.device)
+        sums_JD = sums_JD.index_add_(0, cell_S, fixed_SD).double() / FIXED_POINT
+        length_J = fold_sum(sums_JD.square()).sqrt()
+        moved = length_J > 1e-9  # an empty cell stays where it is
+        centers_JD[moved] = (sums_JD[moved] / length_J[moved, None]).float()
+    return centers_JD
+
+
+def nearest_centers(rows_ND: torch.Tensor, centers_JD: torch.Tensor, count: int) -> torch.Tensor:
+    """The nearest `count` cells of each row (N, count), roughly in order; of equally near ones the
+    first. The set is that of float64 products."""
+    found = [_nearest_centers(part, centers_JD, count) for part in rows_ND.split(PORTION)]
+    return torch.cat(found)
+
+
+def _nearest_centers(rows_ND: torch.Tensor, centers_JD: torch.Tensor, count: int) -> torch.Tensor:
+    scores_NJ = rows_ND @ centers_JD.T
+    best_NT, near_NT = scores_NJ.topk(min(count + 1, len(centers_JD)))
+    if count >= len(centers_JD):
+        return near_NT
+    clear = 2 * summation_error(rows_ND.shape[1])
+    reach_N = best_NT[:, count - 1] - clear
+    unclear = (best_NT[:, count] >= reach_N).nonzero()[:, 0]
+    if len(unclear):
+        row, cell = (scores_NJ[unclear] >= reach_N[unclear, None]).nonzero().unbind(1)
+        products = pair_products(rows_ND, unclear[row], centers_JD.__getitem__, cell)
+        order, rank = ranks(row, products, len(unclear))
+        order, rank = order[rank < count], rank[rank < count]
+        near_NT[unclear[row[order]], rank] = cell[order]
+    return near_NT[:, :count]
+
+
+def two_cells(rows_MD: torch.Tensor, centers_JD: torch.Tensor) -> torch.Tensor:
+    """The two cells (M, 2) of each row."""
+    return torch.cat([_two_cells(part, centers_JD) for part in rows_MD.split(PORTION)])
+
+
+def _two_cells(rows_MD: torch.Tensor, centers_JD: torch.Tensor) -> torch.Tensor:
+    """With r and s the vectors from the two centers to the row, the second minimises
+    |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d for unit x, c and d."""
+    first_M = nearest_centers(rows_MD, centers_JD, 1)[:, 0]
+    if len(centers_JD) == 1:
+        return first_M[:, None].expand(-1, 2)
+    scores_MJ = rows_MD @ centers_JD.T
+    score_M = scores_MJ.gather(1, first_M[:, None])
+    loss_MJ = _loss(scores_MJ, score_M, centers_JD[first_M] @ centers_JD.T)
+    loss_MJ.scatter_(1, first_M[:, None], torch.inf)
+    best_M2, second_M2 = loss_MJ.topk(min(2, len(centers_JD)), largest=False)
+    # How far a loss is off, given that its three products are off by `error` each.
+    steep_M = ((best_M2[:, 0] + 0.1) / (2 - 2 * score_M[:, 0]).clamp(min=LEAST_SQUARE)).sqrt()
+    error = summation_error(rows_MD.shape[1])
+    reach_M = best_M2[:, 0] + 4 * error * (2 + 6 * steep_M + 2 * steep_M.square())
+    unclear = (best_M2[:, -1] <= reach_M).nonzero()[:, 0]
+    if len(unclear):
+        at, cell = (loss_MJ[unclear] <= reach_M[unclear, None]).nonzero().unbind(1)
+        row, first = unclear[at], first_M[unclear[at]]
+        read = centers_JD.__getitem__
+        loss = _loss(
+            pair_products(rows_MD, row, read, cell),
+            pair_products(rows_MD, row, read, first),
+            pair_products(centers_JD, first, read, cell),
+        )
+        order, rank = ranks(at, -loss, len(unclear))
+        second_M2[unclear, 0] = cell[order[rank == 0]]
+    return torch.stack([first_M, second_M2[:, 0]], 1)
+
+
+def _loss(second: torch.Tensor, first: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
+    """Of a second cell, given the products row · second, row · first and first · second center."""
+    across = 1 - first - second + between
+    return 2 - 2 * second + across.square() / (2 - 2 * first).clamp(min=LEAST_SQUARE)
 
 
 @dataclass(frozen=True)
-class SplitQueries:
-    """Queries as the bounds want them: (N, M + 1) per stage, the last column |q₂|."""
+class Tile:
+    """Queries (B, Q) to be multiplied with rows (B, W), by their numbers: N where there is no
+    query, NO_ROW where there is no row."""
 
-    stages_NM: tuple[torch.Tensor, ...]
-    leading_N: torch.Tensor  # |q₁| of the first stage
-    rest_N: torch.Tensor  # |q₂| of the first stage
-
-
-class Blocks:
-    """Which rows each block holds, given the cell (count,) of every row.
-
-    In memory the last row of a block is repeated up to a multiple of LANES.
-    """
-
-    def __init__(self, cell_of_row: np.ndarray, cell_count: int) -> None:
-        by_cell = np.argsort(cell_of_row, kind="stable")
-        held = np.bincount(cell_of_row, minlength=cell_count)
-        blocks = -(-held // BLOCK_ROWS)
-        self._cell = np.repeat(np.arange(cell_count), blocks)
-        self.first_of_cell = np.cumsum(blocks) - blocks
-        place_in_cell = np.arange(len(self._cell)) - self.first_of_cell[self._cell]
-        start = (np.cumsum(held) - held)[self._cell] + place_in_cell * BLOCK_ROWS
-        self._sizes = np.minimum(held[self._cell] - place_in_cell * BLOCK_ROWS, BLOCK_ROWS)
-        padded = -(-self._sizes // LANES) * LANES
-        self._ends = np.concatenate([[0], np.cumsum(padded)])
-        place = np.arange(self._ends[-1]) - np.repeat(self._ends[:-1], padded)
-        place = np.minimum(place, np.repeat(self._sizes - 1, padded))
-        self._positions = torch.from_numpy(by_cell[np.repeat(start, padded) + place])
-
-    def __len__(self) -> int:
-        return len(self._cell)
-
-    def cell(self, block: int) -> int:
-        return int(self._cell[block])
-
-    def holds(self, cell: int) -> bool:
-        """Whether a cell has any rows."""
-        first = self.first_of_cell[cell]
-        return bool(first < len(self) and self._cell[first] == cell)
-
-    def size(self, block: int) -> int:
-        """How many rows it holds."""
-        return int(self._sizes[block])
-
-    def padded(self, block: int) -> torch.Tensor:
-        """Which rows it holds, ascending, and the last one again (W,)."""
-        return self._positions[self._ends[block] : self._ends[block + 1]]
+    query_BQ: torch.Tensor
+    position_BW: torch.Tensor
 
 
 class Cells:
-    """The cells of a growing set of rows: which rows each holds, and what its bounds need.
+    """Centers, and the two cells of every row of this rank, in order of the rows."""
 
-    The directions and centers are learned from `rows_ND` (float32 unit rows), which are then held;
-    those that `extend` adds go to the cells there are.
-    """
-
-    def __init__(self, rows_ND: torch.Tensor) -> None:
-        count, dimension = rows_ND.shape
-        random = np.random.default_rng(SEED)
-        widths = sorted({max(8, round(dimension * share / 8) * 8) for share in LEADING_SHARES})
-        self.widths = [width for width in widths if width < dimension] or [dimension]
-        sample = _sample(rows_ND, SAMPLE_ROWS, random)
-        self._basis_DM = _principal_directions(sample, self.widths[-1])
-        self.cell_count = min(max(1, count // ROWS_PER_CELL), MOST_CELLS)
-        sample = _sample(rows_ND, self.cell_count * SAMPLE_PER_CELL, random) @ self._basis_DM
-        self._learned_JM = _learn_centers(sample, self.cell_count)
-        # (x−c)·q is rounded in several sums of at most D terms; squares of norms likewise.
-        self._slack = 4 * dimension * 2.0**-24
-        self._tables = [GrowingRows(width + 1, torch.float32, "cpu") for width in self.widths]
-        self._leading_radius_J = torch.zeros(self.cell_count, dtype=torch.float32)
-        self._rest_radius_J = torch.zeros(self.cell_count, dtype=torch.float32)
-        self._cell_of_row = np.empty(0, np.int32)
-        self._blocks: Blocks | None = None
-        cell_N = torch.cat([self._place(part)[1] for part in rows_ND.split(PORTION)])
-        self.centers_JD = _means(rows_ND, cell_N, self.cell_count)
-        self.half_squares_J = self.centers_JD.square().sum(1) / 2
-        self._leading_centers_JM = self.centers_JD @ self._basis_DM
-        for part_ND, part_N in zip(rows_ND.split(PORTION), cell_N.split(PORTION), strict=True):
-            self._append(part_ND, part_ND @ self._basis_DM, part_N)
+    def __init__(self, centers_JD: torch.Tensor) -> None:
+        self.centers_JD = centers_JD
+        self.read = 1  # how many cells a query reads
+        self._of_row_M2 = torch.empty((0, 2), dtype=torch.int32, device=centers_JD.device)
+        self._rows: _Grouped | None = None
 
     @property
     def count(self) -> int:
-        return self._tables[0].count
+        """How many rows have a cell."""
+        return len(self._of_row_M2)
 
-    def extend(self, rows_MD: torch.Tensor) -> None:
-        """Add (M, D) float32 unit rows, which follow those held already."""
-        self._append(rows_MD, *self._place(rows_MD))
-
-    def _append(self, rows_MD: torch.Tensor, leading: torch.Tensor, cell: torch.Tensor) -> None:
-        """Add rows that lie in `cell` (M,), given their shares in the leading directions."""
-        whole_M = (rows_MD - self.centers_JD[cell]).square_().sum(1)
-        leading = leading - self._leading_centers_JM[cell]
-        for number, (width, table) in enumerate(zip(self.widths, self._tables, strict=True)):
-            part = leading[:, :width]
-            inside_M = part.square().sum(1)
-            rest_M = (whole_M - inside_M).clamp_(min=0).add_(self._slack).sqrt_()
-            table.extend(torch.cat([part, rest_M[:, None]], 1))
-            if number == 0:
-                inside_M = inside_M.add_(self._slack).sqrt_()
-                self._leading_radius_J.scatter_reduce_(0, cell, inside_M, "amax")
-                self._rest_radius_J.scatter_reduce_(0, cell, rest_M, "amax")
-        self._cell_of_row = np.concatenate([self._cell_of_row, cell.numpy().astype(np.int32)])
-        self._blocks = None
+    def extend(self, rows: RowStore) -> None:
+        """Put those of `rows` that have no cells yet into theirs."""
+        if rows.count == self.count:
+            return
+        cells = [self._of_row_M2]
+        for _, piece_MD in rows.pieces(self.count, rows.count):
+            cells.append(two_cells(piece_MD, self.centers_JD).int())
+        self._of_row_M2 = torch.cat(cells)
+        self._rows = None
 
     def truncate(self, count: int) -> None:
-        """Forget all rows from `count` on (radii stay as they are: too large is never wrong)."""
-        for table in self._tables:
-            table.truncate(count)
-        self._cell_of_row = self._cell_of_row[:count]
-        self._blocks = None
+        """Forget all rows from `count` on."""
+        if count < self.count:
+            self._of_row_M2 = self._of_row_M2[:count]
+            self._rows = None
 
-    def blocks(self) -> Blocks:
-        """All rows, block by block."""
-        if self._blocks is None:
-            self._blocks = Blocks(self._cell_of_row, self.cell_count)
-        return self._blocks
+    def rounds(
+        self, queries_ND: torch.Tensor, tile: tuple[int, int], together: int
+    ) -> Iterator[Iterator[Tile]]:
+        """What to multiply: the nearest cells first, then the others that are read.
 
-    def split(self, queries_ND: torch.Tensor) -> SplitQueries:
-        """Prepare unit queries for the bounds."""
-        leading = queries_ND @ self._basis_DM
-        stages, norms = [], []
-        for width in self.widths:
-            part = leading[:, :width]
-            inside_N = part.square().sum(1)
-            rest_N = (1 - inside_N).clamp_(min=0).add_(self._slack).sqrt_()
-            stages.append(torch.cat([part, rest_N[:, None]], 1))
-            norms.append((inside_N.add_(self._slack).sqrt_(), rest_N))
-        return SplitQueries(tuple(stages), *norms[0])
-
-    def within_reach(
-        self,
-        block: int,
-        queries: SplitQueries,
-        center_products_JN: torch.Tensor,
-        reach_N: torch.Tensor,
-        scratch: torch.Tensor,
-    ) -> torch.Tensor:
-        """Which queries (indices) could have a row of this block at a cosine of `reach` or more.
-
-        `center_products_JN` are the queries' products with `centers_JD`; `scratch` has room for
-        CACHED_PRODUCTS. A whole cell is judged by its radii first, then by the rows' bounds, stage
-        by stage.
+        A tile's entries have at most `tile` queries and rows of one cell each, and are `together`.
         """
-        cell = self.blocks().cell(block)
-        needed_N = reach_N - center_products_JN[cell]
-        needed_N -= self._slack
-        ball_N = queries.leading_N * float(self._leading_radius_J[cell])
-        ball_N.add_(queries.rest_N, alpha=float(self._rest_radius_J[cell]))
-        alive = (ball_N >= needed_N).nonzero()[:, 0]
-        positions_W = self.blocks().padded(block)
-        for stage_NM, table in zip(queries.stages_NM, self._tables, strict=True):
-            if len(alive) == 0:
-                break
-            rows_WM = table.filled.index_select(0, positions_W)
-            if len(alive) > MOSTLY * len(needed_N):
-                alive = (_largest_products(stage_NM, rows_WM, scratch) >= needed_N).nonzero()[:, 0]
-            else:
-                bounds_N = _largest_products(stage_NM.index_select(0, alive), rows_WM, scratch)
-                alive = alive[bounds_N >= needed_N.index_select(0, alive)]
-        return alive
-
-    def _place(self, rows_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows' shares in the leading directions, and the cells (N,) nearest in these."""
-        leading = rows_ND @ self._basis_DM
-        half_squares_J = self._learned_JM.square().sum(1) / 2
-        cell = [
-            torch.addmm(half_squares_J, part, self._learned_JM.T, beta=-1).argmax(1)
-            for part in leading.split(8192)
-        ]
-        return leading, torch.cat(cell)
+        near_NT = nearest_centers(queries_ND, self.centers_JD, min(self.read, len(self.centers_JD)))
+        if self._rows is None:
+            self._rows = _Grouped(self._of_row_M2, len(self.centers_JD))
+        for columns_NT in (near_NT[:, :NEAREST_FIRST], near_NT[:, NEAREST_FIRST:]):
+            if columns_NT.shape[1]:
+                queries = _Grouped(columns_NT, len(self.centers_JD))
+                yield _tiles(queries, self._rows, tile, together)
 
 
-def _largest_products(
-    queries_NM: torch.Tensor, rows_WM: torch.Tensor, scratch: torch.Tensor
-) -> torch.Tensor:
-    """The largest product of each query with any of the rows (N,); so many queries at a time that
-    the products stay in a core's cache."""
-    largest_N = torch.empty(len(queries_NM), dtype=torch.float32)
-    step = max(1, CACHED_PRODUCTS // len(rows_WM))
-    for start in range(0, len(queries_NM), step):
-        part_NM = queries_NM[start : start + step]
-        products_NW = scratch[: len(part_NM) * len(rows_WM)].view(len(part_NM), len(rows_WM))
-        torch.mm(part_NM, rows_WM.T, out=products_NW)
-        torch.amax(products_NW, 1, out=largest_N[start : start + step])
-    return largest_N
+class _Grouped:
+    """Lines of cell numbers (M, C), grouped by cell: `lines` of which each holds a number of
+    `sizes` from `starts` on."""
+
+    def __init__(self, cells_MC: torch.Tensor, cells: int) -> None:
+        flat = cells_MC.flatten()
+        self.lines = flat.argsort(stable=True) // cells_MC.shape[1]
+        sizes = torch.bincount(flat, minlength=cells)
+        self.starts = (sizes.cumsum(0) - sizes).cpu().numpy()
+        self.sizes = sizes.cpu().numpy()
+        self.count = len(cells_MC)
+
+    def numbers(self, starts: np.ndarray, sizes: np.ndarray, none: int, step: int) -> torch.Tensor:
+        """B runs of `lines` (B, W), `none` behind the end of each; W is a multiple of `step`."""
+        width = -(-int(sizes.max()) // step) * step
+        if len(starts) == 1:  # one cell: a CPU takes them one by one
+            numbers = self.lines.new_full((1, width), none)
+            numbers[0, : sizes[0]] = self.lines[starts[0] : starts[0] + sizes[0]]
+            return numbers
+        at_BW = torch.from_numpy(starts[:, None] + np.arange(width)).to(self.lines.device)
+        there_BW = torch.from_numpy(np.arange(width) < sizes[:, None]).to(self.lines.device)
+        numbers = self.lines[at_BW.clamp_(max=len(self.lines) - 1)]
+        return numbers.masked_fill_(~there_BW, none)
 
 
-def _means(rows_ND: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
-    """The mean of the rows of each cell (J, D)."""
-    sums_JD = torch.zeros(cells, rows_ND.shape[1], dtype=torch.float32).index_add_(0, cell, rows_ND)
-    return sums_JD / torch.bincount(cell, minlength=cells).clamp(min=1)[:, None]
-
-
-def _sample(rows_ND: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
-    if count >= len(rows_ND):
-        return rows_ND
-    chosen = np.sort(random.choice(len(rows_ND), count, replace=False))
-    return rows_ND[torch.from_numpy(chosen)]
-
-
-def _principal_directions(rows_ND: torch.Tensor, count: int) -> torch.Tensor:
-    """The directions in which the rows extend most, (D, count), orthonormal."""
-    moments_DD = rows_ND.double().T @ rows_ND.double()
-    return torch.linalg.eigh(moments_DD).eigenvectors.flip(1)[:, :count].float().contiguous()
-
-
-def _learn_centers(sample_NM: torch.Tensor, cells: int) -> torch.Tensor:
-    kmeans = faiss.Kmeans(
-        sample_NM.shape[1], cells, niter=4, seed=SEED + 1,
-        min_points_per_centroid=1, max_points_per_centroid=len(sample_NM),
-    )  # fmt: skip
-    kmeans.train(sample_NM.numpy())
-    return torch.from_numpy(kmeans.centroids)
+def _tiles(
+    queries: _Grouped, rows: _Grouped, tile: tuple[int, int], together: int
+) -> Iterator[Tile]:
+    wanted = np.flatnonzero((queries.sizes > 0) & (rows.sizes > 0))
+    query_parts, row_parts = -(-queries.sizes[wanted] // tile[0]), -(-rows.sizes[wanted] // tile[1])
+    parts = query_parts * row_parts
+    cell, row_parts = np.repeat(wanted, parts), np.repeat(row_parts, parts)
+    number = np.arange(len(cell)) - np.repeat(np.cumsum(parts) - parts, parts)
+    query_at, row_at = number // row_parts * tile[0], number % row_parts * tile[1]
+    query_size = np.minimum(queries.sizes[cell] - query_at, tile[0])
+    row_size = np.minimum(rows.sizes[cell] - row_at, tile[1])
+    query_at, row_at = query_at + queries.starts[cell], row_at + rows.starts[cell]
+    for at in range(0, len(cell), together):
+        some = slice(at, at + together)
+        query_BQ = queries.numbers(query_at[some], query_size[some], queries.count, 1)
+        position_BW = rows.numbers(row_at[some], row_size[some], NO_ROW, SMALL_GROUP)
+        yield Tile(query_BQ, position_BW)
