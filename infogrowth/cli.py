@@ -103,7 +103,6 @@ def _configure_logging(quiet: bool) -> None:
         level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
     )
     for chatty in (
-        "faiss",
         "httpx",
         "aiobotocore",
         "botocore",

@@ -85,6 +85,7 @@ class InfoGrowth:
         self._index_kind = index
         self._device, self._memory_mb, self._sharded = device, memory_mb, sharded
         self._indexes: dict[str, NeighborIndex] = {}
+        self._search: dict[str, Any] = {}  # what a restored dataset's indexes reported
         self._ids: list[str] = []
         self._known: set[str] = set()
         self._captions: list[Any] = []
@@ -153,7 +154,7 @@ class InfoGrowth:
             return batch
         if not self._indexes:
             widths = {space: rows.shape[1] for space, rows in batch.features.items()}
-            self._indexes = {space: self._new_index(width) for space, width in widths.items()}
+            self._indexes = {s: self._new_index(s, width) for s, width in widths.items()}
         batch.neighbors = {space: no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "pair":
             recaption_align = self.thresholds.min_recaption_align
@@ -236,14 +237,14 @@ class InfoGrowth:
         chosen = {space: features[space] for space in self.spaces}
         return validate(ids, captions, chosen, dimension, self._ids)
 
-    def _new_index(self, dimension: int) -> NeighborIndex:
+    def _new_index(self, space: str, dimension: int) -> NeighborIndex:
         from infogrowth import distributed
 
         self._sharded = distributed.is_spread(self._sharded)
         device = distributed.choose_device(self._device)
-        return create_index(
-            self._index_kind, dimension, self.k, device, self._memory_mb, self._sharded
-        )
+        options = self._index_kind, dimension, self.k, device, self._memory_mb, self._sharded
+        # "auto" stays what it was when the dataset was begun, on whatever device.
+        return create_index(*options, cells_from=self._search.get(space, {}).get("cells_from"))
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -303,7 +304,14 @@ class InfoGrowth:
             "modality": self.modality,
             "index": self._index_kind,
             "dimension": {space: sizes.get(space) for space in SPACES},
+            "search": self.search_report,
         }
+
+    @property
+    def search_report(self) -> dict[str, Any]:
+        """How the neighbors of each space were searched last (`NeighborIndex.report`)."""
+        reports = {space: index.report() for space, index in self._indexes.items()}
+        return self._search | {space: report for space, report in reports.items() if report}
 
     @classmethod
     def restore(
@@ -330,6 +338,7 @@ class InfoGrowth:
             **options,
         )
         growth.thresholds = Thresholds.of_settings(settings)
+        growth._search = dict(settings.get("search") or {})
         gains = np.asarray(gains, np.float64).reshape(-1, 2)
         if not len(ids) == len(captions) == len(gains) == len(set(ids)):
             raise UserError(
@@ -353,7 +362,7 @@ class InfoGrowth:
                 if invalid.any():
                     raise UserError(f"The saved {space} features hold rows that are no unit rows.")
                 if space not in self._indexes:
-                    self._indexes[space] = self._new_index(rows.shape[1])
+                    self._indexes[space] = self._new_index(space, rows.shape[1])
                 self._indexes[space].extend(rows)
                 held += len(rows)
         if held != expected:

@@ -65,12 +65,13 @@ class NeighborIndex:
             self._memory = max(self._memory, total // 16)
         self._count = 0
         self._rows = RowStore(dimension, torch.float32, self.device)
-        self._half = _half_precision(self.device)
+        self._half = half_precision(self.device)
         self._fast: FastRows | None = None
         self._fast_learned = 0
         self._fast_pays = True
         self._cells: Cells | None = None
         self._trained = 0
+        self._searched = False
         self.gain_error: tuple[float, float, float] | None = None
 
     @property
@@ -119,6 +120,7 @@ class NeighborIndex:
             part = slice(begin, later[0] if len(later) else len(queries))
             self._train(int(rows))
             parts.append(self._search(queries[part], visible[part], self.k, self._cells))
+            self._searched = True
         if not parts:
             return Neighbors(np.empty((0, self.k), np.int64), np.empty((0, self.k)))
         return Neighbors(
@@ -126,10 +128,11 @@ class NeighborIndex:
             np.concatenate([part.products for part in parts]),
         )
 
-    def report(self) -> dict[str, Any]:
-        """How the rows held now are searched, ready for JSON: it depends on the rows alone. When
-        sharded, all ranks must call."""
-        self._train(self._trained_for(self._count))
+    def report(self) -> dict[str, Any] | None:
+        """How the last queries were looked up, ready for JSON: it depends on the rows they saw
+        alone. None before the first search."""
+        if not self._searched:
+            return None
         error = dict(zip(("mean", "p99", "max"), self.gain_error or (), strict=False))
         return {
             "search": "exact" if self._cells is None else "cells",
@@ -231,7 +234,7 @@ class NeighborIndex:
         """Have the cells that are learned from the first `rows` rows, none for 0."""
         if rows == self._trained:
             return
-        self._trained, self._cells, self.gain_error = rows, None, None
+        self._trained, self._cells, self.gain_error = 0, None, None
         if rows == 0:
             return
         begun = time.perf_counter()
@@ -244,7 +247,7 @@ class NeighborIndex:
             cells.extend(self._rows)
         learned = time.perf_counter() - begun
         mean, p99, largest = self.gain_error = self._measure(cells, rows)
-        self._cells = cells
+        self._trained, self._cells = rows, cells
         log.info(
             "Cells learned from %s rows: %d, of which %d are read; mean gain error %.5f on %d rows "
             "(99th percentile %.5f, largest %.5f); %.1f s, and %.1f s to measure.",
@@ -322,7 +325,7 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, value)
 
 
-def _half_precision(device: torch.device) -> torch.dtype | None:
+def half_precision(device: torch.device) -> torch.dtype | None:
     """What this device multiplies faster than float32."""
     if device.type == "cuda":
         return torch.float16

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from infogrowth.growth.engine import InfoGrowth, Recaption
-from infogrowth.neighbors import cells, pruned
+from infogrowth.neighbors import index, scan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(GOLDEN / "selection_seed0.npz")
@@ -116,11 +117,15 @@ def test_planted_copies_of_kept_samples_have_a_neighbor_at_no_distance():
     assert copies > 10
 
 
-def test_skipping_rows_from_early_on_chooses_the_same(monkeypatch):
-    """As with many thousands of samples, where exact search on a CPU skips most of them."""
-    monkeypatch.setattr(pruned, "FIRST_ROWS", 150)
-    monkeypatch.setattr(pruned, "FEWEST_QUERIES", 1)
-    monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
+@pytest.mark.parametrize("device_has_half", [True, False])
+def test_fast_products_from_early_on_choose_the_same(monkeypatch, device_has_half):
+    """As with many thousands of samples, where most rows meet a fast product only."""
+    monkeypatch.setattr(index, "FEW_QUERIES", 1)
+    monkeypatch.setattr(index, "LEARN_ROWS", 150)
+    monkeypatch.setattr(index, "LEAST_COLUMNS", 8)
+    monkeypatch.setattr(scan, "FIRST_ROWS", 64)
+    half = torch.bfloat16 if device_has_half else None
+    monkeypatch.setattr(index, "half_precision", lambda device: half)
     growth = InfoGrowth(k=4, min_align=0.4, index="exact", device="cpu")
     decisions = [growth.seed(*rows(0, SEEDS)), *grow(growth, SEEDS, ROWS, 64, RECAPTIONS)]
     assert_golden(growth, decisions, with_recaptions=True)

@@ -3,45 +3,34 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_exact, brute_force, clustered, in_batches, near_copies
 
-from infogrowth.neighbors import exact
-from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.errors import UserError
+from infogrowth.neighbors import index as index_module
+from infogrowth.neighbors import scan
+from infogrowth.neighbors.fast import HalfRows, LeadingRows
+from infogrowth.neighbors.index import NeighborIndex
 from infogrowth.neighbors.rows import unit_rows
+from infogrowth.neighbors.store import RowStore
+
+FORMS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "leading": None}
 
 
-def brute_force(rows, queries, visible, k):
-    """Positions and cosines of the k nearest, ties by position, all products in float64.
-
-    Rounded to 1e-13, so that copies tie whatever the order of summation."""
-    products = np.round(queries.astype(np.float64) @ rows.astype(np.float64).T, 13)
-    products[np.arange(len(rows)) >= np.asarray(visible)[:, None]] = -np.inf
-    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-    best = np.take_along_axis(products, order, axis=1)
-    return np.where(best > -np.inf, order, -1), best
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch, small_steps):
+    """What most rows are multiplied in."""
+    monkeypatch.setattr(index_module, "half_precision", lambda device: FORMS[request.param])
+    if request.param == "float32":
+        monkeypatch.setattr(index_module, "LEAST_COLUMNS", 1 << 20)
+    return request.param
 
 
-def near_copies(count, dimension, seed=0, clusters=6):
-    """Dense clusters: exact copies, and copies that differ by less than any rounding to half."""
-    random = np.random.default_rng(seed)
-    centers = random.normal(size=(clusters, dimension))
-    scale = random.choice([0, 1e-7, 1e-5, 1e-3, 0.1], size=(count, 1))
-    rows = centers[random.integers(clusters, size=count)]
-    return unit_rows(rows + scale * random.normal(size=rows.shape))[0]
-
-
-def assert_exact(found, rows, queries, visible, k):
-    positions, products = brute_force(rows, queries, visible, k)
-    np.testing.assert_array_equal(found.positions, positions)
-    present = positions >= 0
-    np.testing.assert_allclose(found.products[present], products[present], atol=1e-12, rtol=0)
-    assert np.isnan(found.distances[~present]).all()
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("k", [1, 4, 9])
-def test_search_among_near_copies_equals_float64_brute_force(precision, k):
+def test_search_among_near_copies_equals_float64_brute_force(form, k):
     rows = near_copies(1500, 33)
-    index = ExactIndex(33, k, precision=precision)
+    index = NeighborIndex(33, k)
     for start in range(0, 1500, 400):
         index.extend(rows[start : start + 400])
     queries = np.concatenate([rows[:300], near_copies(77, 33, seed=1)])
@@ -49,104 +38,117 @@ def test_search_among_near_copies_equals_float64_brute_force(precision, k):
     assert_exact(index.search(queries, visible), rows, queries, visible, k)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_half_precision_is_really_used_and_mostly_suffices_on_ordinary_features(
-    precision, monkeypatch
-):
+def test_fast_products_are_used_and_leave_few_rows_in_question(form, monkeypatch):
     random = np.random.default_rng(3)
-    rows = unit_rows(random.normal(size=(3000, 64)))[0]
-    queries = unit_rows(rows[:600] + 0.05 * random.normal(size=(600, 64)))[0]
-    index = ExactIndex(64, 4, precision=precision)
+    spectrum = 1 / (1 + np.arange(64.0)) ** 0.8
+    rows = unit_rows(random.normal(size=(3000, 64)) * spectrum)[0]
+    queries = unit_rows(rows[:600] + 0.02 * random.normal(size=(600, 64)))[0]
+    index = NeighborIndex(64, 4)
     index.extend(rows)
-    certain = {}
-    original = ExactIndex._nominate
-
-    def spy(self, queries_nd, visible, first_row, used):
-        found = original(self, queries_nd, visible, first_row, used)
-        certain[used] = float(found[2].float().mean())
-        return found
-
-    monkeypatch.setattr(ExactIndex, "_nominate", spy)
+    again = []
+    original = scan.Scan._multiplied_again
+    monkeypatch.setattr(
+        scan.Scan,
+        "_multiplied_again",
+        lambda self, hits: again.append(len(hits)) or original(self, hits),
+    )
     visible = np.full(600, 3000)
     assert_exact(index.search(queries, visible), rows, queries, visible, 4)
-    assert next(iter(certain)) == getattr(torch, precision)
-    assert certain[getattr(torch, precision)] > 0.5
+    assert (form == "float32") == (not again)
+    assert sum(again) < 600 * 200  # of 3,000 rows
 
 
-def test_the_error_bound_covers_every_rounding_of_half_precision():
-    rows = near_copies(400, 48, seed=5)
-    for precision in (torch.float32, torch.bfloat16, torch.float16):
-        index = ExactIndex(48, 4, precision=str(precision).removeprefix("torch."))
-        index.extend(rows)
-        queries = torch.from_numpy(rows[:100])
-        held = index._rows if index._halves is None else index._halves
-        scores = (queries.to(precision) @ held.filled.T).float().double()
-        true = queries.double() @ torch.from_numpy(rows).double().T
-        bound = torch.stack(
-            [index._error_bound(queries, scores[:, column], precision) for column in range(400)], 1
-        )
-        assert bool((true <= scores + bound).all())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_no_cosine_lies_further_above_a_fast_product_than_its_bound(dtype):
+    rows = torch.from_numpy(near_copies(400, 48, seed=5))
+    fast = LeadingRows(rows[::2]) if dtype is None else HalfRows(48, dtype, torch.device("cpu"))
+    fast.extend(rows)
+    queries, bound = fast.queries(rows[:100])
+    scores = (queries @ fast.store.take(torch.arange(400)).T).double()
+    true = rows[:100].double() @ rows.double().T
+    assert bool((true <= scores + bound[:, None]).all())
+    assert float(bound.max()) < 0.02
 
 
-def test_copies_are_found_in_order_of_insertion():
+def test_copies_are_found_in_order_of_insertion(form):
     rows = np.repeat(unit_rows(np.random.default_rng(0).normal(size=(3, 20)))[0], 700, axis=0)
-    for precision in ("float32", "bfloat16"):
-        index = ExactIndex(20, 4, precision=precision)
-        index.extend(rows)
-        found = index.search(rows[[0, 800, 1500]], np.full(3, len(rows)))
-        assert found.positions.tolist() == [
-            [0, 1, 2, 3], [700, 701, 702, 703], [1400, 1401, 1402, 1403],
-        ]  # fmt: skip
-        assert (found.distances < 1e-6).all()
+    index = NeighborIndex(20, 4)
+    index.extend(rows)
+    found = index.search(rows[[0, 800, 1500]], np.full(3, len(rows)))
+    assert found.positions.tolist() == [
+        [0, 1, 2, 3], [700, 701, 702, 703], [1400, 1401, 1402, 1403],
+    ]  # fmt: skip
+    assert (found.distances < 1e-6).all()
 
 
 @pytest.mark.parametrize("memory_mb", [0.01, 0.3, 256])
-@pytest.mark.parametrize("query_rows", [5, 4096])
-def test_no_layout_of_blocks_changes_a_bit(memory_mb, query_rows, monkeypatch):
-    monkeypatch.setattr(exact, "QUERY_ROWS", query_rows)
-    monkeypatch.setattr(exact, "TAIL_ROWS", 64)
+@pytest.mark.parametrize("queries_at_once", [5, 4096])
+def test_no_layout_of_blocks_changes_a_bit(form, memory_mb, queries_at_once, monkeypatch):
     rows = near_copies(700, 24, seed=2)
-    index = ExactIndex(24, 4, memory_mb=memory_mb, precision="float32")
-    index.extend(rows)
     visible = np.arange(700)
-    found = index.search(rows, visible)
-    assert_exact(found, rows, rows, visible, 4)
-    monkeypatch.undo()
-    plain = ExactIndex(24, 4)
+    plain = NeighborIndex(24, 4)
     plain.extend(rows)
-    np.testing.assert_array_equal(plain.search(rows, visible).products, found.products)
-
-
-def test_scratch_memory_stays_within_its_bound(monkeypatch):
-    asked = []
-    original = torch.empty
-
-    def spy(*size, **options):
-        made = original(*size, **options)
-        asked.append(made.numel() * made.element_size())
-        return made
-
-    index = ExactIndex(8, 4, memory_mb=2, precision="float32")
-    index.extend(near_copies(5000, 8))
-    monkeypatch.setattr(torch, "empty", spy)
-    index.search(near_copies(512, 8), np.full(512, 5000))
-    assert asked and max(asked) <= 2 * 2**20
-
-
-def test_rows_before_the_first_are_left_out():
-    rows = near_copies(600, 16)
-    index = ExactIndex(16, 4)
+    expected = plain.search(rows, visible)
+    assert_exact(expected, rows, rows, visible, 4)
+    monkeypatch.setattr(index_module, "DENSE_QUERIES", queries_at_once)
+    monkeypatch.setattr(scan, "TAIL_ROWS", 64)
+    index = NeighborIndex(24, 4, memory_mb=memory_mb)
     index.extend(rows)
-    visible = np.sort(np.random.default_rng(0).integers(256, 601, size=90))
-    found = index.search(rows[:90], visible, first_row=256)
-    positions, _ = brute_force(rows[256:], rows[:90], visible - 256, 4)
-    np.testing.assert_array_equal(found.positions, np.where(positions >= 0, positions + 256, -1))
+    found = index.search(rows, visible)
+    np.testing.assert_array_equal(found.products, expected.products)
+    np.testing.assert_array_equal(found.positions, expected.positions)
 
 
-def test_truncated_rows_are_forgotten_and_replaced():
-    rows = near_copies(900, 12)
-    index = ExactIndex(12, 4, precision="bfloat16")
+@pytest.mark.parametrize("cells_from", [None, 16])
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 150), dimension=st.sampled_from([1, 2, 3, 8, 33]), k=st.integers(1, 6),
+    kind=st.sampled_from(["any", "copies", "collinear", "constant", "opposite", "nearly constant"]),
+    batch=st.integers(1, 160), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_data_in_any_batches(cells_from, count, dimension, k, kind, batch, seed):
+    """Exact search is exact; in cells every cosine is that of the row, none is nearer than the
+    truth, and neither depends on batches."""
+    k = min(k, count)
+    random = np.random.default_rng(seed)
+    rows = random.normal(size=(count, dimension))
+    if kind == "copies":
+        rows = rows[random.integers(min(count, 3), size=count)]
+    elif kind == "collinear":
+        rows = rows[:1] * random.choice([-2.0, 1.0, 3.0], size=(count, 1))
+    elif kind == "constant":
+        rows[:] = 1.0
+    elif kind == "opposite":
+        rows[1::2] = -rows[: len(rows[1::2])]
+    elif kind == "nearly constant":
+        rows = 1 + 1e-7 * rows
+    rows = unit_rows(rows)[0]
+    visible = np.arange(count)
+    positions, products = in_batches(
+        NeighborIndex(dimension, k, cells_from=cells_from), rows, batch
+    )
+    again = in_batches(NeighborIndex(dimension, k, cells_from=cells_from), rows, 37)
+    np.testing.assert_array_equal(positions, again[0])
+    np.testing.assert_array_equal(products, again[1])
+    truth = brute_force(rows, rows, visible, k)
+    there = positions >= 0
+    true_products = (rows[np.clip(positions, 0, None)].astype(np.float64) * rows[:, None]).sum(2)
+    np.testing.assert_allclose(products[there], true_products[there], atol=1e-12)
+    assert (positions < np.maximum(visible, 1)[:, None]).all()
+    assert (products[:, 1:] <= products[:, :-1]).all()
+    if cells_from is None:
+        np.testing.assert_array_equal(there, truth[0] >= 0)
+        np.testing.assert_allclose(products[there], truth[1][there], atol=1e-12)
+    else:
+        best = truth[1][:, :1]
+        assert (products[:, :1][best > -np.inf] <= best[best > -np.inf] + 1e-12).all()
+
+
+def test_truncated_rows_are_forgotten_and_replaced(form):
+    rows = clustered(900, 12)
+    index = NeighborIndex(12, 4)
     index.extend(rows)
+    index.search(rows, np.full(900, 900))
     index.truncate(300)
     index.extend(rows[600:])
     held = np.concatenate([rows[:300], rows[600:]])
@@ -155,7 +157,7 @@ def test_truncated_rows_are_forgotten_and_replaced():
 
 
 def test_an_empty_index_and_no_queries_find_nothing():
-    index = ExactIndex(5, 4)
+    index = NeighborIndex(5, 4)
     rows = near_copies(3, 5)
     assert (index.search(rows, np.zeros(3, np.int64)).positions == -1).all()
     index.extend(rows)
@@ -163,14 +165,76 @@ def test_an_empty_index_and_no_queries_find_nothing():
     assert (index.search(rows, np.zeros(3, np.int64)).positions == -1).all()
 
 
-def test_reduced_precision_allowed_for_training_does_not_reach_the_search():
-    rows = near_copies(1200, 64)
-    index = ExactIndex(64, 4, precision="float32")
-    index.extend(rows)
+def allow_legacy():
     torch.set_float32_matmul_precision("medium")
+
+
+def allow_by_the_new_switch():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+@pytest.mark.parametrize("allow", [allow_legacy, allow_by_the_new_switch])
+def test_reduced_precision_allowed_for_training_does_not_reach_the_search(allow, small_steps):
+    rows = near_copies(1200, 64)
+    index = NeighborIndex(64, 4)
+    index.extend(rows)
+
+    def state():
+        cuda = torch.backends.cuda.matmul
+        cpu = torch.backends.mkldnn.matmul
+        return cuda.fp32_precision, cpu.fp32_precision, cuda.allow_fp16_accumulation
+
+    before = state()
+    allow()
+    allowed = state()
     try:
         found = index.search(rows, np.full(1200, 1200))
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert state() == allowed != before
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = (
+            before[:2]
+        )
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before[2]
+        if allow is allow_legacy:
+            torch.set_float32_matmul_precision("highest")
     assert_exact(found, rows, rows, np.full(1200, 1200), 4)
+
+
+def test_an_index_made_in_inference_mode_serves_afterwards():
+    rows = near_copies(600, 16)
+    with torch.inference_mode():
+        index = NeighborIndex(16, 4, cells_from=128)
+        index.extend(rows[:300])
+        index.search(rows[:300], np.arange(300))
+    index.extend(rows[300:])
+    assert (index.search(rows, np.arange(600)).positions[1:, 0] >= 0).all()
+
+
+def test_rows_lie_in_chunks_as_on_a_gpu_and_are_read_from_all():
+    store = RowStore(3, torch.float32, torch.device("cpu"))
+    rows = torch.arange(30_000, dtype=torch.float32).view(-1, 3)
+    store.device = torch.device("meta")  # grows as a GPU's does; the memory itself is the CPU's
+    store._empty = lambda count: torch.empty((count, 3))
+    for start in range(0, len(rows), 1500):
+        store.extend(rows[start : start + 1500])
+    assert len(store._chunks) > 3
+    store.device = torch.device("cpu")
+    at = torch.tensor([[9999, 0], [1500, 4321]])
+    torch.testing.assert_close(store.take(at), rows[at])
+    pieces = list(store.pieces(1000, 7000))
+    assert pieces[0][0] == 1000
+    torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), rows[1000:7000])
+
+
+def test_running_out_of_memory_is_one_sentence(monkeypatch):
+    index = NeighborIndex(256, 4)
+
+    def full(self, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(RowStore, "_empty", full)
+    with pytest.raises(UserError, match="bytes a row"):
+        index.extend(near_copies(10, 256))
+    assert index.count == 0

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracle import in_batches, on_ranks
 
-from infogrowth.neighbors.base import merge_neighbors
-from infogrowth.neighbors.exact import ExactIndex
+from infogrowth.neighbors.index import NeighborIndex
 from infogrowth.neighbors.rows import unit_rows
-from infogrowth.neighbors.sharded import ShardedIndex
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -24,57 +23,31 @@ def rows_with_copies(count, dimension=10):
     return unit_rows(rows)[0]
 
 
-def shards(world_size, k=4):
-    def no_gathering(_):
-        raise AssertionError("simulated shards are merged by hand")
-
-    return [
-        ShardedIndex(ExactIndex(10, k), rank, world_size, no_gathering)
-        for rank in range(world_size)
-    ]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [1, 3, 5, 257])
 def test_any_number_of_shards_finds_what_one_index_finds(world_size, count):
     rows = rows_with_copies(count)
-    whole, parts = ExactIndex(10, 4), shards(world_size)
-    for start in range(0, count, 50):  # batches of changing sizes, shards uneven or empty
-        batch = rows[start : start + 50]
-        whole.extend(batch)
-        for part in parts:
-            part.extend(batch)
-    visible = np.arange(1, count + 1)
-    expected = whole.search(rows, visible)
-    found = merge_neighbors([part.local_search(rows, visible) for part in parts], 4)
-    np.testing.assert_array_equal(found.positions, expected.positions)
-    np.testing.assert_array_equal(found.products, expected.products)
+
+    def grow(index):  # batches of changing sizes, shards uneven or empty
+        return *in_batches(index, rows, 50), index.rows(count // 3, count), index.count
+
+    positions, products, some, held = grow(NeighborIndex(10, 4))
+    assert held == count
+    np.testing.assert_array_equal(some, rows[count // 3 :])
+    for rank in on_ranks(world_size, grow, 10, 4):
+        np.testing.assert_array_equal(rank[0], positions)
+        np.testing.assert_array_equal(rank[1], products)
+        np.testing.assert_array_equal(rank[2], some)
 
 
 def test_rows_are_spread_evenly_and_truncated_together():
-    parts = shards(4)
-    for part in parts:
-        part.extend(rows_with_copies(103))
-        assert part.count == 103
-    assert [part.local.count for part in parts] == [26, 26, 26, 25]
-    for part in parts:
-        part.truncate(5)
-    assert [part.local.count for part in parts] == [2, 1, 1, 1]
+    def held(index):
+        index.extend(rows_with_copies(103))
+        before = index._rows.count
+        index.truncate(5)
+        return before, index._rows.count, index.count
 
-
-def test_rows_come_back_in_order_from_any_start():
-    rows = rows_with_copies(23)
-    for start, stop in [(0, 23), (3, 20), (7, 8), (5, 5)]:
-        parts = shards(3)
-        for part in parts:
-            part.extend(rows)
-        own = [
-            part.local.rows(int(part._own(np.int64(start))), int(part._own(np.int64(stop))))
-            for part in parts
-        ]
-        for part in parts:
-            part._gather = lambda _, own=own: own
-            np.testing.assert_array_equal(part.rows(start, stop), rows[start:stop])
+    assert on_ranks(4, held, 10, 4) == [(26, 2, 5), (26, 1, 5), (26, 1, 5), (25, 1, 5)]
 
 
 PROGRAM = """
@@ -98,7 +71,7 @@ with distributed.process_group("cpu"):
     first = growth.process(*rows(slice(100, 101)), table)
     growth.process(*rows(slice(101, 900)), table)
     features = [growth.kept_features(space) for space in ("image", "text")]
-    local = growth._indexes["image"].local.count
+    local = growth._indexes["image"]._rows.count
     captions = [entry["caption"] for entry in growth.annotations()]
     saved = growth.settings, growth.kept_ids, captions, growth.kept_gains
     growth = InfoGrowth.restore(*saved, *features, device="cpu")
