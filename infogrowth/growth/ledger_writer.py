@@ -119,6 +119,12 @@ class GrowthLedger:
         if not self.paths.manifest.is_file():
             atomic_write_json(self.paths.manifest, Manifest().as_json(), indent=1)
 
+    def record_search(self, report: dict[str, Any]) -> None:
+        """Put down how neighbors are searched, with its measured error, before the next commit."""
+        if self.settings is not None and report and report != self.settings.get("search"):
+            self.settings = {**self.settings, "search": report}
+            atomic_write_json(self.paths.settings, self.settings, indent=1)
+
     def record(self, source: int, decided: Sequence[tuple[Decisions, np.ndarray]]) -> None:
         """Take decisions in; they are on disk after the next :meth:`commit`.
 
