@@ -215,7 +215,7 @@ class GrowSession:
         if ledger.settings is None:
             self._begin()
         source.digest = stream.fingerprint(source.position)
-        ledger.record_search(self._engine.search_report)
+        ledger.record_search(self._engine.settings["search"])
         ledger.commit()
         self._last_commit = time.monotonic()
 

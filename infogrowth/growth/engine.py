@@ -51,8 +51,7 @@ class InfoGrowth:
         min_align: the lowest cosine of image and caption feature that is kept. "auto" takes the
             value that best tells the seeds' captions from swapped ones, "auto:0.98" the lowest
             that leaves the stream 98 % pure; both are found at the first call of `seed`.
-        index: "exact", "approximate" (for millions of samples) or "auto".
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        index: "exact", "approximate" or "auto". device: "auto" (a GPU if there is one), "cpu", "cuda".
         modality: "pair" (image and caption) or "image" (images with class labels as captions).
         memory_mb: bound on the scratch memory of a search, per index.
         sharded: spread the kept features over the ranks of the process group; None: if there is one
@@ -242,9 +241,13 @@ class InfoGrowth:
 
         self._sharded = distributed.is_spread(self._sharded)
         device = distributed.choose_device(self._device)
-        options = self._index_kind, dimension, self.k, device, self._memory_mb, self._sharded
-        # "auto" stays what it was when the dataset was begun, on whatever device.
-        return create_index(*options, cells_from=self._search.get(space, {}).get("cells_from"))
+        options = (
+            device,
+            self._memory_mb,
+            self._sharded,
+            self._search.get(space, {}).get("cells_from"),
+        )
+        return create_index(self._index_kind, dimension, self.k, *options)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -297,21 +300,15 @@ class InfoGrowth:
     @property
     def settings(self) -> dict[str, Any]:
         """What makes this dataset what it is, ready for JSON; `restore` takes it back."""
-        sizes = {space: index.dimension for space, index in self._indexes.items()}
+        indexes = self._indexes
         return {
             "k": self.k,
             **asdict(self.thresholds),
             "modality": self.modality,
             "index": self._index_kind,
-            "dimension": {space: sizes.get(space) for space in SPACES},
-            "search": self.search_report,
+            "dimension": {s: indexes[s].dimension if s in indexes else None for s in SPACES},
+            "search": self._search | {s: r for s in indexes if (r := indexes[s].report())},
         }
-
-    @property
-    def search_report(self) -> dict[str, Any]:
-        """How the neighbors of each space were searched last (`NeighborIndex.report`)."""
-        reports = {space: index.report() for space, index in self._indexes.items()}
-        return self._search | {space: report for space, report in reports.items() if report}
 
     @classmethod
     def restore(
@@ -387,9 +384,8 @@ def mean_distance(distances: np.ndarray) -> np.ndarray:
 
 def _one_row(features: Any) -> Any:
     """The features of a single sample (D,) as one row (1, D)."""
-    if features is None:
-        return None
-    return features.reshape(1, -1) if hasattr(features, "reshape") else [features]
+    one = None if features is None else [features]
+    return features.reshape(1, -1) if hasattr(features, "reshape") else one
 
 
 def _check_settings(
