@@ -337,3 +337,9 @@ def _validate_features(
 
 def _number(value: np.float64) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+def one_row(features: Any) -> Any:
+    """The features of a single sample (D,) as one row (1, D)."""
+    one = None if features is None else [features]
+    return features.reshape(1, -1) if hasattr(features, "reshape") else one

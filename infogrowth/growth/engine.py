@@ -26,6 +26,7 @@ from infogrowth.growth.decisions import (
     Reason,
     Recaption,
     no_neighbors,
+    one_row,
     validate,
 )
 from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
@@ -51,7 +52,8 @@ class InfoGrowth:
         min_align: the lowest cosine of image and caption feature that is kept. "auto" takes the
             value that best tells the seeds' captions from swapped ones, "auto:0.98" the lowest
             that leaves the stream 98 % pure; both are found at the first call of `seed`.
-        index: "exact", "approximate" or "auto". device: "auto" (a GPU if there is one), "cpu", "cuda".
+        index: "exact", "approximate" (for millions of samples) or "auto".
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
         modality: "pair" (image and caption) or "image" (images with class labels as captions).
         memory_mb: bound on the scratch memory of a search, per index.
         sharded: spread the kept features over the ranks of the process group; None: if there is one
@@ -127,7 +129,7 @@ class InfoGrowth:
         single = isinstance(ids, str)
         if single:
             ids, captions = [ids], [captions]
-            image_features, text_features = _one_row(image_features), _one_row(text_features)
+            image_features, text_features = one_row(image_features), one_row(text_features)
         batch = self._validate(ids, captions, image_features, text_features)
         min_align = self.thresholds.min_align
         if min_align is None or not self.thresholds.resolved:
@@ -380,12 +382,6 @@ def mean_distance(distances: np.ndarray) -> np.ndarray:
         total[present] += column[present]
         found += present
     return np.where(found > 0, total / np.maximum(found, 1), 1.0)
-
-
-def _one_row(features: Any) -> Any:
-    """The features of a single sample (D,) as one row (1, D)."""
-    one = None if features is None else [features]
-    return features.reshape(1, -1) if hasattr(features, "reshape") else one
 
 
 def _check_settings(
