@@ -242,13 +242,8 @@ class InfoGrowth:
         from infogrowth import distributed
 
         self._sharded = distributed.is_spread(self._sharded)
-        device = distributed.choose_device(self._device)
-        options = (
-            device,
-            self._memory_mb,
-            self._sharded,
-            self._search.get(space, {}).get("cells_from"),
-        )
+        device, before = distributed.choose_device(self._device), self._search.get(space, {})
+        options = device, self._memory_mb, self._sharded, before.get("cells_from")
         return create_index(self._index_kind, dimension, self.k, *options)
 
     @contextmanager
