@@ -1,6 +1,6 @@
-"""BLIP's random augmentation: up to two of ten operations at level 5, functions of a picture.
+"""BLIP's random augmentation: up to two of ten operations at level 5, functions of an image.
 
-The operations reproduce the paper's pictures to the bit (golden/augment_ops). Warps are bilinear
+The operations reproduce the paper's images to the bit (golden/augment_ops). Warps are bilinear
 with coordinates in 32nds of a pixel and a grey border (128), as OpenCV computes them.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 LEVEL, MAX_LEVEL = 5, 10
-OPERATIONS_PER_PICTURE = 2
+OPERATIONS_PER_IMAGE = 2
 PROBABILITY = 0.5
 BORDER = 128
 
@@ -20,8 +20,8 @@ Operation = Callable[[Image.Image, float], Image.Image]
 
 # Three 8-bit channels in one 64-bit number, 21 bits apart: a weighted sum of pixels with weights
 # that add up to 1024 is one multiplication and one addition for all three.
-_LANE = 21
-_EVERY_LANE = 1 + (1 << _LANE) + (1 << 2 * _LANE)
+_BITS = 21
+_EVERY_CHANNEL = 1 + (1 << _BITS) + (1 << 2 * _BITS)
 _STRIP = 64  # rows
 
 
@@ -31,7 +31,7 @@ def random_augment(image: Image.Image, random: np.random.Generator) -> Image.Ima
     A warp goes either way with the same chance.
     """
     names = tuple(OPERATIONS)
-    for choice in random.integers(len(names), size=OPERATIONS_PER_PICTURE):
+    for choice in random.integers(len(names), size=OPERATIONS_PER_IMAGE):
         if random.random() > PROBABILITY:
             continue
         name = names[choice]
@@ -41,7 +41,7 @@ def random_augment(image: Image.Image, random: np.random.Generator) -> Image.Ima
 
 
 def identity(image: Image.Image, sign: float) -> Image.Image:
-    """The picture itself."""
+    """The image itself."""
     return image
 
 
@@ -68,7 +68,7 @@ def equalize(image: Image.Image, sign: float) -> Image.Image:
 
 
 def brightness(image: Image.Image, sign: float) -> Image.Image:
-    """Blend with black; at level 5 the factor is 1, which leaves the picture as it is."""
+    """Blend with black; at level 5 the factor is 1, which leaves the image as it is."""
     return _enhanced(image, ImageEnhance.Brightness)
 
 
@@ -134,34 +134,34 @@ def _warped(image: Image.Image, inverse: list[list[float]]) -> Image.Image:
     pixels_HWC = np.asarray(image)
     height, width = pixels_HWC.shape[:2]
     # Two border pixels all around: whatever lies further outside is as good as the border.
-    lanes = np.full((height + 4, width + 4), BORDER * _EVERY_LANE, np.uint64)
-    inner = lanes[2:-2, 2:-2]
+    packed = np.full((height + 4, width + 4), BORDER * _EVERY_CHANNEL, np.uint64)
+    inner = packed[2:-2, 2:-2]
     inner[:] = pixels_HWC[..., 2]
     for channel in (1, 0):
-        inner <<= _LANE
+        inner <<= _BITS
         inner |= pixels_HWC[..., channel]
     result = np.empty_like(pixels_HWC)
     # In strips that stay in the processor's cache, which is four times quicker.
     for top in range(0, height, _STRIP):
         rows = np.arange(top, min(top + _STRIP, height))
         total = _sampled(
-            lanes, *(_positions(coefficients, rows, width) for coefficients in inverse)
+            packed, *(_positions(coefficients, rows, width) for coefficients in inverse)
         )
         for channel in range(3):
             result[rows[0] : rows[-1] + 1, :, channel] = total  # the lower 8 bits stay
-            total >>= _LANE
+            total >>= _BITS
     return Image.fromarray(result)
 
 
 def _sampled(
-    lanes: np.ndarray,
+    packed: np.ndarray,
     columns: tuple[np.ndarray, np.ndarray],
     rows: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """The weighted sums of four neighbouring pixels each, rounded, still in lanes."""
-    stride, flat = lanes.shape[1], lanes.ravel()
+    """The weighted sums of four neighbouring pixels each, rounded, still packed."""
+    stride, flat = packed.shape[1], packed.ravel()
     (column, right), (row, lower) = columns, rows
-    at = (np.clip(row, -2, lanes.shape[0] - 4) + 2) * stride
+    at = (np.clip(row, -2, packed.shape[0] - 4) + 2) * stride
     at += np.clip(column, -2, stride - 4) + 2
     left = 32 - right
     total = flat.take(at) * left
@@ -175,7 +175,7 @@ def _sampled(
         total += below
     else:  # a shear along the rows
         total <<= 5
-    total += np.uint64(512 * _EVERY_LANE)
+    total += np.uint64(512 * _EVERY_CHANNEL)
     total >>= 10
     return total
 
