@@ -21,8 +21,7 @@ from infogrowth.blip.names import (
     other_names,
 )
 from infogrowth.blip.tokenizer import VOCABULARY_FILE, load_tokenizer
-from infogrowth.blip.weights_files import WeightFile, open_state
-from infogrowth.blip.weights_writing import save_folder, save_weights
+from infogrowth.blip.weights_files import WeightFile, open_state, save_folder, save_weights
 from infogrowth.errors import UserError
 
 __all__ = [

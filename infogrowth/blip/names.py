@@ -4,48 +4,24 @@ import re
 
 import torch
 
-# Official prefix or pattern -> Hugging Face's. The text parts and heads share their names.
-_VISION = [
-    (r"visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
-    (r"visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
-    (r"visual_encoder\.patch_embed\.proj\.(\w+)", r"vision_model.embeddings.patch_embedding.\1"),
-    (
-        r"visual_encoder\.blocks\.(\d+)\.norm([12])\.(\w+)",
-        r"vision_model.encoder.layers.\1.layer_norm\2.\3",
-    ),
-    (
-        r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(\w+)",
-        r"vision_model.encoder.layers.\1.self_attn.qkv.\2",
-    ),
-    (
-        r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.(\w+)",
-        r"vision_model.encoder.layers.\1.self_attn.projection.\2",
-    ),
-    (r"visual_encoder\.blocks\.(\d+)\.mlp\.(.+)", r"vision_model.encoder.layers.\1.mlp.\2"),
-    (r"visual_encoder\.norm\.(\w+)", r"vision_model.post_layernorm.\1"),
+# Official name and Hugging Face's; # stands for a block's number, * for the rest. The text parts
+# and heads have the same names in both.
+_TABLE = [
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.*", "vision_model.embeddings.patch_embedding.*"),
+    ("visual_encoder.blocks.#.norm1.*", "vision_model.encoder.layers.#.layer_norm1.*"),
+    ("visual_encoder.blocks.#.norm2.*", "vision_model.encoder.layers.#.layer_norm2.*"),
+    ("visual_encoder.blocks.#.attn.qkv.*", "vision_model.encoder.layers.#.self_attn.qkv.*"),
+    ("visual_encoder.blocks.#.attn.proj.*", "vision_model.encoder.layers.#.self_attn.projection.*"),
+    ("visual_encoder.blocks.#.mlp.*", "vision_model.encoder.layers.#.mlp.*"),
+    ("visual_encoder.norm.*", "vision_model.post_layernorm.*"),
 ]
-_FROM_HUGGINGFACE = [
-    (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
-    (r"vision_model\.embeddings\.position_embedding", "visual_encoder.pos_embed"),
-    (r"vision_model\.embeddings\.patch_embedding\.(\w+)", r"visual_encoder.patch_embed.proj.\1"),
-    (
-        r"vision_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.(\w+)",
-        r"visual_encoder.blocks.\1.norm\2.\3",
-    ),
-    (
-        r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(\w+)",
-        r"visual_encoder.blocks.\1.attn.qkv.\2",
-    ),
-    (
-        r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.(\w+)",
-        r"visual_encoder.blocks.\1.attn.proj.\2",
-    ),
-    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(.+)", r"visual_encoder.blocks.\1.mlp.\2"),
-    (r"vision_model\.post_layernorm\.(\w+)", r"visual_encoder.norm.\1"),
-    # BlipModel's own names for what the retrieval class calls otherwise.
-    (r"text_model\.(.+)", r"text_encoder.\1"),
-    (r"visual_projection\.(\w+)", r"vision_proj.\1"),
-    (r"text_projection\.(\w+)", r"text_proj.\1"),
+# BlipModel's own names for what the retrieval class calls otherwise.
+_READ_ONLY = [
+    ("text_encoder.*", "text_model.*"),
+    ("vision_proj.*", "visual_projection.*"),
+    ("text_proj.*", "text_projection.*"),
 ]
 _DECODER = "text_decoder.bert."
 _OUTPUT = "text_decoder.cls.predictions."
@@ -53,18 +29,19 @@ _OUTPUT = "text_decoder.cls.predictions."
 
 def to_huggingface_name(name: str) -> str:
     """Hugging Face's name of an official one."""
-    return _rename(name, _VISION)
+    return _rename(name, _TABLE)
 
 
 def from_huggingface_name(name: str) -> str:
     """The official name of a Hugging Face one."""
-    return _rename(name, _FROM_HUGGINGFACE)
+    return _rename(name, [(theirs, official) for official, theirs in _TABLE + _READ_ONLY])
 
 
 def _rename(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
+    for pattern, template in rules:
+        groups = re.escape(pattern).replace(r"\#", r"(?P<n>\d+)").replace(r"\*", "(?P<rest>.+)")
+        if re.fullmatch(groups, name):
+            return re.sub(groups, template.replace("#", r"\g<n>").replace("*", r"\g<rest>"), name)
     return name
 
 

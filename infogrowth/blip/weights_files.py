@@ -1,4 +1,5 @@
-"""Opening weight files of every kind as one dictionary of tensors, never unpickling code."""
+"""Files of weights: every kind is read as one dictionary of tensors, never unpickling code; ours
+and the official kind are written."""
 
 import json
 import os
@@ -6,16 +7,22 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.config import CONFIG_FILE, BlipConfig, is_blip_config
 from infogrowth.blip.hub import download
-from infogrowth.blip.names import official_state
+from infogrowth.blip.names import is_momentum, is_queue, official_state
+from infogrowth.blip.tokenizer import save_vocabulary
 from infogrowth.errors import UserError
-from infogrowth.files import read_json
+from infogrowth.files import atomic_write, read_json
 
+Layout = Literal["official", "safetensors", "huggingface"]
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 # Under what training programs keep a model's weights, and what wrappers do to the names.
@@ -155,3 +162,116 @@ def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             names = {name: short.removeprefix(prefix) for name, short in names.items()}
             dotted = [name.removeprefix(prefix) for name in dotted]
     return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def save_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layout: Layout = "official",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: Literal["retrieval", "captioning"] | None = None,
+    momentum: bool = True,
+) -> None:
+    """Write the model's weights, whole or not at all.
+
+    Args:
+        path: a ``.pth`` file (``official``), a ``.safetensors`` file, or a folder
+            (``huggingface``).
+        layout: ``official`` has every name that BLIP's own files have, tied ones and
+            ``position_ids`` too, under the key ``model``, and beside it the shape under
+            ``config``; ``safetensors`` has each tensor once, and the shape in its metadata;
+            ``huggingface`` is a folder that ``transformers`` opens.
+        tokenizer: also written to a Hugging Face folder when given.
+        task: which Hugging Face class to write for; default: captioning for a model without a
+            text encoder, else retrieval.
+        momentum: also keep momentum encoders and queues in an official file.
+    """
+    config = config_of(model)
+    if layout == "official":
+        with atomic_write(path) as file:
+            state = _with_positions(model)
+            if not momentum:
+                state = {k: v for k, v in state.items() if not (is_momentum(k) or is_queue(k))}
+            torch.save({"model": state, "config": config.as_dict()}, file)
+    elif layout == "safetensors":
+        with atomic_write(path) as file:
+            file.write(safetensors_bytes(unique_state(model), config))
+    elif layout == "huggingface":
+        from infogrowth.blip.huggingface import save_huggingface
+
+        save_huggingface(model, Path(path), tokenizer, task)
+    else:
+        raise UserError(
+            f"weights are written as official, safetensors or huggingface, not {layout}"
+        )
+
+
+def save_folder(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    momentum: bool = False,
+) -> None:
+    """Write a BLIP folder: ``vocab.txt``, ``model.safetensors``, and last ``config.json``.
+
+    Args:
+        momentum: also keep momentum encoders and queues, which only training needs.
+    """
+    state = unique_state(model)
+    if not momentum:
+        state = {k: v for k, v in state.items() if not is_momentum(k) and not is_queue(k)}
+    save_vocabulary(tokenizer, directory)
+    with atomic_write(Path(directory) / "model.safetensors") as file:
+        file.write(safetensors_bytes(state, config_of(model)))
+    config_of(model).to_folder(directory)
+
+
+def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors, each once, under the first of its (tied) names."""
+    seen: set[int] = set()
+    unique: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        unique[name] = tensor
+    return unique
+
+
+def safetensors_bytes(state: dict[str, torch.Tensor], config: BlipConfig | None = None) -> bytes:
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    metadata = {"format": "pt"}  # transformers refuses files without this
+    if config is not None:
+        metadata["config"] = json.dumps(config.as_dict())
+    return _in_one_order(safetensors.torch.save(ready, metadata=metadata))
+
+
+def _in_one_order(file: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in a random order.
+
+    The header is as long as before, so nothing behind it moves, and equal weights are equal bytes.
+    """
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + text.ljust(length) + file[8 + length :]
+
+
+def _with_positions(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with the constant ``position_ids`` that official files carry."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("embeddings.word_embeddings.weight"):
+            prefix = name.removesuffix("word_embeddings.weight")
+            length = len(model.get_parameter(f"{prefix}position_embeddings.weight"))
+            state[f"{prefix}position_ids"] = torch.arange(length).expand(1, -1).clone()
+        state[name] = tensor.detach().cpu()
+    return state
+
+
+def config_of(model: nn.Module) -> BlipConfig:
+    """The shape that every model of this package carries."""
+    config = model.config
+    assert isinstance(config, BlipConfig)
+    return config
