@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infogrowth import distributed
 from infogrowth.blip.config import preset
-from infogrowth.blip.negatives import negative_weights
+from infogrowth.blip.losses import negative_weights
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import run_script
 from infogrowth.config import option

@@ -31,12 +31,11 @@ from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch
-from infogrowth.data.pairs import PairDataset
+from infogrowth.data.pairs import PairDataset, classes_of
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import Augment, evaluation_transform, training_transform
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import recall_table
-from infogrowth.evaluation.rerank import retrieval_scores
+from infogrowth.evaluation.rerank import retrieval_recall
 from infogrowth.growth.sampling import GainSampler, Mode
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
@@ -103,7 +102,7 @@ def pretrain(config: PretrainConfig) -> int:
         annotations = load_annotations(config.annotations)
         if not annotations:
             raise UserError(f"the annotation file {config.annotations} holds no samples")
-        classes = classes_of(annotations, config)
+        classes = classes_of(annotations, config.class_key, config.captions_per_visit)
         loader = build_loader(config, annotations, classes, tokenizer, device)
         model = build_model(config, classes, tokenizer).to(device)
         if config.compile:
@@ -132,7 +131,16 @@ def pretrain(config: PretrainConfig) -> int:
 
             def validate() -> None:
                 if val_set is not None:
-                    recalls = cosine_recall(config, model, tokenizer, val_set, precision)
+                    recalls = retrieval_recall(
+                        model,
+                        tokenizer,
+                        val_set,
+                        k_test=0,  # by cosine alone
+                        batch_size=config.batch_size,
+                        max_length=config.max_length,
+                        workers=config.num_workers,
+                        autocast=precision.autocast,
+                    )
                     log.validation(state, recalls)
 
             while not state.finished:
@@ -175,49 +183,6 @@ def validation_set(config: PretrainConfig) -> RetrievalEvaluation | None:
         max_words=config.max_words,
         split="val",
     )
-
-
-def cosine_recall(
-    config: PretrainConfig,
-    model: BlipPretrain,
-    tokenizer: PreTrainedTokenizerBase,
-    val_set: RetrievalEvaluation,
-    precision: Precision,
-) -> dict[str, float]:
-    """Retrieval recalls by cosine alone, without re-ranking; training is left as it was."""
-    cosines = retrieval_scores(
-        model,
-        tokenizer,
-        val_set,
-        val_set.texts,
-        k_test=0,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        workers=config.num_workers,
-        autocast=precision.autocast,
-    )
-    return recall_table(cosines.i2t.numpy(), cosines.t2i.numpy(), val_set.img2txt, val_set.txt2img)
-
-
-def classes_of(annotations: Sequence[Annotation], config: PretrainConfig) -> list[int] | None:
-    """The class of each row, numbered from 0: what ``class_key`` says, else each row its own.
-
-    None where no two captions of a batch can match one image but by chance, as in BLIP.
-
-    Raises:
-        UserError: a sample without that key.
-    """
-    if config.class_key is None:
-        return list(range(len(annotations))) if config.captions_per_visit > 1 else None
-    without = [entry["image"] for entry in annotations if config.class_key not in entry]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(annotations)} samples of {config.annotations} have no "
-            f"{config.class_key!r}, for example {without[0]!r}; check class_key"
-        )
-    labels = [str(entry[config.class_key]) for entry in annotations]
-    number = {label: i for i, label in enumerate(sorted(set(labels)))}
-    return [number[label] for label in labels]
 
 
 def build_loader(

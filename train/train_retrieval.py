@@ -34,8 +34,8 @@ from infogrowth.data.loading import Batch
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
 from infogrowth.data.transforms import evaluation_transform, training_transform
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import recall_table, save_tables
-from infogrowth.evaluation.rerank import retrieval_scores
+from infogrowth.evaluation.recall import save_tables
+from infogrowth.evaluation.rerank import retrieval_recall
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
@@ -154,13 +154,11 @@ def evaluate(
     precision: Precision,
 ) -> dict[str, dict[str, float]]:
     """The recall table of each set, on all ranks."""
-    tables = {}
-    for name, images in sets.items():
-        scores = retrieval_scores(
+    return {
+        name: retrieval_recall(
             model,
             tokenizer,
             images,
-            images.texts,
             k_test=config.k_test,
             batch_size=config.batch_size_test,
             max_length=config.max_length,
@@ -168,10 +166,8 @@ def evaluate(
             autocast=precision.autocast,
             progress=logger.isEnabledFor(logging.INFO),
         )
-        tables[name] = recall_table(
-            scores.i2t.numpy(), scores.t2i.numpy(), images.img2txt, images.txt2img
-        )
-    return tables
+        for name, images in sets.items()
+    }
 
 
 def losses(

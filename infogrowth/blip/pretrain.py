@@ -23,8 +23,7 @@ from infogrowth.blip.losses import (
     same_id_targets,
     soft_targets,
 )
-from infogrowth.blip.momentum import Features, MomentumBlip
-from infogrowth.blip.queue import write_queue
+from infogrowth.blip.momentum import Features, MomentumBlip, write_queue
 from infogrowth.blip.text import build_text_decoder, causal_mask, open_with, tie_decoder
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.

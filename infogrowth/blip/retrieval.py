@@ -16,8 +16,7 @@ from infogrowth.blip.losses import (
     similarity_logits,
     soft_targets,
 )
-from infogrowth.blip.momentum import Features, MomentumBlip
-from infogrowth.blip.queue import write_queue
+from infogrowth.blip.momentum import Features, MomentumBlip, write_queue
 
 
 @dataclass(frozen=True)

@@ -124,5 +124,28 @@ class PairDataset(Dataset):
         )
 
 
+def classes_of(
+    annotations: Sequence[Annotation], class_key: str | None, captions_per_visit: int = 1
+) -> list[int] | None:
+    """The class of each row, numbered from 0: what ``class_key`` says, else each row its own.
+
+    None where no two captions of a batch can match one image but by chance, as in BLIP.
+
+    Raises:
+        UserError: a sample without that key.
+    """
+    if class_key is None:
+        return list(range(len(annotations))) if captions_per_visit > 1 else None
+    without = [entry["image"] for entry in annotations if class_key not in entry]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(annotations)} samples have no "
+            f"{class_key!r}, for example {without[0]!r}; check class_key"
+        )
+    labels = [str(entry[class_key]) for entry in annotations]
+    number = {label: i for i, label in enumerate(sorted(set(labels)))}
+    return [number[label] for label in labels]
+
+
 def _is_path(images: Any) -> bool:
     return isinstance(images, str) or hasattr(images, "__fspath__")

@@ -10,6 +10,7 @@ Shapes: I images, T texts, D feature width, L image tokens, W width.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -20,7 +21,9 @@ from infogrowth import distributed
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.tokenizer import tokenize
 from infogrowth.data.loading import checked, open_loader
+from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.errors import UserError
+from infogrowth.evaluation.recall import recall_table
 
 # Text tokens per pass: enough to fill the device, few enough for its cache or memory.
 TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 16_384}
@@ -96,6 +99,14 @@ def retrieval_scores(
         for rows in (own_i2t, own_t2i)
     ]
     return RetrievalScores(gathered[0], gathered[1].T.contiguous(), cosine_IT.cpu())
+
+
+def retrieval_recall(
+    model: BlipDual, tokenizer: PreTrainedTokenizerBase, images: RetrievalEvaluation, **options: Any
+) -> dict[str, float]:
+    """The recall table of an evaluation set; ``options`` as for :func:`retrieval_scores`."""
+    scores = retrieval_scores(model, tokenizer, images, images.texts, **options)
+    return recall_table(scores.i2t.numpy(), scores.t2i.numpy(), images.img2txt, images.txt2img)
 
 
 def top_candidates(scores_QN: torch.Tensor, k: int) -> torch.Tensor:

@@ -8,18 +8,16 @@ import torch
 from infogrowth.blip.losses import (
     contrastive_loss,
     copies_of_row,
+    drawable,
     identity_targets,
     language_loss,
     matching_loss,
+    negative_weights,
     same_id_targets,
+    sample_negatives,
     similarity_logits,
     soft_targets,
     unit,
-)
-from infogrowth.blip.negatives import (
-    drawable,
-    negative_weights,
-    sample_negatives,
 )
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infogrowth.blip.queue import random_feature_queue, write_queue
+from infogrowth.blip.momentum import random_feature_queue, write_queue
 
 
 @settings(max_examples=60, deadline=None)

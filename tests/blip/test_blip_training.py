@@ -7,7 +7,7 @@ import torch
 from spying import hardest_negatives, watched
 
 from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.negatives import sample_negatives
+from infogrowth.blip.losses import sample_negatives
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 
