@@ -63,7 +63,7 @@ class BlipCaptioner(nn.Module):
             )
         finally:
             self.train(training)
-        # The prompt is cut as tokens: a caption cannot lose words that merely look like it.
+        # The prompt is removed as tokens: a caption cannot lose words that merely look like it.
         return [
             text.strip()
             for text in tokenizer.batch_decode(

@@ -82,10 +82,10 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def summary(names: list[str], most: int = 5) -> str:
+def summary(names: list[str], limit: int = 5) -> str:
     """The first few of many names, and how many there are."""
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadReport:
@@ -207,10 +207,10 @@ def _fill_momentum(
     report: LoadReport,
 ) -> None:
     """Momentum weights that the file lacks become copies of the online ones, all together."""
-    lacking = [name for name in own if is_momentum(name) and name not in ready]
-    if lacking:
+    missing = [name for name in own if is_momentum(name) and name not in ready]
+    if missing:
         model.copy_to_momentum()  # type: ignore[operator]
-        report.filled.extend(lacking)
+        report.filled.extend(missing)
 
 
 def resize_positions(positions_1LW: torch.Tensor, length: int) -> torch.Tensor | None:

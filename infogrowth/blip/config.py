@@ -1,4 +1,4 @@
-"""The shape of a BLIP: one frozen dataclass, its presets, and ``config.json`` in two dialects."""
+"""What a BLIP is made of: one frozen dataclass, presets, and ``config.json`` in two dialects."""
 
 import dataclasses
 import logging
@@ -148,7 +148,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> BlipConfig:
-    """A named shape: ``tiny`` (runs on a laptop), ``base`` (ViT-B/16) or ``large`` (ViT-L/16)."""
+    """The configuration ``tiny`` (for a laptop), ``base`` (ViT-B/16) or ``large`` (ViT-L/16)."""
     if name not in _PRESETS:
         raise UserError(f"no BLIP preset is called {name!r}; there are {', '.join(_PRESETS)}")
     return BlipConfig(**{**_PRESETS[name], **changes})
@@ -193,7 +193,7 @@ def from_huggingface(values: dict[str, Any]) -> BlipConfig:
 
 
 def to_huggingface(config: BlipConfig) -> dict[str, Any]:
-    """The same shape as the ``config.json`` that ``transformers`` reads (without architectures)."""
+    """The same as the ``config.json`` that ``transformers`` reads (without architectures)."""
     from transformers import BlipConfig as HuggingFaceConfig
 
     if config.vision_stem != "patch":
@@ -239,7 +239,7 @@ def to_huggingface(config: BlipConfig) -> dict[str, Any]:
 
 
 def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
-    """The shape of a BLIP from its weights under official names (a ``.pth`` has no config file).
+    """A BLIP's configuration from its weights under official names (a ``.pth`` has no config file).
 
     Heads leave no trace in the weights. 64 channels a head are assumed, as in all of BLIP's
     published ones, with a warning where the width is not one of theirs.
@@ -285,13 +285,13 @@ def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
 
 
 def _heads(side: str, width: int) -> int:
-    """BLIP's number of heads at ``width``, told aloud where it is a guess."""
-    untold = f"weights do not tell the number of {side} attention heads"
+    """BLIP's number of heads at ``width``, with a warning where it is a guess."""
+    unknown = f"weights do not show the number of {side} attention heads"
     if width % 64:
-        raise UserError(f"{untold}; put the model's {CONFIG_FILE} beside them")
+        raise UserError(f"{unknown}; put the model's {CONFIG_FILE} beside them")
     if width not in (768, 1024):
         logger.warning(
-            "%s, and there is no %s beside: assuming %d", untold, CONFIG_FILE, width // 64
+            "%s, and there is no %s beside: assuming %d", unknown, CONFIG_FILE, width // 64
         )
     return width // 64
 

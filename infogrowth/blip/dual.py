@@ -28,7 +28,7 @@ class BlipDual(nn.Module):
     """Image and text encoders, their projections and the matching head, officially named.
 
     Args:
-        config: the shape.
+        config: sizes and token ids.
         seed: random weights are a function of it alone.
         learn_padding: see :func:`infogrowth.blip.text.build_text_encoder`.
         vit_grad_ckpt, vit_ckpt_layer: see :func:`infogrowth.blip.vision.build_vision`.

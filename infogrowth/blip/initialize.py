@@ -43,12 +43,12 @@ def initialize(
         vision: ``deit`` (ViT-B/16), ``imagenet21k`` (ViT-L/16), ``random``, ``fan_in`` (random
             with a standard deviation of fan_in^-0.5 in linear layers, which models much narrower
             than BLIP's need to learn at all), a local file of such weights, or ``auto``: what
-            BLIP uses for the model's shape.
+            BLIP uses for the model's size.
         text: ``bert-base-uncased``, ``random``, ``fan_in``, a local file or folder of BERT
             weights, or ``auto``: ``bert-base-uncased``.
 
     Raises:
-        UserError: no network, no such file, or weights of another shape.
+        UserError: no network, no such file, or weights of another size.
     """
     vision = _published_vision(model.config) if vision == "auto" else vision
     text = "bert-base-uncased" if text == "auto" else text
@@ -85,7 +85,7 @@ def scale_to_fan_in(*parts: nn.Module) -> None:
 
 
 def _published_vision(config: BlipConfig) -> str:
-    """BLIP's own choice for a shape."""
+    """BLIP's own choice for a size."""
     for name, shape in (("deit", (768, 12, 16)), ("imagenet21k", (1024, 24, 16))):
         if (config.vision_width, config.vision_depth, config.patch_size) == shape:
             return name

@@ -37,7 +37,7 @@ class BlipPretrain(MomentumBlip):
     """BLIP as pretrained: dual encoder, momentum, queues, and a decoder tied to the text encoder.
 
     Args:
-        config: the shape.
+        config: sizes and token ids.
         queue_size: past features that serve as candidates; any size goes with any global batch.
         momentum: how much of a momentum parameter stays at each step.
         objectives: which losses are computed: ``ita`` (contrastive), ``itm`` (matching), ``lm``

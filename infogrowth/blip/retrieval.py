@@ -35,7 +35,7 @@ class BlipRetrieval(MomentumBlip):
     """BLIP for retrieval on captioned images, where one image has several captions.
 
     Args:
-        config: the shape.
+        config: sizes and token ids.
         queue_size: past features that serve as candidates; any size goes with any global batch.
         momentum: how much of a momentum parameter stays at each step.
         negative_all_rank: take matching negatives from the pairs of all ranks, not only one's own.

@@ -86,7 +86,7 @@ class LastLayer(BlipTextLayer):
 
 
 def text_config(config: BlipConfig) -> BlipTextConfig:
-    """The same shape for ``transformers``; dropout is BLIP's, whose default differs from theirs."""
+    """The same for ``transformers``; dropout is BLIP's, whose default differs from theirs."""
     built = BlipTextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,

@@ -36,7 +36,7 @@ def tokenize(
     max_length: int = 30,
     longest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both ``(B, T) int64``: [CLS] words [SEP], padded, cut at ``max_length``.
+    """Token ids and mask, both ``(B, T) int64``: [CLS] words [SEP], padded or truncated.
 
     Args:
         longest: pad to the longest caption at hand instead of ``max_length``: the same numbers

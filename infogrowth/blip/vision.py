@@ -23,7 +23,7 @@ class VisionEncoder(VisionTransformer):
 
 
 class RecomputableBlock(Block):
-    """A transformer block that can be told the number format to compute in.
+    """A transformer block that takes the number format to compute in.
 
     fairscale's wrapper recomputes a block under autocast's default format, or on a CPU under none
     (its issue 1199), whatever the forward pass had: in bfloat16 training, float16 gradients that

@@ -38,7 +38,7 @@ class WeightFile:
     tensors: dict[str, torch.Tensor]
     source: str
     layout: str  # "official" or "huggingface"
-    config: BlipConfig | None = None  # the shape, when the file or a config.json beside it tells
+    config: BlipConfig | None = None  # when the file or a config.json beside it has one
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _config(content: _Content, file: Path) -> BlipConfig | None:
-    """The shape told by the file itself, else by a BLIP's config.json beside it."""
+    """The configuration in the file itself, else by a BLIP's config.json beside it."""
     if content.config is not None:
         return BlipConfig.from_dict(content.config, str(file))
     beside = file.parent / CONFIG_FILE
@@ -120,7 +120,7 @@ def _read(file: Path) -> _Content:
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
     if file.suffix not in _PICKLED:
         kinds = ", ".join((*_PICKLED, ".safetensors"))
-        raise UserError(f"{file} is not a weight file by its ending (known: {kinds})")
+        raise UserError(f"{file} is not a weight file by its extension (known: {kinds})")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -19,8 +19,8 @@ from infogrowth.randomness import generator
 log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
-Place = int | tuple[int, int, int]
-_MOST_REPLACEMENTS = 20
+Index = int | tuple[int, int, int]
+_MAX_REPLACEMENTS = 20
 
 
 class PairDataset(Dataset):
@@ -32,7 +32,7 @@ class PairDataset(Dataset):
     nothing. A plain row stands for ``(row, 0, row)``.
 
     An image that cannot be decoded does not stop the run: another row, drawn by the same rule,
-    takes its place, which the item tells (``replaced`` is 1) and a warning names.
+    takes its place, which the item records (``replaced`` is 1) and a warning names.
 
     Args:
         annotations: dicts with ``image`` and ``caption`` (text or a list of text).
@@ -69,13 +69,13 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self._annotations)
 
-    def __getitem__(self, place: Place) -> dict[str, Any]:
+    def __getitem__(self, index: Index) -> dict[str, Any]:
         """One pair.
 
         Raises:
             UserError: an image that is not in the store, or 20 bad images one after the other.
         """
-        row, epoch, position = place if isinstance(place, tuple) else (place, 0, place)
+        row, epoch, position = index if isinstance(index, tuple) else (index, 0, index)
         row = range(len(self))[row]  # IndexError where a sequence would raise one
         random = generator(self._seed, "augment", epoch, position)
         image, shown = self._image(row, epoch, position)
@@ -110,7 +110,7 @@ class PairDataset(Dataset):
     def _image(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
         """The row's image, or a stand-in's, and whose it is."""
         stand_ins = generator(self._seed, "stand-in", epoch, position)
-        for _ in range(_MOST_REPLACEMENTS):
+        for _ in range(_MAX_REPLACEMENTS):
             name = self._annotations[row]["image"]
             try:
                 needed = getattr(self._transform, "pixels_needed", None)
@@ -119,7 +119,7 @@ class PairDataset(Dataset):
                 log.warning("the image %r is replaced by another one: %s", name, error.reason)
                 row = int(stand_ins.integers(len(self)))
         raise UserError(
-            f"{_MOST_REPLACEMENTS} images in a row could not be decoded, the last one {name!r}; "
+            f"{_MAX_REPLACEMENTS} images in a row could not be decoded, the last one {name!r}; "
             "pack them again with scripts/cc3m_lmdb_writer.py, which leaves bad ones out"
         )
 

@@ -1,4 +1,4 @@
-"""From a picture to the model's input: training (random) and evaluation (never random) apart."""
+"""From an image to the model's input: training (random) and evaluation (never random) apart."""
 
 import math
 from typing import Literal
@@ -19,9 +19,9 @@ _CROP_ATTEMPTS = 10
 
 
 class EvaluationTransform:
-    """The whole picture, resized to a square: the same tensor every time.
+    """The whole image, resized to a square: the same tensor every time.
 
-    Call it with an RGB picture; gives ``(3, size, size) float32``, normalised. A second argument
+    Call it with an RGB image; gives ``(3, size, size) float32``, normalised. A second argument
     is ignored, so that it can stand where a training transform does.
     """
 
@@ -37,12 +37,12 @@ class EvaluationTransform:
 class TrainingTransform:
     """A random crop, a random flip, BLIP's random augmentation: a pure function of its arguments.
 
-    Call it with an RGB picture and a numpy generator; gives ``(3, size, size) float32``,
+    Call it with an RGB image and a numpy generator; gives ``(3, size, size) float32``,
     normalised.
 
     Args:
         size: pixels a side of the result.
-        min_scale: the smallest share of the picture's area that a crop keeps (0.2 for
+        min_scale: the smallest share of the image's area that a crop keeps (0.2 for
             pretraining, 0.5 for retrieval in BLIP).
         augment: ``blip`` (its two random operations), ``jitter`` (see :func:`jittered`, which then
             makes the crop and the flip as well) or ``none``.
@@ -53,7 +53,7 @@ class TrainingTransform:
         self, size: int, min_scale: float = 0.2, augment: Augment = "blip", tint: bool = False
     ) -> None:
         self.size, self.min_scale, self.augment, self.tint = size, min_scale, augment, tint
-        # A picture at least so wide and high fills the smallest crop without being enlarged.
+        # An image at least so wide and high fills the smallest crop without being enlarged.
         self.pixels_needed = math.ceil(size / math.sqrt(max(min_scale, 0.01) * _ASPECTS[0]))
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
@@ -85,7 +85,7 @@ def random_crop(
 ) -> tuple[int, int, int, int]:
     """A box (left, top, right, bottom) that keeps ``min_scale`` to all of the area.
 
-    Its aspect is log-uniform in 3:4…4:3. Where ten draws do not fit into the picture it is the
+    Its aspect is log-uniform in 3:4…4:3. Where ten draws do not fit into the image it is the
     largest centred box of an allowed aspect (the rule of torchvision's RandomResizedCrop).
     """
     area = width * height
@@ -187,7 +187,7 @@ def recolored(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def normalized(image: Image.Image) -> torch.Tensor:
-    """An RGB picture as ``(3, H, W) float32``: (value / 255 - MEAN) / STD."""
+    """An RGB image as ``(3, H, W) float32``: (value / 255 - MEAN) / STD."""
     pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     scaled = pixels_CHW.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     return scaled.sub_(_PER_CHANNEL[0]).div_(_PER_CHANNEL[1])

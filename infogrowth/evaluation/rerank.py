@@ -1,7 +1,7 @@
 """Image–text retrieval scores: cosine first, then the matching head on the best candidates.
 
-Every rank encodes and matches its own blocks of images. Blocks are cut by the batch size alone and
-pairs are grouped by image, so a pair is computed in the same company whatever the number of
+Every rank encodes and matches its own blocks of images. Blocks are split by the batch size alone
+and pairs are grouped by image, so a pair is computed in the same company whatever the number of
 ranks: the scores are the same at any world size, ranks without a block included.
 
 Shapes: I images, T texts, D feature width, L image tokens, W width.

@@ -262,7 +262,7 @@ def test_files_that_are_no_weights_are_named(tmp_path, monkeypatch):
         ("cut.pth", "cut.pth"),
         ("empty.pth", "empty.pth"),
         ("nothing.pth", "no named weights"),
-        ("weights.dat", "not a weight file by its ending"),
+        ("weights.dat", "not a weight file by its extension"),
         ("absent.pth", "does not exist"),
         ("folder", "holds none of model.safetensors"),
     ):
