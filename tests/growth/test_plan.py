@@ -126,7 +126,7 @@ def test_seeds_by_id_stay_as_they_were_when_the_features_grow():
         plan_seeds(sources, features, seed_ids="another list")
 
 
-def test_only_what_a_better_caption_could_change_is_offered_again():
+def test_only_what_a_better_caption_could_change_is_processed_again():
     assert "alignment below min_align" in PENDING_REASONS
     assert "alignment and recaption below min_align" in PENDING_REASONS
     assert not {"image feature is zero", "id is already in the dataset"} & PENDING_REASONS
