@@ -203,10 +203,13 @@ class NeighborIndex:
     def _fast_rows(self, in_cells: bool) -> FastRows | None:
         """The copy for fast products, up to date; None where there is none that pays."""
         count = self._rows.count
+        if in_cells and self.device.type == "cpu":  # 16-bit products of so many shapes, each
+            self._fast = None  # prepared anew, take longer than float32 ones
+            return None
         if self._half is not None:
             if self._fast is None:
                 self._fast = HalfRows(self.dimension, self._half, self.device)
-        elif in_cells or self.dimension < LEAST_COLUMNS:
+        elif self.dimension < LEAST_COLUMNS:
             self._fast = None
         elif count >= max(LEARN_ROWS, RELEARN * self._fast_learned):
             self._fast_learned = count
