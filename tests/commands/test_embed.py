@@ -71,25 +71,25 @@ def _write_lmdb(path, pictures):
 
 
 @pytest.fixture(scope="module")
-def pile(tmp_path_factory):
+def dataset(tmp_path_factory):
     """An LMDB of 23 pictures and their annotation JSON."""
-    folder = tmp_path_factory.mktemp("pile")
+    folder = tmp_path_factory.mktemp("dataset")
     _write_lmdb(folder / "lmdb", {f"{n:09d}": _jpeg(n) for n in range(PAIRS)})
     entries = [{"image": f"{n:09d}.jpg", "caption": _caption(n)} for n in range(PAIRS)]
     (folder / "pairs.json").write_text(json.dumps(entries))
     return folder
 
 
-def _arguments(pile, encoder, output, *more):
-    return ["embed", "--lmdb", str(pile / "lmdb"), "--annotations", str(pile / "pairs.json"),
+def _arguments(dataset, encoder, output, *more):
+    return ["embed", "--lmdb", str(dataset / "lmdb"), "--annotations", str(dataset / "pairs.json"),
             "--encoder", str(encoder), "--output", str(output), "--device", "cpu",
             "--shard-size", "5", "--batch-size", "2", "--quiet", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def embedded(pile, encoder, tmp_path_factory):
+def embedded(dataset, encoder, tmp_path_factory):
     output = tmp_path_factory.mktemp("embedded") / "features"
-    assert main(_arguments(pile, encoder, output)) == 0
+    assert main(_arguments(dataset, encoder, output)) == 0
     return output
 
 
@@ -128,14 +128,14 @@ def test_shards_are_float16_unit_rows_in_the_clip_retrieval_layout(embedded):
     np.testing.assert_allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=1e-3)
 
 
-def test_features_json_tells_where_they_come_from(embedded, encoder, pile):
+def test_features_json_tells_where_they_come_from(embedded, encoder, dataset):
     description = json.loads((embedded / "features.json").read_text())
     assert description["finished"] is True
     assert description["pairs"] == PAIRS
     assert description["skipped"] == {}
     assert description["shards"] == 5
-    assert description["images"] == str(pile / "lmdb")
-    assert description["annotations"] == str(pile / "pairs.json")
+    assert description["images"] == str(dataset / "lmdb")
+    assert description["annotations"] == str(dataset / "pairs.json")
     fingerprint = load_encoder(str(encoder)).fingerprint
     assert description["encoder"] == {
         "name": str(encoder), "fingerprint": fingerprint, "dimension": 64,
@@ -143,28 +143,28 @@ def test_features_json_tells_where_they_come_from(embedded, encoder, pile):
 
 
 @pytest.mark.parametrize("more", [("--workers", "2"), ("--config", "embed.yaml")])
-def test_workers_and_a_config_file_change_no_byte(more, pile, encoder, embedded, tmp_path):
+def test_workers_and_a_config_file_change_no_byte(more, dataset, encoder, embedded, tmp_path):
     (tmp_path / "embed.yaml").write_text("workers: 1\nencoder: nonsense\n")
     more = [str(tmp_path / part) if part.endswith(".yaml") else part for part in more]
-    assert main(_arguments(pile, encoder, tmp_path / "features", *more)) == 0
+    assert main(_arguments(dataset, encoder, tmp_path / "features", *more)) == 0
     assert _files(tmp_path / "features") == _files(embedded)
 
 
-def test_the_number_of_threads_changes_no_byte(pile, encoder, embedded, tmp_path):
+def test_the_number_of_threads_changes_no_byte(dataset, encoder, embedded, tmp_path):
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert main(_arguments(pile, encoder, tmp_path / str(count))) == 0
+            assert main(_arguments(dataset, encoder, tmp_path / str(count))) == 0
             assert torch.get_num_threads() == count
             assert _files(tmp_path / str(count)) == _files(embedded)
     finally:
         torch.set_num_threads(threads)
 
 
-def test_two_ranks_write_the_same_bytes_as_one(pile, encoder, embedded, tmp_path):
+def test_two_ranks_write_the_same_bytes_as_one(dataset, encoder, embedded, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "infogrowth", *_arguments(pile, encoder, tmp_path / "features")]  # fmt: skip
+               "-m", "infogrowth", *_arguments(dataset, encoder, tmp_path / "features")]  # fmt: skip
     ran = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -173,8 +173,10 @@ def test_two_ranks_write_the_same_bytes_as_one(pile, encoder, embedded, tmp_path
     assert _files(tmp_path / "features") == _files(embedded)
 
 
-def test_parts_of_independent_jobs_make_the_same_bytes(pile, encoder, embedded, tmp_path, capsys):
-    arguments = _arguments(pile, encoder, tmp_path / "features")
+def test_parts_of_independent_jobs_make_the_same_bytes(
+    dataset, encoder, embedded, tmp_path, capsys
+):
+    arguments = _arguments(dataset, encoder, tmp_path / "features")
     assert main([*arguments, "--part", "2/2"]) == 0
     assert "once all parts are" in capsys.readouterr().out
     with pytest.raises(UserError, match="not finished"):
@@ -184,7 +186,7 @@ def test_parts_of_independent_jobs_make_the_same_bytes(pile, encoder, embedded, 
     assert _files(tmp_path / "features") == _files(embedded)
 
 
-def test_nodes_that_share_no_disk_are_refused_before_any_work(pile, encoder, tmp_path):
+def test_nodes_that_share_no_disk_are_refused_before_any_work(dataset, encoder, tmp_path):
     """Two ranks whose relative --output lies in different places, as on two nodes' own disks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -196,7 +198,7 @@ def test_nodes_that_share_no_disk_are_refused_before_any_work(pile, encoder, tmp
         (tmp_path / rank).mkdir()
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "infogrowth", *_arguments(pile, encoder, "features")],
+                [sys.executable, "-m", "infogrowth", *_arguments(dataset, encoder, "features")],
                 cwd=tmp_path / rank,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -232,43 +234,45 @@ def forked():
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    pile, encoder, embedded, tmp_path, forked
+    dataset, encoder, embedded, tmp_path, forked
 ):
     output = tmp_path / "features"
     # Steps are fsyncs and renames: 3 for the description (once), then 15 for a shard's five files,
     # the last of which marks it as finished. A run may die early, late, or within the last file.
     for step in (1, 3, 11, 17, 18, 20):
-        answer = forked(_arguments(pile, encoder, output), kill_at_step=step)
+        answer = forked(_arguments(dataset, encoder, output), kill_at_step=step)
         assert answer["status"] == -signal.SIGKILL, answer["told"]
     assert json.loads((output / "features.json").read_text())["finished"] is False
     done = len(list((output / "finished").iterdir()))
     assert 0 < done < 5
     first = (output / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns
-    answer = forked(_arguments(pile, encoder, output))
+    answer = forked(_arguments(dataset, encoder, output))
     assert answer["status"] == 0, answer["told"]
     assert _files(output) == _files(embedded)
     assert (output / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns == first
 
 
-def test_a_finished_folder_is_left_alone(pile, encoder, embedded, tmp_path, capsys):
+def test_a_finished_folder_is_left_alone(dataset, encoder, embedded, tmp_path, capsys):
     shutil.copytree(embedded, tmp_path / "features")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*")}
-    assert main(_arguments(pile, encoder, tmp_path / "features")) == 0
+    assert main(_arguments(dataset, encoder, tmp_path / "features")) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*")} == before
     assert "pairs/s" not in capsys.readouterr().out
 
 
-def test_a_shard_that_was_deleted_is_made_again(pile, encoder, embedded, tmp_path):
+def test_a_shard_that_was_deleted_is_made_again(dataset, encoder, embedded, tmp_path):
     shutil.copytree(embedded, tmp_path / "features")
     (tmp_path / "features" / "text_emb" / "text_emb_2.npy").unlink()
-    assert main(_arguments(pile, encoder, tmp_path / "features")) == 0
+    assert main(_arguments(dataset, encoder, tmp_path / "features")) == 0
     assert _files(tmp_path / "features") == _files(embedded)
 
 
-def test_a_folder_of_another_encoder_is_refused_by_name(pile, encoder, embedded, tmp_path, capsys):
+def test_a_folder_of_another_encoder_is_refused_by_name(
+    dataset, encoder, embedded, tmp_path, capsys
+):
     other = _make_encoder(tmp_path / "other", seed=1)
     before = _files(embedded)
-    assert main(_arguments(pile, other, embedded)) == 2
+    assert main(_arguments(dataset, other, embedded)) == 2
     error = capsys.readouterr().err
     assert "another encoder" in error
     assert str(encoder) in error
@@ -277,26 +281,26 @@ def test_a_folder_of_another_encoder_is_refused_by_name(pile, encoder, embedded,
 
 
 def test_a_folder_of_other_annotations_or_another_cut_is_refused(
-    pile, encoder, embedded, tmp_path, capsys
+    dataset, encoder, embedded, tmp_path, capsys
 ):
-    entries = json.loads((pile / "pairs.json").read_text())
+    entries = json.loads((dataset / "pairs.json").read_text())
     entries[3]["caption"] = "something else"
     (tmp_path / "pairs.json").write_text(json.dumps(entries))
     changed = ["--annotations", str(tmp_path / "pairs.json")]
-    assert main([*_arguments(pile, encoder, embedded), *changed]) == 2
+    assert main([*_arguments(dataset, encoder, embedded), *changed]) == 2
     assert "another annotation file" in capsys.readouterr().err
-    assert main([*_arguments(pile, encoder, embedded), "--shard-size", "6"]) == 2
+    assert main([*_arguments(dataset, encoder, embedded), "--shard-size", "6"]) == 2
     assert "another shard size: 5 there, 6 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lost", [None, 1], ids=["finished", "interrupted"])
-def test_annotations_that_grew_cost_only_what_is_new(pile, encoder, tmp_path, monkeypatch, lost):
+def test_annotations_that_grew_cost_only_what_is_new(dataset, encoder, tmp_path, monkeypatch, lost):
     """The old samples keep their shards, the new ones come after, in the order of the file."""
-    entries = json.loads((pile / "pairs.json").read_text())
+    entries = json.loads((dataset / "pairs.json").read_text())
     (tmp_path / "pairs.json").write_text(json.dumps(entries[::2]))
     changed = ["--annotations", str(tmp_path / "pairs.json")]
     features = tmp_path / "features"
-    assert main([*_arguments(pile, encoder, features), *changed]) == 0
+    assert main([*_arguments(dataset, encoder, features), *changed]) == 0
     if lost is not None:  # as if it had been killed before this shard
         (features / "finished" / f"{lost}.json").unlink()
         description = json.loads((features / "features.json").read_text())
@@ -308,7 +312,7 @@ def test_annotations_that_grew_cost_only_what_is_new(pile, encoder, tmp_path, mo
         "infogrowth.encoders.dataset.decode_image",
         lambda data: decoded.append(data) or decode_image(data),
     )
-    arguments = [*_arguments(pile, encoder, features), *changed]
+    arguments = [*_arguments(dataset, encoder, features), *changed]
     assert main(arguments) == 0
     assert len(decoded) == PAIRS - len(kept)
     before = _files(features)
@@ -326,14 +330,14 @@ def test_annotations_that_grew_cost_only_what_is_new(pile, encoder, tmp_path, mo
     assert len(decoded) == PAIRS - len(kept)
 
 
-def test_a_sample_that_is_gone_is_no_growth(pile, encoder, tmp_path, capsys):
-    entries = json.loads((pile / "pairs.json").read_text())
+def test_a_sample_that_is_gone_is_no_growth(dataset, encoder, tmp_path, capsys):
+    entries = json.loads((dataset / "pairs.json").read_text())
     (tmp_path / "pairs.json").write_text(json.dumps(entries[:9]))
     changed = ["--annotations", str(tmp_path / "pairs.json")]
-    assert main([*_arguments(pile, encoder, tmp_path / "features"), *changed]) == 0
+    assert main([*_arguments(dataset, encoder, tmp_path / "features"), *changed]) == 0
     before = _files(tmp_path / "features")
     (tmp_path / "pairs.json").write_text(json.dumps(entries[1:]))
-    assert main([*_arguments(pile, encoder, tmp_path / "features"), *changed]) == 2
+    assert main([*_arguments(dataset, encoder, tmp_path / "features"), *changed]) == 2
     assert "'000000000.jpg' is gone" in capsys.readouterr().err
     assert _files(tmp_path / "features") == before
 
@@ -396,10 +400,10 @@ def test_a_pile_in_which_every_sample_is_bad_still_ends(encoder, tmp_path):
     ],
 )
 def test_a_broken_annotation_file_is_one_sentence(
-    content, message, pile, encoder, tmp_path, capsys
+    content, message, dataset, encoder, tmp_path, capsys
 ):
     (tmp_path / "pairs.json").write_text(content)
-    arguments = _arguments(pile, encoder, tmp_path / "features")
+    arguments = _arguments(dataset, encoder, tmp_path / "features")
     assert main([*arguments, "--annotations", str(tmp_path / "pairs.json")]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -420,17 +424,17 @@ def test_a_broken_annotation_file_is_one_sentence(
         (["--device", "tpu"], "device must be auto, cpu"),
     ],
 )
-def test_wrong_options_are_one_sentence(more, message, pile, encoder, tmp_path, capsys):
-    assert main([*_arguments(pile, encoder, tmp_path / "features"), *more]) == 2
+def test_wrong_options_are_one_sentence(more, message, dataset, encoder, tmp_path, capsys):
+    assert main([*_arguments(dataset, encoder, tmp_path / "features"), *more]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
 
 
-def test_an_output_that_holds_something_else_is_not_touched(pile, encoder, tmp_path, capsys):
+def test_an_output_that_holds_something_else_is_not_touched(dataset, encoder, tmp_path, capsys):
     (tmp_path / "features" / "img_emb").mkdir(parents=True)
-    assert main(_arguments(pile, encoder, tmp_path / "features")) == 2
+    assert main(_arguments(dataset, encoder, tmp_path / "features")) == 2
     assert "holds something else" in capsys.readouterr().err
 
 

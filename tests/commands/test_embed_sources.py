@@ -165,7 +165,7 @@ def test_a_tar_that_breaks_off_is_survived_and_counted(model, tmp_path):
     }  # fmt: skip
 
 
-def test_failed_downloads_and_bad_pictures_are_counted(model, tmp_path):
+def test_failed_downloads_and_bad_images_are_counted(model, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     good = list(PAIRS.items())
@@ -191,7 +191,7 @@ def test_failed_downloads_and_bad_pictures_are_counted(model, tmp_path):
 
 
 @pytest.mark.parametrize("write", [_webdataset, _imagefolder])
-def test_recaption_finds_the_pictures_of_a_source(write, model, tmp_path):
+def test_recaption_finds_the_images_of_a_source(write, model, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     write(source)
