@@ -50,7 +50,8 @@ def _make_encoder(folder, seed=0):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     vocabulary.write_text("".join(f"{word}\n" for word in words))
     tokenizer = load_tokenizer(vocabulary)
-    config = preset("tiny", image_size=32, vision_depth=2, text_depth=2).with_tokenizer(tokenizer)
+    config = preset("tiny", image_size=32, vision_depth=2, text_depth=2, embed_dim=64)
+    config = config.with_tokenizer(tokenizer)
     model = BlipDual(config, seed=seed)
     for parameter in model.parameters():  # features that differ from picture to picture
         if parameter.dim() > 1:
@@ -164,7 +165,8 @@ def test_the_number_of_threads_changes_no_byte(dataset, encoder, embedded, tmp_p
 
 def test_two_ranks_write_the_same_bytes_as_one(dataset, encoder, embedded, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "infogrowth", *_arguments(dataset, encoder, tmp_path / "features")]  # fmt: skip
+               "-m", "infogrowth",
+               *_arguments(dataset, encoder, tmp_path / "features")]  # fmt: skip
     ran = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
