@@ -4,7 +4,7 @@ import re
 from importlib import metadata
 
 # Where the module has another name than what is installed.
-_DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
