@@ -1,5 +1,6 @@
 """train/*.py as a user runs them: files in, files out, killed, on two ranks, and wrong."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 from infogrowth.annotations import save_annotations
 from infogrowth.blip import dual, momentum, vision, weights_files
 from infogrowth.blip.checkpoint import load_blip
+from infogrowth.blip.config import _PRESETS
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.tokenizer import tokenize
@@ -319,9 +321,10 @@ def test_evaluation_reads_the_checkpoint_once_and_builds_no_momentum_encoder(
     assert len(opened) == 1 and built == ["vision"]
 
 
-def test_an_official_checkpoint_is_evaluated(tmp_path, retrieval_options, world):
+def test_an_official_checkpoint_is_evaluated(tmp_path, retrieval_options, world, monkeypatch):
     """A .pth with nothing but official names, as published; its preset must be named."""
     model, _, _ = load_blip(retrieval_options["pretrained"], BlipDual)
+    monkeypatch.setitem(_PRESETS, "tiny", dataclasses.asdict(model.config))
     official = BlipRetrieval(model.config, queue_size=8)
     official.load_state_dict(model.state_dict(), strict=False)
     torch.save({"model": official.state_dict()}, tmp_path / "model_base_retrieval_coco.pth")
