@@ -34,7 +34,7 @@ last() { echo "$folder/$1/checkpoints/$(cat "$folder/$1/checkpoints/latest")"; }
 stage contrastive
 stage longer --pretrained "$(last contrastive)" --max_epoch 30 --init_lr 1e-3 --seed 1
 # Late, at a low rate, on images as they are: captions and matching learn to read good image tokens.
-stage all --pretrained "$(last longer)" --objectives ita itm lm --max_epoch 6 \
+stage all --pretrained "$(last longer)" --objectives ita itm lm --max_epoch 5 \
   --init_lr 5e-4 --seed 2 --augment none --min_crop 0.75
 
 "$python" $making/half_weights.py --model "$folder/all/model" --output "$folder/tiny_blip"
