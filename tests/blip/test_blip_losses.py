@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infogrowth.blip.losses import (
+    class_loss,
     contrastive_loss,
     copies_of_row,
     drawable,
@@ -160,3 +161,22 @@ def test_weights_that_underflowed_fall_back_to_the_allowed_ones():
     assert weights.sum() == 0
     usable, has_negative = drawable(weights, forbidden)
     assert usable.tolist() == [[0.0, 1.0, 1.0]] and has_negative.tolist() == [True]
+
+
+def test_class_loss_is_the_cross_entropy_of_cosines_to_the_class_vectors():
+    images, texts = random_rows(2, 4), random_rows(4, 4, seed=1)
+    vectors, classes, temperature = random_rows(3, 4, seed=2), [2, 0], 0.1
+
+    def cosine(one, other):
+        dot = sum(a * b for a, b in zip(one, other, strict=True))
+        return dot / math.hypot(*one) / math.hypot(*other)
+
+    def mean(rows):
+        total = 0.0
+        for number, row in enumerate(rows.tolist()):
+            p = softmax([cosine(row, vector) / temperature for vector in vectors.tolist()])
+            total -= math.log(p[classes[number % 2]])
+        return total / len(rows)
+
+    loss = class_loss(unit(images), unit(texts), vectors, torch.tensor(classes), temperature)
+    assert loss.item() == pytest.approx((mean(images) + mean(texts)) / 2, abs=1e-7)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from infogrowth.data.folders import open_images
 from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
+from infogrowth.data.loading import Collate
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import evaluation_transform, training_transform
 from infogrowth.errors import UserError
@@ -155,3 +156,37 @@ def test_images_that_are_neither_lmdb_nor_folder_are_refused(tmp_path, packed):
     with pytest.raises(UserError, match="neither an LMDB nor a folder"):
         open_images(tmp_path / "nothing")
     assert "nobody" not in open_images(os.fspath(tmp_path))
+
+
+WORDINGS = [f"wording {name}" for name in ("one", "two", "three", "four", "five")]
+
+
+def test_several_captions_a_visit_are_different_and_a_function_of_the_position(packed):
+    annotations = [{"image": "000000001", "caption": WORDINGS}]
+    dataset = PairDataset(annotations, packed, training_transform(32), seed=3, captions_per_visit=2)
+    visits = [dataset[0, epoch, position] for epoch in (0, 1) for position in range(20)]
+    texts = [item["caption"] for item in visits]
+    assert all(len(set(two)) == 2 and set(two) <= set(WORDINGS) for two in texts)
+    assert len({tuple(two) for two in texts}) > 10
+    for workers in (0, 2):  # as other ranks or a resumed run would ask: any order, anywhere
+        places = [(0, 1, position) for position in reversed(range(20))]
+        again = items(dataset, places, workers)
+        assert [item["caption"] for item in again] == texts[:19:-1]
+
+
+def test_an_item_with_fewer_captions_than_asked_for_repeats_them_and_has_its_class(packed):
+    annotations = [{"image": "000000001", "caption": "A dog."}]
+    transform = training_transform(32)
+    dataset = PairDataset(annotations, packed, transform, captions_per_visit=3, classes=[8])
+    assert dataset[0]["caption"] == ["a dog"] * 3 and dataset[0]["class"] == 8
+
+
+def test_a_batch_tokenizes_all_first_captions_before_all_second_ones():
+    seen = []
+
+    def tokenize(texts):
+        seen.extend(texts)
+        return torch.zeros(len(texts), 1), torch.ones(len(texts), 1)
+
+    Collate(tokenize)([{"caption": ["a", "b"]}, {"caption": ["c", "d"]}])
+    assert seen == ["a", "c", "b", "d"]

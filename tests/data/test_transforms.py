@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from drawn_pictures import drawn
+from PIL import Image
 from torchvision import transforms as reference
 from torchvision.transforms import InterpolationMode
 
@@ -11,8 +12,10 @@ from infogrowth.data.transforms import (
     MEAN,
     STD,
     evaluation_transform,
+    jittered,
     normalized,
     random_crop,
+    tinted,
     training_transform,
 )
 from infogrowth.randomness import generator
@@ -103,3 +106,34 @@ def test_a_smaller_decoding_never_starves_the_smallest_crop():
     # The narrowest crop: the smallest area at the widest aspect.
     assert np.sqrt(0.2 * side * side * 3 / 4) >= 224
     assert evaluation_transform(224).pixels_needed is None
+
+
+def test_only_images_without_colors_are_tinted_and_always_the_same_way():
+    black = Image.new("RGB", (40, 40), "white")
+    black.paste("black", (10, 10, 30, 30))
+    red = Image.new("RGB", (40, 40), "white")
+    red.paste("red", (10, 10, 30, 30))
+    assert tinted(red, np.random.default_rng(0)) is red
+    results = [np.asarray(tinted(black, np.random.default_rng(seed))) for seed in (1, 1, 2)]
+    assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
+    # Two colors, where there were two.
+    assert len(np.unique(results[0].reshape(-1, 3), axis=0)) == 2
+    paper = [tinted(black, np.random.default_rng(s)).getpixel((0, 0)) for s in range(400)]
+    assert 90 <= paper.count((255, 255, 255)) <= 150  # four in ten, if not swapped: 120
+
+
+def test_jitter_is_a_function_of_its_generator_and_gives_the_size_asked_for():
+    picture = drawn(4, (96, 64))
+    transform = training_transform(32, min_scale=0.6, augment="jitter", tint=True)
+    first, again, other = (transform(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.shape == (3, 32, 32)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_jitter_moves_a_drawing_by_no_more_than_its_frame():
+    picture = Image.new("RGB", (96, 96), "white")
+    picture.paste((200, 30, 30), (24, 24, 72, 72))
+    for seed in range(30):
+        drawing = np.asarray(jittered(picture, 48, 0.6, False, np.random.default_rng(seed)))
+        inked = (drawing.astype(int) - drawing[0, 0]).__abs__().sum(axis=2) > 60
+        assert 0.1 < inked.mean() < 0.6  # a quarter, at scales of 0.6 to 1 / 0.6
