@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the bundled tiny BLIP from nothing: other artists' drawings than the sample's, their LMDB, a
-# vocabulary, the four stages of its training, the weights in float16, and the figures on the sample.
+# vocabulary, the four stages of its training, the weights in float16, and the figures.
 #
 #   PYTHON=.venv/bin/python scripts/making/tiny_blip.sh [FOLDER]     (default: output/tiny_blip)
 #
@@ -38,7 +38,8 @@ stage all --pretrained "$(last longer)" --objectives ita itm lm --max_epoch 5 \
   --init_lr 5e-4 --seed 2 --augment none --min_crop 0.75
 stage last --pretrained "$(last all)" --objectives ita itm lm --max_epoch 6 --init_lr 5e-4 --seed 3
 
-"$python" $making/half_weights.py --model "$folder/last/model" --output "$folder/tiny_blip"
+"$python" $making/half_weights.py --models "$folder/all/model" "$folder/last/model" \
+  --output "$folder/tiny_blip"
 "$python" $making/score_tiny_blip.py --encoder "$folder/tiny_blip" --captioner "$folder/tiny_blip" \
   --concepts "$folder/train.json" --output "$folder/score.json"
 echo "== done: $(date -u +%H:%M:%S)"
