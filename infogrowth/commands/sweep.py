@@ -53,15 +53,22 @@ def run(config: Config) -> int:
 
 def as_text(found: "Sweep") -> str:
     """The sweep for a terminal; a star marks the threshold in force."""
-    from infogrowth.report.formatting import decimal
+    from infogrowth.report.formatting import decimal, percent
 
-    lines = [f"{'min_align':>10} {'kept':>16} {'recaptioned':>12} {'dropped':>9} {'mean gain':>10}"]
+    def percent_or_dash(share: float | None) -> str:
+        return "–" if share is None else percent(100 * share)
+
+    lines = [
+        f"{'min_align':>10} {'kept':>16} {'recaptioned':>12} {'dropped':>9} {'mean gain':>10} "
+        f"{'purity':>8} {'right lost':>11}"
+    ]
     for row in found.thresholds:
         kept = f"{row.kept}" if row.exact else f"{row.kept} to {row.kept_at_most}"
         name = f"{row.threshold:g}" + ("*" if row.in_force else " ")
         lines.append(
             f"{name:>10} {kept:>16} {row.recaptioned:>12} {row.dropped:>9} "
-            f"{decimal(row.mean_gain):>10}"
+            f"{decimal(row.mean_gain):>10} {percent_or_dash(row.purity):>8} "
+            f"{percent_or_dash(row.right_lost):>11}"
         )
     if found.tops:
         lines += [

@@ -17,6 +17,7 @@ from infogrowth.annotations import gains_array, load_annotations
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import Decision, Reason, Verdict
 from infogrowth.growth.ledger import read_growth
+from infogrowth.growth.thresholds import StreamEstimate
 
 _NEIGHBORS = [
     f"{space}_{what}" for space in ("image", "text") for what in ("neighbors", "distances")
@@ -59,6 +60,7 @@ class GrowthTable:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples
     neighbor_table: pa.Table | None = None
     kept_features: Callable[[str], np.ndarray] | None = None  # "image" | "text" -> (kept, D)
+    estimate: StreamEstimate | None = None  # of wrong captions; None without enough seeds
 
     @property
     def kept(self) -> np.ndarray:
@@ -167,6 +169,7 @@ def open_growth(directory: str | os.PathLike[str]) -> GrowthTable:
         skipped=_skipped(folder.sources),
         neighbor_table=table.select(_NEIGHBORS),
         kept_features=folder.kept_features,
+        estimate=folder.estimate(),
     )
 
 

@@ -18,6 +18,7 @@ from infogrowth.report.charts import (
 from infogrowth.report.dataset import GrowthTable
 from infogrowth.report.formatting import compact, decimal
 from infogrowth.report.numbers import GrowthCurve, Visits, headline
+from infogrowth.report.sweeping import purity_figure
 
 SAMPLER_NAMES = {
     "uniform": "uniform",
@@ -247,6 +248,16 @@ def dataset_charts(table: GrowthTable, curve: GrowthCurve, visits: Visits) -> di
             figure,
             "alignment",
             f"Histogram of alignment; {compact(under)} samples lie under the threshold.",
+        )
+    charts["purity"] = None
+    if table.estimate is not None:
+        low, high = (f"{100 * share:.1f}" for share in table.estimate.noise_interval)
+        charts["purity_note"] = (
+            f"Estimated from {table.estimate.seeds} seeds: {100 * table.estimate.noise:.1f} % "
+            f"of the stream's captions are wrong ({low} to {high} %)."
+        )
+        charts["purity"] = to_page(
+            purity_figure(table.estimate, table.min_align, PAGE), "purity", charts["purity_note"]
         )
     charts["gain"] = to_page(
         gain_figure(table.gains[table.kept], table.has_text, PAGE),

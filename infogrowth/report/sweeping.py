@@ -17,6 +17,7 @@ import numpy as np
 
 from infogrowth.errors import UserError
 from infogrowth.growth.sampling import normalized_gains, select_top
+from infogrowth.growth.thresholds import StreamEstimate
 from infogrowth.report.dataset import GrowthTable
 
 if TYPE_CHECKING:  # the tables need no matplotlib
@@ -45,6 +46,8 @@ class ThresholdRow:
     dropped: int
     mean_gain: float | None  # of the kept samples, as recorded
     in_force: bool
+    purity: float | None = None  # estimated share of right captions above it, of the stream's own
+    right_lost: float | None = None  # estimated share of the stream's right captions below it
 
     @property
     def exact(self) -> bool:
@@ -125,7 +128,13 @@ def _threshold_row(table: GrowthTable, threshold: float) -> ThresholdRow:
         dropped=int(len(kept) - kept.sum()),
         mean_gain=float(gain.mean()) if len(gain) else None,
         in_force=table.min_align is not None and threshold == table.min_align,
+        purity=_share(table.estimate and table.estimate.purity(threshold)),
+        right_lost=_share(table.estimate and table.estimate.right_lost(threshold)),
     )
+
+
+def _share(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
 
 
 def _fit_not_on_record(table: GrowthTable, threshold: float) -> np.ndarray:
@@ -198,6 +207,13 @@ def _notes(table: GrowthTable, rows: list[ThresholdRow]) -> list[str]:
         "Gains are those recorded in this growth. With another threshold other samples would be "
         "kept, the nearest neighbors would change and so would the gains: take them as estimates."
     )
+    if table.estimate is not None:
+        low, high = (100 * share for share in table.estimate.noise_interval)
+        notes.append(
+            f"Purity and right captions lost are estimates from {table.estimate.seeds} seeds: "
+            f"{100 * table.estimate.noise:.1f} % of the stream's captions seem wrong ({low:.1f} to "
+            f"{high:.1f} %). They count own captions only, not new ones."
+        )
     notes.append("Static selection of the top N from the dataset as it is: exact.")
     return notes
 
@@ -213,13 +229,56 @@ def sweep_figure(
     from infogrowth.report.charts import chart_style, new_figure
 
     with chart_style(palette):
-        figure = new_figure(width, 560 if stacked else 300)
-        shape = (2, 1) if stacked else (1, 2)
-        left, right = figure.subplots(*shape) if found.tops else (figure.subplots(), None)
-        _draw_thresholds(left, found, palette)
-        if right is not None:
-            _draw_tops(right, found, palette)
+        figure = new_figure(width, 820 if stacked else 300)
+        draw = [_draw_thresholds]
+        draw += [_draw_purity] * any(row.purity is not None for row in found.thresholds)
+        draw += [_draw_tops] * bool(found.tops)
+        shape = (len(draw), 1) if stacked else (1, len(draw))
+        panels = figure.subplots(*shape, squeeze=False).flat
+        for axes, panel in zip(panels, draw, strict=True):
+            panel(axes, found, palette)
         return figure
+
+
+def purity_figure(
+    estimate: StreamEstimate, min_align: float | None, palette: "Palette", width: float = 350
+) -> "Figure":
+    """Estimated purity and loss over all thresholds that keep something."""
+    from infogrowth.report.charts import chart_style, new_figure
+
+    with chart_style(palette):
+        figure = new_figure(width, 260)
+        at = np.quantile(estimate.stream, np.linspace(0, 0.99, 200))
+        _purity_curves(
+            figure.subplots(), at, estimate.purity(at), estimate.right_lost(at), min_align, palette
+        )
+        return figure
+
+
+def _draw_purity(axes: "Axes", found: Sweep, palette: "Palette") -> None:
+    rows = [row for row in found.thresholds if row.purity is not None]
+    columns = ([getattr(row, name) for row in rows] for name in ("threshold", "purity"))
+    at, purity = (np.array(column, float) for column in columns)
+    lost = np.array([np.nan if row.right_lost is None else row.right_lost for row in rows])
+    in_force = next((row.threshold for row in found.thresholds if row.in_force), None)
+    _purity_curves(axes, at, purity, lost, in_force, palette)
+
+
+def _purity_curves(
+    axes: "Axes", at: np.ndarray, purity: np.ndarray, lost: np.ndarray, min_align: float | None,
+    palette: "Palette",
+) -> None:  # fmt: skip
+    from infogrowth.report.charts import legend_above
+
+    axes.plot(at, 100 * (1 - purity), color=palette.dropped, label="wrong among kept")
+    axes.plot(at, 100 * lost, color=palette.image, label="right ones lost")
+    if min_align is not None:
+        axes.axvline(min_align, color=palette.ink, linewidth=1.2, linestyle=(0, (4, 2.5)))
+    axes.set_ylim(0, None)
+    axes.set_xlim(float(at.min()), float(at.max()) if at.max() > at.min() else None)
+    axes.set_xlabel("alignment threshold (min_align)")
+    axes.set_ylabel("percent (estimated)")
+    legend_above(axes, columns=2)
 
 
 def _draw_thresholds(axes: Axes, found: Sweep, palette: Palette) -> None:
