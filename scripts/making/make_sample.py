@@ -69,6 +69,7 @@ def make_sample(output: Path, cache: Path, seed: int) -> None:
     )
     write_pile(output, planned, seed)
     write_retrieval(output, retrieval, seed)
+    write_captions(output / "sample_captions.json", cache, seed)
     write_sources(output / "sample_sources.json")
 
 
@@ -160,6 +161,19 @@ def write_retrieval(output: Path, drawings: list[Drawing], seed: int) -> None:
         write_lines(output / f"sample_retrieval_{split}.json", entries)
         start += count
     print(f"{start} more pictures in {folder}: {RETRIEVAL}")
+
+
+def write_captions(path: Path, cache: Path, seed: int) -> None:
+    """A trusted list of captions, for `recaption --captioner nearest:FILE`: each concept's names
+    and some longer wordings, whether the sample has a drawing of it or not."""
+    entries: list[dict[str, object]] = []
+    for code, concept in sorted(read_concepts(cache).items()):
+        if not concept.symbolic:
+            longer = captions(concept, generator(seed, "candidates", code), 6)
+            entries.append(
+                {"image": code, "caption": list(dict.fromkeys([*concept.names, *longer]))}
+            )
+    write_lines(path, entries)
 
 
 def make_training_set(output: Path, cache: Path, seed: int) -> None:
