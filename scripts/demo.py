@@ -42,7 +42,6 @@ python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml {{trai
     --annotations {OUTPUT}/cc3m_train.json --sampler uniform --output_dir {TRAINED["as it came"]}
 python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml {{training}}
     --annotations {OUTPUT}/sample_grown.json --output_dir {TRAINED["grown"]}
-python -m infogrowth sweep {OUTPUT}/growth -o {OUTPUT}/sweep.html
 python -m infogrowth report {OUTPUT}/growth --training {TRAINED["as it came"]} {TRAINED["grown"]}
     -o {OUTPUT}/report.html
 """

@@ -141,8 +141,11 @@ def _is_number(value: object) -> bool:
 
 
 def _recalls(record: dict[str, Any]) -> dict[str, float]:
-    """The recalls of an evaluation, in percent: the validation set's where there are several."""
-    tables = record.get("recall")
+    """The recalls of an evaluation, in percent: the validation set's where there are several.
+
+    Pretraining's own validation has them in the record itself.
+    """
+    tables = record if record.get("kind") == "val" else record.get("recall")
     if not isinstance(tables, dict):
         return {}
     table = tables.get("val") or tables.get("test") or tables

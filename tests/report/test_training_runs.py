@@ -87,3 +87,12 @@ def test_smoothing_averages_stretches_and_keeps_the_mean():
     assert at[0] == 5
     assert means.mean() == pytest.approx(values.mean())
     assert smoothed(values[:7], limit=100)[1].tolist() == values[:7].tolist()
+
+
+def test_the_recalls_of_a_pretraining_are_read_from_its_validation_records(tmp_path):
+    records = [{"kind": "step", "step": 1, "samples_seen": 64, "loss": 2.0}]
+    records += [{"kind": "val", "step": 1, "samples_seen": 64, "r_mean": 41.5, "txt_r1": 20.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run = read_run(tmp_path)
+    assert run.recall_table == {"r_mean": 41.5, "txt_r1": 20.0}
+    assert run.recall.seen.tolist() == [64]
