@@ -241,8 +241,8 @@ def sweep_figure(
 
 
 def purity_figure(
-    estimate: StreamEstimate, min_align: float | None, palette: "Palette", width: float = 350
-) -> "Figure":
+    estimate: StreamEstimate, min_align: float | None, palette: Palette, width: float = 350
+) -> Figure:
     """Estimated purity and loss over all thresholds that keep something."""
     from infogrowth.report.charts import chart_style, new_figure
 
@@ -255,7 +255,7 @@ def purity_figure(
         return figure
 
 
-def _draw_purity(axes: "Axes", found: Sweep, palette: "Palette") -> None:
+def _draw_purity(axes: Axes, found: Sweep, palette: Palette) -> None:
     rows = [row for row in found.thresholds if row.purity is not None]
     columns = ([getattr(row, name) for row in rows] for name in ("threshold", "purity"))
     at, purity = (np.array(column, float) for column in columns)
@@ -265,8 +265,8 @@ def _draw_purity(axes: "Axes", found: Sweep, palette: "Palette") -> None:
 
 
 def _purity_curves(
-    axes: "Axes", at: np.ndarray, purity: np.ndarray, lost: np.ndarray, min_align: float | None,
-    palette: "Palette",
+    axes: Axes, at: np.ndarray, purity: np.ndarray, lost: np.ndarray, min_align: float | None,
+    palette: Palette,
 ) -> None:  # fmt: skip
     from infogrowth.report.charts import legend_above
 
