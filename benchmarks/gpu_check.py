@@ -512,7 +512,8 @@ def resume(machine: Machine) -> Iterator[Row]:
             program.PretrainConfig(
                 annotations=str(machine.folder / "pairs.json"),
                 images=str(machine.folder / "images"), vit="tiny", image_size=64, vocabulary=tiny,
-                vision_init="random", text_init="random", queue_size=16, batch_size=8, max_epoch=20, warmup_steps=4,
+                vision_init="random", text_init="random", queue_size=16, batch_size=8, max_epoch=20,
+                warmup_steps=4,
                 output_dir=str(machine.folder / output), max_steps=steps, device=str(device),
                 precision="fp32", num_workers=0, tensorboard=False, keep_checkpoints=9,
             )
