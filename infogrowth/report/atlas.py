@@ -76,6 +76,9 @@ def _rows(
         place = places[row]
         if np.isnan(place).any() and near:
             place = places[[other for other, _ in near]].mean(axis=0)
+        # Atlas wants lists of one length. The first samples met fewer neighbors: they fill up with
+        # themselves.
+        listed = near + [(row, 0.0)] * (int(table.settings.get("k", len(near))) - len(near))
         image = thumbnails.image(table.ids[row])
         content = io.BytesIO()
         if image is not None:
@@ -97,7 +100,7 @@ def _rows(
             "verdict": str(table.verdicts[row]),
             "reason": str(table.reasons[row]),
             "source": str(table.sources[row]),
-            "neighbors": {"ids": [n for n, _ in near], "distances": [d for _, d in near]},
+            "neighbors": {"ids": [n for n, _ in listed], "distances": [d for _, d in listed]},
             **{name: None if np.isnan(value) else float(value) for name, value in numbers.items()},
         }
 
