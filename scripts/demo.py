@@ -38,15 +38,13 @@ python -m infogrowth grow --features {OUTPUT}/features --seed-ids {SEEDS} --min-
     --growth {OUTPUT}/growth --output {OUTPUT}/sample_grown.json
 python -m infogrowth select --annotations {OUTPUT}/sample_grown.json --top 1000
     --output {OUTPUT}/sample_top1000.json
-python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml {{training}}
-    --annotations {OUTPUT}/cc3m_train.json --sampler uniform --output_dir {TRAINED["as it came"]}
-python train/pretrain_gain.py --config train/configs/pretrain_sample.yaml {{training}}
+python train/pretrain_gain.py --config train/configs/compare_sample.yaml --sampler uniform
+    --annotations {OUTPUT}/cc3m_train.json --output_dir {TRAINED["as it came"]}
+python train/pretrain_gain.py --config train/configs/compare_sample.yaml
     --annotations {OUTPUT}/sample_grown.json --output_dir {TRAINED["grown"]}
 python -m infogrowth report {OUTPUT}/growth --training {TRAINED["as it came"]} {TRAINED["grown"]}
     -o {OUTPUT}/report.html
 """
-# Equally many samples seen, contrastive only: what a short training on a CPU can show.
-TRAINING = f"--objectives ita --max_epoch 100 --batch_size 64 --max_steps 60 --images {OUTPUT}/lmdb_train --val_annotations {OUTPUT}/held_out.json --val_images {DATA}/sample_retrieval --validate_every 1000"  # noqa: E501
 
 
 def main() -> int:
@@ -55,8 +53,7 @@ def main() -> int:
     shutil.rmtree(OUTPUT, ignore_errors=True)  # a demo starts afresh; real runs resume
     held_out = [read_json(DATA / f"sample_retrieval_{part}.json", part) for part in ("val", "test")]
     atomic_write_json(OUTPUT / "held_out.json", [entry for part in held_out for entry in part])
-    commands = COMMANDS.replace("\n    ", " ").format(training=TRAINING)
-    for command in commands.strip().splitlines():
+    for command in COMMANDS.replace("\n    ", " ").strip().splitlines():
         print(f"\n$ {command}", flush=True)
         # The same interpreter, whatever `python` means in the caller's shell.
         status = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
