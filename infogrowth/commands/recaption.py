@@ -129,10 +129,10 @@ def _checked_on_seeds(
 
 
 def _check_line(check: dict[str, Any]) -> str:
-    share = check["better_than_true"] / max(check["seeds"], 1)
+    share = check["better_than_true"] / max(check["captioned"], 1)
     line = (
-        f"on {check['seeds']} seeds the new caption aligns better than the true one for "
-        f"{check['better_than_true']} ({share:.0%})"
+        f"on {check['seeds']} seeds the captioner wrote {check['captioned']} captions; "
+        f"{check['better_than_true']} of them ({share:.0%}) align better than the true one"
     )
     if share > 0.5:
         line += (
