@@ -125,7 +125,7 @@ def test_shards_are_float16_unit_rows_in_the_clip_retrieval_layout(embedded):
     assert shards == [f"img_emb_{i}.npy" for i in range(5)]
     rows = np.load(embedded / "text_emb" / "text_emb_4.npy")
     assert rows.dtype == np.float16
-    assert rows.shape == (3, 128)
+    assert rows.shape == (3, 64)
     np.testing.assert_allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=1e-3)
 
 
@@ -390,7 +390,7 @@ def test_a_pile_in_which_every_sample_is_bad_still_ends(encoder, tmp_path):
     _write_lmdb(tmp_path / "lmdb", {"000": b"nothing"})
     (tmp_path / "pairs.json").write_text(json.dumps([{"image": "000", "caption": "a cat"}]))
     assert main(_arguments(tmp_path, encoder, tmp_path / "features")) == 0
-    assert np.load(tmp_path / "features" / "img_emb" / "img_emb_0.npy").shape == (0, 128)
+    assert np.load(tmp_path / "features" / "img_emb" / "img_emb_0.npy").shape == (0, 64)
 
 
 @pytest.mark.parametrize(

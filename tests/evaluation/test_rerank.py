@@ -179,7 +179,7 @@ def test_one_image_against_many_texts_is_the_pair_by_pair_score(tokenizer):
                 attention_mask=mask[[row]],
                 encoder_hidden_states=tokens,
             ).last_hidden_state
-            assert states.shape == (1, 35, 128)
+            assert states.shape == (1, 35, config.text_width)
             np.testing.assert_allclose(fast[row], model.itm_head(states[0, 0]), atol=2e-6)
     assert fast.std() > 1e-3  # not all the same number
 
