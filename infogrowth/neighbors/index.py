@@ -15,6 +15,7 @@ from infogrowth.errors import UserError
 from infogrowth.neighbors.base import Neighbors
 from infogrowth.neighbors.candidates import Candidates, pair_products
 from infogrowth.neighbors.cells import SAMPLE_PER_CELL, Cells, cell_count, learn_centers
+from infogrowth.neighbors.copies import Copies
 from infogrowth.neighbors.fast import FastRows, HalfRows, LeadingRows, summation_error
 from infogrowth.neighbors.scan import Scan
 from infogrowth.neighbors.shards import Shard
@@ -65,6 +66,8 @@ class NeighborIndex:
             self._memory = max(self._memory, total // 16)
         self._count = 0
         self._rows = RowStore(dimension, torch.float32, self.device)
+        self._copies = Copies(dimension, k + 1)  # + 1: a probe is looked up without itself
+        self._surplus = RowStore(1, torch.bool, self.device)  # which rows no answer can need
         self._half = half_precision(self.device)
         self._fast: FastRows | None = None
         self._fast_learned = 0
@@ -83,17 +86,21 @@ class NeighborIndex:
     @torch.no_grad()
     def extend(self, rows: np.ndarray) -> None:
         """Add (M, D) float32 unit rows."""
+        self.truncate(self._count)  # what a failed call left
         own = np.ascontiguousarray(self._shard.own(rows, self._count))
         with self._enough_memory():
-            self._rows.truncate(self._shard.count(self._count))  # what a failed call left
+            surplus = self._shard.own(self._copies.add(rows), self._count)
+            self._surplus.extend(torch.from_numpy(surplus[:, None].copy()))
             self._rows.extend(torch.from_numpy(own))
         self._count += len(rows)
 
     def truncate(self, count: int) -> None:
         """Forget all rows from position `count` on."""
         self._count = min(self._count, count)
+        self._copies.truncate(self._count)
         own = self._shard.count(self._count)
         self._rows.truncate(own)
+        self._surplus.truncate(own)
         if self._fast is not None:
             self._fast.store.truncate(own)
         if self._cells is not None:
@@ -191,7 +198,8 @@ class NeighborIndex:
         error = summation_error(self.dimension)
         candidates = Candidates(len(queries_ND), k, error, exact, self.device)
         fast = self._fast_rows(cells is not None) if len(queries_ND) >= FEW_QUERIES else None
-        scan = Scan(queries_ND, visible_N, self._rows, fast, k, self._memory)
+        surplus = self._surplus if self._copies.surplus else None
+        scan = Scan(queries_ND, visible_N, self._rows, fast, surplus, k, self._memory)
         if cells is not None:
             cells.extend(self._rows)
             scan.nearest_cells(cells, candidates)

@@ -38,12 +38,14 @@ LOWEST = -2.0  # below any cosine
 @dataclass(frozen=True)
 class Scan:
     """Queries (N, D) that see the first `visible` (N,) of `rows`, in ascending order; `fast` is a
-    copy of these or None; `memory` in bytes bounds what is multiplied at once."""
+    copy of these or None; `surplus` (rows, 1) bool says which cannot be among the nearest of any,
+    None if all can; `memory` in bytes bounds what is multiplied at once."""
 
     queries_ND: torch.Tensor
     visible_N: torch.Tensor
     rows: RowStore
     fast: FastRows | None
+    surplus: RowStore | None
     k: int
     memory: int
 
@@ -116,6 +118,9 @@ class Scan:
         """The visible rows that could be among the nearest, with float32 scores. Without a score
         to beat yet (`first`), the maxima of groups of columns give one."""
         floor_BQ = floor_N[tile.query_BQ]
+        if self.surplus is not None:
+            surplus_BW1 = self.surplus.take(tile.position_BW.clamp(max=self.rows.count - 1))
+            scores_BQW.masked_fill_(surplus_BW1.transpose(1, 2), NOTHING)
         if first:
             seen_BQ = self.visible_N[tile.query_BQ.clamp(max=len(self.visible_N) - 1)]
             scores_BQW.masked_fill_(tile.position_BW[:, None] >= seen_BQ[:, :, None], NOTHING)
