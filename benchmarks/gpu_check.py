@@ -522,9 +522,14 @@ def resume(machine: Machine) -> Iterator[Row]:
         weights = torch.load(saved, map_location="cpu", weights_only=True)["model"]
         return torch.cat([t.flatten().double() for t in weights.values() if t.is_floating_point()])
 
-    whole = train("whole", full, machine.device)
-    train("halves", half, machine.device)
-    resumed = train("halves", full, machine.device)
+    threads = torch.get_num_threads()
+    try:  # threads of a CPU share out a sum as they come, which rounds it differently each time
+        torch.set_num_threads(1 if machine.device.type == "cpu" else threads)
+        whole = train("whole", full, machine.device)
+        train("halves", half, machine.device)
+        resumed = train("halves", full, machine.device)
+    finally:
+        torch.set_num_threads(threads)
     error = float((whole - resumed).abs().max())
     # Kernels of a GPU that sum in any order may round differently; a wrong resume is far off.
     bound = 1e-4 if machine.device.type == "cuda" else 0
