@@ -15,35 +15,28 @@ from typing import Any
 
 import numpy as np
 
-from infogrowth.evaluation.truth import auroc, detection, share_in_lowest_decile
+from infogrowth.evaluation.truth import (
+    auroc,
+    detection,
+    score_captions,
+    share_in_lowest_decile,
+)
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.growth.ledger import read_growth
 from infogrowth.report.training_runs import read_run
 
 DATA = Path("processed_data")
-SAMPLE, SEEDS = DATA / "sample", DATA / "sample_seeds.json"
 CAPTIONS = DATA / "sample_captions.json"  # a trusted list: each concept's names and wordings
 OUTPUT = Path("output/demo")
 TRAINED = {"as it came": OUTPUT / "trained_as_it_came", "grown": OUTPUT / "trained_grown"}
 
 COMMANDS = f"""
-python scripts/cc3m_lmdb_writer.py --image_root {SAMPLE} --output_root {OUTPUT}
-python -m infogrowth embed --lmdb {OUTPUT}/lmdb_train --annotations {OUTPUT}/cc3m_train.json
-    --encoder tiny --output {OUTPUT}/features
-python -m infogrowth recaption --features {OUTPUT}/features --seed-ids {SEEDS}
-    --min-align auto:0.98 --captioner nearest:{CAPTIONS} --min-margin 0.12
-    --encoder tiny --output {OUTPUT}/recaptions
-python -m infogrowth grow --features {OUTPUT}/features --seed-ids {SEEDS} --min-align auto:0.98
-    --recaptions {OUTPUT}/recaptions --min-recaption-align auto
-    --growth {OUTPUT}/growth --output {OUTPUT}/sample_grown.json
-python -m infogrowth select --annotations {OUTPUT}/sample_grown.json --top 1000
-    --output {OUTPUT}/sample_top1000.json
+python -m infogrowth run scripts/configs/demo.yaml --until select
 python train/pretrain_gain.py --config train/configs/compare_sample.yaml --sampler uniform
     --annotations {OUTPUT}/cc3m_train.json --output_dir {TRAINED["as it came"]}
 python train/pretrain_gain.py --config train/configs/compare_sample.yaml
     --annotations {OUTPUT}/sample_grown.json --output_dir {TRAINED["grown"]}
-python -m infogrowth report {OUTPUT}/growth --training {TRAINED["as it came"]} {TRAINED["grown"]}
-    -o {OUTPUT}/report.html
+python -m infogrowth run scripts/configs/demo.yaml --only report
 """
 
 
@@ -53,6 +46,8 @@ def main() -> int:
     shutil.rmtree(OUTPUT, ignore_errors=True)  # a demo starts afresh; real runs resume
     held_out = [read_json(DATA / f"sample_retrieval_{part}.json", part) for part in ("val", "test")]
     atomic_write_json(OUTPUT / "held_out.json", [entry for part in held_out for entry in part])
+    truth = [{"image": sample, "caption": right} for sample, right in right_captions().items()]
+    atomic_write_json(OUTPUT / "truth.json", truth)
     for command in COMMANDS.replace("\n    ", " ").strip().splitlines():
         print(f"\n$ {command}", flush=True)
         # The same interpreter, whatever `python` means in the caller's shell.
@@ -70,22 +65,18 @@ def score() -> dict[str, Any]:
     """The figures of the summary: growth's decisions held against the planted truth."""
     growth = read_growth(OUTPUT / "growth")
     truth = read_json(DATA / "sample_truth.json", "the truth file")
-    names = ["id", "verdict", "reason", "original_alignment", "caption"]
+    names = ["id", "verdict", "reason", "original_alignment", "caption", "original_caption"]
     decisions = growth.decisions(names).to_pandas()
     swapped = decisions.id.map(lambda sample: truth[sample]["swapped"]).to_numpy(bool)
-    recaptioned = (decisions.verdict == "recaptioned").to_numpy()
-    kept = (decisions.verdict != "dropped").to_numpy()
-    stream = (decisions.reason != "seed").to_numpy()  # seeds were never in question
-    entries = read_json(CAPTIONS, "the trusted captions")
-    wordings = {entry["image"]: set(entry["caption"]) for entry in entries}
-    fits = np.array(
-        [
-            caption == truth[sample]["true_caption"]
-            or caption in wordings[truth[sample]["concept"]]
-            for sample, caption in zip(decisions.id, decisions.caption, strict=True)
-        ]
+    stream = decisions[decisions.reason != "seed"]  # seeds were never in question
+    captions = score_captions(
+        stream.id.tolist(),
+        stream.original_caption.tolist(),
+        stream.caption.tolist(),
+        stream.verdict != "dropped",
+        stream.verdict == "recaptioned",
+        right_captions(),
     )
-    wrong = np.where(recaptioned, ~fits, swapped)
     noisy = detection(decisions.verdict != "kept", swapped)
     annotations = growth.annotations()
     copied = [truth[entry["image"]]["copy_of"] is not None for entry in annotations]
@@ -96,21 +87,32 @@ def score() -> dict[str, Any]:
     return {
         "pairs": len(decisions),
         "kept": len(annotations),
-        "recaptioned": int(recaptioned.sum()),
-        "dropped": int((~kept).sum()),
+        "recaptioned": captions.recaptioned,
+        "dropped": int((decisions.verdict == "dropped").sum()),
         "noise_precision": round(noisy.precision, 4),
         "noise_recall": round(noisy.recall, 4),
         "alignment_auroc": round(auroc(decisions.original_alignment.to_numpy(), ~swapped), 4),
         "copies": sum(copied),
         "copies_in_lowest_gain_decile": round(share_in_lowest_decile(gains, copied), 4),
         "min_align": round(growth.settings["min_align"], 4),
-        "wrong_before": round(float(swapped[stream].mean()), 4),
-        "wrong_after": round(float(wrong[stream & kept].mean()), 4),
+        "wrong_before": round(captions.wrong_before, 4),
+        "wrong_after": round(captions.wrong_after, 4),
         "wrong_before_estimated": round(estimate.noise, 4),
-        "right_kept": round(float((kept & ~recaptioned)[stream & ~swapped].mean()), 4),
-        "recaptions_right": int((fits & recaptioned).sum()),
+        "right_kept": round(captions.right_kept, 4),
+        "recaptions_right": captions.recaptions_right,
         "recall_as_it_came": round(recalls["as it came"], 2),
         "recall_grown": round(recalls["grown"], 2),
+    }
+
+
+def right_captions() -> dict[str, list[str]]:
+    """Every right caption of each sample: its own, and the wordings of what it shows."""
+    truth = read_json(DATA / "sample_truth.json", "the truth file")
+    entries = read_json(CAPTIONS, "the trusted captions")
+    wordings = {entry["image"]: entry["caption"] for entry in entries}
+    return {
+        sample: [known["true_caption"], *wordings[known["concept"]]]
+        for sample, known in truth.items()
     }
 
 

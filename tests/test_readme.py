@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,8 @@ from PIL import Image
 
 from infogrowth.annotations import load_annotations
 from infogrowth.cli import VERBS
+from infogrowth.commands.run import Config as RunConfig
+from infogrowth.commands.run import read_stages
 from infogrowth.config import config_from_args
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +51,21 @@ def test_every_program_and_config_that_the_readme_names_exists():
 
 def test_the_growing_commands_are_those_that_the_demo_runs():
     """`make demo` runs them; here they are held to be the same, word for word."""
-    block = README.split("## Grow your own dataset")[1].split("## ")[0]
+    block = README.split("## Grow your own dataset")[1].split("Or one command a stage")[0]
     written = re.findall(r"^    (python .+)$", block, flags=re.MULTILINE)
     assert written == demo_commands()
+
+
+def test_one_command_a_stage_is_the_same_as_the_demos_yaml():
+    block = README.split("Or one command a stage")[1].split("## ")[0]
+    written = {}
+    for command in re.findall(r"^    python (.+)$", block, flags=re.MULTILINE):
+        command = command.replace("scripts/cc3m_lmdb_writer.py", "-m infogrowth pack")
+        _, _, verb, *arguments = shlex.split(command)
+        module = import_module(f"infogrowth.commands.{verb}")
+        written[verb] = check(module.Config, arguments, getattr(module, "POSITIONAL", ()))
+    stages = read_stages(RunConfig(pipeline=str(ROOT / "scripts/configs/demo.yaml")))
+    assert written == {stage.name: stage.config for stage in stages}
 
 
 def test_every_verb_is_explained():
@@ -77,12 +92,12 @@ def test_every_flag_that_the_readme_names_is_a_flag(command):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         return
     else:
-        assert words[1] == "scripts/cc3m_lmdb_writer.py"  # run for real below and by the demo
+        assert words[1] == "scripts/cc3m_lmdb_writer.py"  # run for real below
         return
     check(config_class, arguments, ())
 
 
-def check(config_class: type, arguments: list[str], positional: tuple[str, ...]) -> None:
+def check(config_class: type, arguments: list[str], positional: tuple[str, ...]) -> Any:
     """Parse as the command line does, the config file included; an unknown flag or key raises."""
     import argparse
 
@@ -92,7 +107,7 @@ def check(config_class: type, arguments: list[str], positional: tuple[str, ...])
     args = parser.parse_args(arguments)
     if getattr(args, "config", None):
         args.config = str(ROOT / args.config)
-    config_from_args(config_class, args)
+    return config_from_args(config_class, args)
 
 
 def test_the_cc3m_config_points_to_the_papers_file():

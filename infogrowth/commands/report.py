@@ -2,11 +2,18 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from infogrowth.annotations import load_annotations
 from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
+
+if TYPE_CHECKING:
+    from infogrowth.evaluation.truth import CaptionScore
+    from infogrowth.report.dataset import GrowthTable
 
 HELP = "show a grown dataset (and training runs) on one self-contained HTML page"
 POSITIONAL = ("growth",)
@@ -24,6 +31,9 @@ class Config:
     output: str = option("report.html", "the page to write", short="-o")
     atlas: str | None = option(
         None, "also write the decisions as FILE.parquet for Embedding Atlas, for large sets"
+    )
+    truth: str | None = option(
+        None, "annotation JSON with the right captions, where they are known: scores the growth"
     )
     title: str | None = option(None, "title of the page; by default the folder's name")
     duplicate_distance: float | Literal["auto"] = option(
@@ -65,6 +75,8 @@ def _check(config: Config) -> None:
             "nothing to report on: give a growth folder, --annotations FILE.json, "
             "or --training RUN_DIR …"
         )
+    if config.truth and not config.growth:
+        raise UserError("--truth is held against the decisions of a growth folder: give one")
     if config.atlas and not config.growth:
         raise UserError("--atlas shows the decisions of a growth folder: give one")
     if config.atlas and not config.atlas.endswith(".parquet"):
@@ -91,4 +103,24 @@ def _dataset(config: Config) -> tuple[str, dict[str, Any]]:
         write_atlas(config.atlas, table, thumbnails)
         log.info("wrote %s; look at it with: %s", config.atlas, COMMAND.format(path=config.atlas))
     distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
-    return table.name, dataset_context(table, thumbnails, [note] if note else [], distance)
+    context = dataset_context(table, thumbnails, [note] if note else [], distance)
+    return table.name, context | {"truth": _score(config.truth, table) if config.truth else None}
+
+
+def _score(path: str, table: "GrowthTable") -> "CaptionScore":
+    """Captions before and after, seeds left out: they were never in question."""
+    from infogrowth.evaluation.truth import score_captions
+
+    captions = {entry["image"]: entry["caption"] for entry in load_annotations(path)}
+    right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
+    came = np.flatnonzero(~table.seeds)
+    if not any(table.ids[row] in right for row in came):
+        raise UserError(f"{path} knows none of the samples of {table.name}; are the ids the same?")
+    return score_captions(
+        [table.ids[row] for row in came],
+        [table.original_captions[row] for row in came],
+        [table.captions[row] for row in came],
+        table.kept[came],
+        table.recaptioned[came],
+        right,
+    )

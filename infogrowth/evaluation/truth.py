@@ -3,6 +3,7 @@
 Pure functions on arrays, for samples with planted noise (``processed_data/sample_truth.json``).
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,48 @@ def detection(flagged: np.ndarray, truth: np.ndarray) -> Detection:
     """Compare ``(N,)`` booleans: what was flagged with what is true."""
     flagged, truth = np.asarray(flagged, dtype=bool), np.asarray(truth, dtype=bool)
     return Detection(int(flagged.sum()), int(truth.sum()), int((flagged & truth).sum()))
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """What growth did to captions whose truth is known; shares are 0 … 1."""
+
+    wrong_before: float  # share of wrong captions among the samples that came
+    wrong_after: float  # among those kept, new captions included
+    right_kept: float  # share of the right captions that were kept as they were
+    recaptioned: int
+    recaptions_right: int
+
+
+def score_captions(
+    ids: Sequence[str],
+    original: Sequence[str],
+    captions: Sequence[str],
+    kept: np.ndarray,
+    recaptioned: np.ndarray,
+    truth: Mapping[str, Collection[str]],
+) -> CaptionScore:
+    """Hold captions before and after growth against the right ones; samples without are left out.
+
+    Args:
+        ids, original, captions: N samples, their captions as they came and as they were decided.
+        kept, recaptioned: ``(N,)`` booleans; a recaptioned sample is a kept one.
+        truth: id -> every caption that is right.
+    """
+    known = np.array([name in truth for name in ids])
+    came, now = (
+        np.array([text in truth.get(name, ()) for name, text in zip(ids, texts, strict=True)])
+        for texts in (original, captions)
+    )
+    kept, recaptioned = np.asarray(kept, bool) & known, np.asarray(recaptioned, bool) & known
+    right = came & known
+    return CaptionScore(
+        wrong_before=float((~came[known]).mean()) if known.any() else 0.0,
+        wrong_after=float((~now[kept]).mean()) if kept.any() else 0.0,
+        right_kept=float((kept & ~recaptioned)[right].mean()) if right.any() else 1.0,
+        recaptioned=int(recaptioned.sum()),
+        recaptions_right=int((recaptioned & now).sum()),
+    )
 
 
 def share_in_lowest_decile(gains: np.ndarray, marked: np.ndarray) -> float:

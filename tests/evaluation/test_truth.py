@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infogrowth.evaluation.truth import auroc, detection, share_in_lowest_decile
+from infogrowth.evaluation.truth import auroc, detection, score_captions, share_in_lowest_decile
 
 
 def test_area_under_the_curve_is_the_chance_to_rank_a_pair_rightly():
@@ -23,6 +23,20 @@ def test_one_kind_only_has_no_curve():
 def test_precision_and_recall():
     found = detection([1, 1, 1, 0, 0], [1, 0, 0, 1, 0])
     assert (found.precision, found.recall) == (1 / 3, 1 / 2)
+
+
+def test_captions_are_scored_before_and_after():
+    truth = {"a": ["red"], "b": ["blue"], "c": ["green", "leaf"], "d": ["sun"]}
+    score = score_captions(
+        ["a", "b", "c", "d", "unknown"],
+        ["red", "wrong", "wrong", "sun", "wrong"],
+        ["red", "wrong", "leaf", "sun", "wrong"],
+        kept=np.array([1, 1, 1, 0, 1]),
+        recaptioned=np.array([0, 0, 1, 0, 0]),
+        truth=truth,
+    )
+    assert (score.wrong_before, score.wrong_after) == (1 / 2, 1 / 3)
+    assert (score.right_kept, score.recaptions_right, score.recaptioned) == (1 / 2, 1, 1)
 
 
 def test_share_in_lowest_decile():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from infogrowth.cli import main
+from infogrowth.report.formatting import percent
 
 VOID_TEXT = "window.__injected"
 
@@ -98,6 +99,21 @@ def test_redundant_samples_stand_beside_their_nearest_neighbors(page, made):
 def test_the_same_growth_gives_the_same_bytes(page, made, tmp_path):
     assert main(["report", str(made.growth), "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+def test_a_known_truth_is_shown_before_and_after(made, tmp_path):
+    came = [row for row in made.rows if row["reason"] != "seed"]
+    right = [{"image": row["id"], "caption": [row["original_caption"]]} for row in came[1:]]
+    wrong = {"image": came[0]["id"], "caption": ["another caption"]}
+    (tmp_path / "truth.json").write_text(json.dumps([wrong, *right]))
+    path = tmp_path / "report.html"
+    truth = str(tmp_path / "truth.json")
+    assert main(["report", str(made.growth), "--truth", truth, "-o", str(path)]) == 0
+    kept = [row for row in came if row["verdict"] != "dropped"]
+    wrong_after = sum(row["caption"] != row["original_caption"] for row in kept)
+    wrong_after += came[0]["verdict"] == "kept"
+    shown = f"{percent(100 / len(came))} → {percent(100 * wrong_after / len(kept))}"
+    assert shown in path.read_text(encoding="utf-8")
 
 
 def test_a_result_json_is_reported_with_its_lmdb(made, tmp_path):
