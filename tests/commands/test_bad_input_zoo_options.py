@@ -105,7 +105,8 @@ BAD_SEED_LISTS = {
     "no JSON": ("[", "the seed list .* is not valid JSON"),
     "no list": ('{"a": 1}', "must be a JSON list of sample ids"),
     "an empty list": ("[]", "must be a JSON list of sample ids"),
-    "a list of numbers": ("[1, 2]", "must be a JSON list of sample ids"),
+    "a list of lists": ("[[1], [2]]", "must be a JSON list of sample ids"),
+    "numbers, which are ids of other samples": ("[1, 2.0]", "none of the 2 seed ids is in"),
     "ids of other samples": ('["x", "y"]', "none of the 2 seed ids is in"),
 }
 
