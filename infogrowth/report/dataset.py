@@ -22,10 +22,12 @@ from infogrowth.growth.thresholds import StreamEstimate
 _NEIGHBORS = [
     f"{space}_{what}" for space in ("image", "text") for what in ("neighbors", "distances")
 ]
+_RECAPTION = ["captioner", "recaption_alignment", "recaption_rule"]
 _COLUMNS = [
     *("id", "verdict", "reason", "alignment", "original_alignment", "gain_image", "gain_text"),
     *("caption", "original_caption", "source", "source_row"),
     *_NEIGHBORS,
+    *_RECAPTION,
 ]
 
 
@@ -58,7 +60,7 @@ class GrowthTable:
     gains: np.ndarray  # (N, 2) float64: image, text
     sources: np.ndarray  # (N,) str: where the sample came from, "" when unknown
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples
-    neighbor_table: pa.Table | None = None
+    neighbor_table: pa.Table | None = None  # and what is recorded of new captions
     kept_features: Callable[[str], np.ndarray] | None = None  # "image" | "text" -> (kept, D)
     estimate: StreamEstimate | None = None  # of wrong captions; None without enough seeds
 
@@ -118,7 +120,14 @@ class GrowthTable:
             text_neighbors=self._nearest(row, "text"),
             caption=self.captions[row],
             original_caption=self.original_captions[row],
+            **self._recaption(row),
         )
+
+    def _recaption(self, row: int) -> dict[str, Any]:
+        known = self.neighbor_table.column_names if self.neighbor_table is not None else []
+        return {
+            name: self.neighbor_table[name][row].as_py() for name in _RECAPTION if name in known
+        }
 
     def neighbors(self, row: int, space: str) -> list[Neighbor]:
         """The nearest kept samples in ``space`` when ``row`` arrived, nearest first."""
@@ -167,7 +176,7 @@ def open_growth(directory: str | os.PathLike[str]) -> GrowthTable:
         gains=gains,
         sources=names[table["source"].to_numpy()],
         skipped=_skipped(folder.sources),
-        neighbor_table=table.select(_NEIGHBORS),
+        neighbor_table=table.select([*_NEIGHBORS, *_RECAPTION]),
         kept_features=folder.kept_features,
         estimate=folder.estimate(),
     )

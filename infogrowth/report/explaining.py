@@ -94,6 +94,10 @@ def as_text(found: Explanation) -> str:
     lines.append(f"caption     {shown(sample.caption)}")
     if sample.original_caption != sample.caption:
         lines.append(f"was         {shown(sample.original_caption)}")
+    if sample.recaption_alignment is not None:
+        by = f"by {shown(sample.captioner)}, " if sample.captioner else ""
+        rule = f", taken by {sample.recaption_rule}" if sample.recaption_rule else ", not taken"
+        lines.append(f"recaption   {by}alignment {decimal(sample.recaption_alignment)}{rule}")
     lines += [f"alignment   {alignment}", f"gain        {gain}"]
     if found.visits:
         each = (f"{name.replace('_', '-')} {value:.2f}" for name, value in found.visits.items())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from infogrowth.annotations import save_annotations
@@ -28,6 +30,18 @@ def test_a_recaptioned_sample_tells_both_captions_and_alignments(made, grown):
     assert row["original_caption"] in text
     assert f"{row['original_alignment']:.3f} → {row['alignment']:.3f}".replace("-", "−") in text
     assert "kept with the new caption" in text
+
+
+def test_a_new_caption_tells_who_wrote_it_and_what_let_it_in(made, grown):
+    found = one(grown, made.ids("recaptioned")[0])
+    assert "captioner" not in as_text(found)  # folders of earlier versions did not record it
+    record = {"captioner": "nearest:list.json", "recaption_alignment": 0.7125}
+    taken = replace(found.sample, **record, recaption_rule="auto 0.62")
+    assert "by nearest:list.json, alignment 0.713, taken by auto 0.62" in as_text(
+        replace(found, sample=taken)
+    )
+    tried = replace(found.sample, **record)
+    assert "alignment 0.713, not taken" in as_text(replace(found, sample=tried))
 
 
 def test_a_dropped_sample_tells_the_threshold_it_missed(made, grown):
