@@ -124,10 +124,10 @@ class GrowthTable:
         )
 
     def _recaption(self, row: int) -> dict[str, Any]:
-        known = self.neighbor_table.column_names if self.neighbor_table is not None else []
-        return {
-            name: self.neighbor_table[name][row].as_py() for name in _RECAPTION if name in known
-        }
+        table = self.neighbor_table
+        if table is None:
+            return {}
+        return {name: table[name][row].as_py() for name in _RECAPTION if name in table.column_names}
 
     def neighbors(self, row: int, space: str) -> list[Neighbor]:
         """The nearest kept samples in ``space`` when ``row`` arrived, nearest first."""
