@@ -11,13 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from infogrowth.errors import UserError, shorten
-
-T = TypeVar("T")
 
 retries: Counter[str] = Counter()
 """How many reads were tried again in this process, by the kind of error."""
@@ -34,16 +31,23 @@ def is_remote(address: object) -> bool:
 
 
 class RemotePath:
-    """A file or folder below an address, in the words of pathlib that readers of folders use.
+    """A file or folder at an address, in the words of pathlib that readers of folders use.
 
-    What is there is listed once, when it is opened with :func:`as_path`.
+    Args:
+        root: the address of a folder or file.
+        names: the files below a folder, as :func:`list_remote` lists them; without them a path is
+            good for reading alone.
+        relative: the path from the root.
+
+    Raises:
+        UserError: in all methods that read: it is not there or cannot be read.
     """
 
-    def __init__(self, root: str, names: frozenset[str], relative: str = ""):
+    def __init__(self, root: str, names: frozenset[str] = frozenset(), relative: str = ""):
         self._root, self._names, self._relative = root, names, relative
 
     def __str__(self) -> str:
-        return _joined(self._root, self._relative)
+        return f"{self._root.rstrip('/')}/{self._relative}" if self._relative else self._root
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
@@ -85,22 +89,27 @@ class RemotePath:
                 yield RemotePath(self._root, self._names, name)
 
     def open(self) -> BinaryIO:
-        return open_remote(self._root, self._relative)
-
-    def read_range(self, start: int, stop: int) -> bytes:
-        """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
-        system, path = _system(str(self))
-        return _tried(str(self), partial(system.cat_file, path, start=start, end=stop))
-
-    def size(self) -> int:
-        system, path = _system(str(self))
-        return int(_tried(str(self), partial(system.size, path)))
+        """A seekable file that fetches what is read of it, and tries again where that fails."""
+        return io.BufferedReader(_RemoteFile(str(self)), 1 << 16)
 
     def read_bytes(self) -> bytes:
-        return read_remote(self._root, self._relative)
+        return _ask(str(self), "cat_file")
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
+        return _ask(str(self), "cat_file", start=start, end=stop)
+
+    def size(self) -> int:
+        return int(_ask(str(self), "size"))
+
+    def version(self) -> str:
+        """Its size and what the server calls its version: changes when the content does."""
+        info = _ask(str(self), "info")
+        version = (info.get(key) for key in ("ETag", "etag", "checksum", "blob_id", "mtime"))
+        return f"{info.get('size')} {next(filter(None, version), '')}"
 
 
 AnyPath = Path | RemotePath
@@ -117,15 +126,18 @@ def as_path(path: str | os.PathLike[str] | RemotePath) -> AnyPath:
     if not is_remote(path):
         return Path(path)
     address = str(path).rstrip("/")
-    system, root = _system(address)
-    if _tried(address, partial(system.isfile, root)):
-        return RemotePath(address, frozenset([""]))
-    return RemotePath(address, frozenset(list_remote(address)))
+    names = [""] if _ask(address, "isfile") else list_remote(address)
+    return RemotePath(address, frozenset(names))
 
 
 def opened(path: AnyPath) -> Any:
     """What numpy, pyarrow and zipfile open: a path as it is, a file at an address as a stream."""
     return path.open() if isinstance(path, RemotePath) else path
+
+
+def open_file(location: str) -> BinaryIO:
+    """The file at a path or an address, to read and seek in."""
+    return RemotePath(location).open() if is_remote(location) else open(location, "rb")
 
 
 def list_remote(address: str) -> list[str]:
@@ -134,44 +146,12 @@ def list_remote(address: str) -> list[str]:
     Raises:
         UserError: there is nothing, it cannot be read, or its protocol's package is missing.
     """
-    system, root = _system(address)
-    found = _tried(address, partial(system.find, root))
-    prefix = root.rstrip("/") + "/"
+    prefix = _system(address)[1].rstrip("/") + "/"
+    found = _ask(address, "find")
     names = sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
     if not names:
         raise UserError(f"there are no files at {address}; check the address")
     return names
-
-
-def open_remote(address: str, name: str = "") -> BinaryIO:
-    """A seekable file that fetches what is read of it, and tries again where that fails.
-
-    Raises:
-        UserError: it is not there or cannot be read, here or in any later read.
-    """
-    return io.BufferedReader(_RemoteFile(_joined(address, name)), 1 << 16)
-
-
-def read_remote(address: str, name: str = "") -> bytes:
-    """The whole content of a file.
-
-    Raises:
-        UserError: it is not there or cannot be read.
-    """
-    system, path = _system(whole := _joined(address, name))
-    return _tried(whole, partial(system.cat_file, path))
-
-
-def remote_version(address: str, name: str = "") -> str:
-    """Size of a file and what the server calls its version: changes when the content does.
-
-    Raises:
-        UserError: it is not there or cannot be read.
-    """
-    system, path = _system(whole := _joined(address, name))
-    told = _tried(whole, partial(system.info, path))
-    version = (told.get(key) for key in ("ETag", "etag", "checksum", "blob_id", "mtime"))
-    return f"{told.get('size')} {next(filter(None, version), '')}"
 
 
 def retry_summary() -> str | None:
@@ -183,11 +163,11 @@ def retry_summary() -> str | None:
 
 
 class _RemoteFile(io.RawIOBase):
+    """fsspec's file, each read of which is tried again from where it began."""
+
     def __init__(self, address: str):
         self._address = address
-        system, path = _system(address)
-        self._file: Any = _tried(address, partial(system.open, path, "rb", block_size=_BLOCK_BYTES))
-        self._position = 0
+        self._file: Any = _ask(address, "open", mode="rb", block_size=_BLOCK_BYTES)
 
     def readable(self) -> bool:
         return True
@@ -196,21 +176,20 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}
-        self._position = base[whence] + offset
-        return self._position
+        return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        return self._position
+        return self._file.tell()
 
     def readinto(self, buffer: Any) -> int:
+        position = self._file.tell()
+
         def read() -> bytes:
-            self._file.seek(self._position)
+            self._file.seek(position)
             return self._file.read(len(buffer))
 
         content = _tried(self._address, read)
         buffer[: len(content)] = content
-        self._position += len(content)
         return len(content)
 
     def close(self) -> None:
@@ -219,8 +198,10 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _joined(address: str, name: str) -> str:
-    return f"{address.rstrip('/')}/{name}" if name else address
+def _ask(address: str, method: str, **options: Any) -> Any:
+    """What a method of the address's file system returns for it."""
+    system, path = _system(address)
+    return _tried(address, lambda: getattr(system, method)(path, **options))
 
 
 def _system(address: str) -> tuple[Any, str]:
@@ -238,7 +219,7 @@ def _system(address: str) -> tuple[Any, str]:
         raise UserError(f"{address} is no address that can be read: {shorten(error)}") from error
 
 
-def _tried(address: str, action: Callable[[], T]) -> T:
+def _tried(address: str, action: Callable[[], Any]) -> Any:
     """What ``action`` returns, at the latest at its fifth attempt."""
     for wait in (*_WAITS, None):
         try:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 CAPTION_FIELDS = ("caption", "text", "txt", "captions")  # in order of preference, in any case
@@ -15,6 +15,7 @@ _SPACES = re.compile(r"\s{2,}")
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 Caption = str | list[str]
+Captioned = tuple[Caption, tuple[str, ...]]  # a caption, and the repairs that it took
 
 
 def decode_text(data: bytes) -> tuple[str, tuple[str, ...]]:
@@ -54,7 +55,13 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def caption_of(value: Any) -> tuple[Caption, tuple[str, ...]]:
+def no_caption(reasons: Iterable[str]) -> Unusable:
+    """The error of a sample none of whose captions can be used: the first thing that is wrong with
+    one that is there, else that there is none."""
+    return Unusable(next((reason for reason in reasons if reason != NO_CAPTION), NO_CAPTION))
+
+
+def caption_of(value: Any) -> Captioned:
     """The caption that a value, or a record by its fields, holds, with the repairs that it took.
 
     Text, or a list of text of which blank entries are left out; a list that keeps one entry is
@@ -65,14 +72,14 @@ def caption_of(value: Any) -> tuple[Caption, tuple[str, ...]]:
     """
     if isinstance(value, Mapping):
         fields = {str(name).lower(): field for name, field in value.items()}
-        reason = NO_CAPTION
+        reasons: list[str] = []
         for name in CAPTION_FIELDS:
             field = fields.get(name)
             try:
                 return caption_of([field] if isinstance(field, Mapping) else field)
             except Unusable as error:
-                reason = error.reason if reason == NO_CAPTION else reason
-        raise Unusable(reason)
+                reasons.append(error.reason)
+        raise no_caption(reasons)
     texts: list[str] = []
     repairs: tuple[str, ...] = ()
     for text in value if isinstance(value, list | tuple) else [value]:

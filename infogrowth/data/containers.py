@@ -5,9 +5,10 @@ import posixpath
 import tarfile
 import threading
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,231 +17,222 @@ import pyarrow.parquet as pq
 from infogrowth.annotations import as_id
 from infogrowth.data.captions import (
     CAPTION_FIELDS,
-    NO_CAPTION,
-    Caption,
+    Captioned,
     Unusable,
     caption_of,
     decode_text,
+    no_caption,
 )
-from infogrowth.data.entries import NO_IMAGE, Entry, entries_of, extension_of, image_id
-from infogrowth.data.records import (
+from infogrowth.data.names import NO_IMAGE, Entry, entries_of, extension_of, image_id
+from infogrowth.data.tables import (
     Downloads,
-    Row,
+    Note,
+    Records,
     download_problem,
     image_column,
     split_of,
+    unreadable,
 )
 from infogrowth.data.tree import DAMAGE, HIDDEN, Tree, is_hidden
 from infogrowth.errors import shorten
 
 _NAMING = ("key", "__key__", "uid", "id", "image_id", "filename", "file_name", "image_path")
 _KEYS = _NAMING[:3]  # which stand for one sample: repeats are repeats, not other images
-_GROUPS_HELD = 8  # row groups in memory; img2dataset's are of 100 rows
-
-Found = tuple[Caption, tuple[str, ...]]  # a caption, and the repairs that it took
 
 
-class _Files:
-    """Samples made of several files each: what folders and archives have in common.
+class Container:
+    """Samples by number.
 
-    As of all containers: ``name`` is its path in the tree, ``kind`` what it is in a word, ``ids``
-    are those of all samples in order, bad ones and repeats included; ``repeats``: samples of one
-    id are the same sample again, not others of one name; ``notes``: (name, reason) of what could
-    not be used at all; ``ignored``: how many of what kind in it are no part of a sample.
+    Attributes:
+        name: the path in the tree.
+        kind: what it is, in a word.
+        repeats: samples of one id are the same sample again, not others of one name.
+        ids: those of all samples in order, bad ones and repeats included.
+        notes: what could not be used at all.
+        ignored: how many of what kind in it are no part of a sample.
     """
 
-    name: str
-    notes: list[tuple[str, str]]
-    ignored: Counter[str]
-    repeats = True
+    def __init__(self, name: str, kind: str, repeats: bool) -> None:
+        self.name, self.kind, self.repeats = name, kind, repeats
+        self.ids: list[str] = []
+        self.notes: list[Note] = []
+        self.ignored: Counter[str] = Counter()
 
-    def _hold(self, entries: list[Entry], downloads: Downloads) -> None:
-        """Keep the entries, and those that a download promised, in the order of their ids."""
-        missing = downloads.keys.difference(entry.id for entry in entries)
-        entries += [Entry(key, -1, (), NO_IMAGE) for key in missing]
+    def caption(self, number: int) -> Captioned:
+        """The caption; raises Unusable with the reason."""
+        raise NotImplementedError
+
+    def data(self, number: int) -> bytes:
+        """The encoded image; raises Unusable with the reason."""
+        raise NotImplementedError
+
+
+class Files(Container):
+    """Samples made of several files each, in a folder or a tar.
+
+    Args:
+        read: the content of a file by its number.
+        is_json: of each file, 0 or 1.
+        entries: which files are a sample.
+        downloads: what should be there.
+        records: by number of an image file what records say of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        read: Callable[[int], bytes],
+        is_json: bytes,
+        entries: list[Entry],
+        downloads: Downloads,
+        records: Mapping[int, Sequence[Captioned | str]] = {},
+    ) -> None:
+        super().__init__(name, kind, repeats=True)
+        self.notes += downloads.notes
+        self._read, self._is_json, self._records = read, is_json, records
+        missing = downloads.problems.keys() - {entry.id for entry in entries}
+        entries = [*entries, *(Entry(key, -1, (), NO_IMAGE) for key in missing)]
         entries.sort(key=lambda entry: entry.id)
         self.ids = [entry.id for entry in entries]
         self._problems = {
-            number: downloads.failed.get(entry.id, entry.problem)
+            number: downloads.problems.get(entry.id) or entry.problem
             for number, entry in enumerate(entries)
             if entry.problem
         }
         self._images = array("q", (entry.image for entry in entries))
-        self._captions = array("q", (member for entry in entries for member in entry.captions))
+        self._captions = array("q", (file for entry in entries for file in entry.captions))
         self._ends = array("q", np.cumsum([0, *(len(entry.captions) for entry in entries)]))
 
-    def caption(self, number: int) -> Found:
-        """The first caption there is, one that is whole before one that had to be repaired.
-
-        Raises Unusable with the reason of the surest file, or of the download.
-        """
-        if number in self._problems:
-            raise Unusable(self._problems[number])
-        reason, found = NO_CAPTION, None
-        for member in self._captions[self._ends[number] : self._ends[number + 1]]:
+    def caption(self, number: int) -> Captioned:
+        """The captions of all records; else of the files the first that is whole, or repaired."""
+        if problem := self._problems.get(number):
+            raise Unusable(problem)
+        records = self._records.get(self._images[number], ())
+        if found := [record for record in records if not isinstance(record, str)]:
+            lists = [one if isinstance(one, list) else [one] for one, _ in found]
+            texts = dict.fromkeys(text for several in lists for text in several)
+            return caption_of(list(texts))[0], tuple(r for _, repairs in found for r in repairs)
+        reasons = [record for record in records if isinstance(record, str)]
+        repaired: Captioned | None = None
+        for file in self._captions[self._ends[number] : self._ends[number + 1]]:
             try:
-                caption, repairs = self._caption_in(member)
+                caption = self._caption_in(file)
             except Unusable as error:
-                reason = error.reason if reason == NO_CAPTION else reason
+                reasons.append(error.reason)
                 continue
-            if not repairs:
-                return caption, ()
-            found = found or (caption, repairs)
-        if found is None:
-            raise Unusable(reason)
-        return found
+            if not caption[1]:
+                return caption
+            repaired = repaired or caption
+        if repaired is None:
+            raise no_caption(reasons)
+        return repaired
 
-    def _caption_in(self, member: int) -> Found:
-        text, repairs = decode_text(self._read(member))
+    def _caption_in(self, file: int) -> Captioned:
+        text, repairs = decode_text(self._read(file))
         try:
-            caption, more = caption_of(json.loads(text) if self._is_json(member) else text)
+            caption, more = caption_of(json.loads(text) if self._is_json[file] else text)
         except (ValueError, RecursionError) as error:
             raise Unusable("the .json beside the image is not valid JSON") from error
         return caption, (*repairs, *more)
 
     def data(self, number: int) -> bytes:
-        """The encoded image."""
-        if number in self._problems:
-            raise Unusable(self._problems[number])
+        if problem := self._problems.get(number):
+            raise Unusable(problem)
         return self._read(self._images[number])
 
-    def _read(self, member: int) -> bytes:
-        raise NotImplementedError
 
-    def _is_json(self, member: int) -> bool:
-        raise NotImplementedError
-
-
-class Folder(_Files):
+def open_folder(
+    tree: Tree,
+    name: str,
+    kind: str,
+    files: Sequence[str],
+    records: Records,
+    missing: Sequence[Note],
+    downloads: Downloads,
+) -> Files:
     """Image files with captions beside them or in records.
 
     Args:
         name: the folder; ids are the paths below it.
         files: its files, as paths in the tree.
-        records: what metadata says of files, by their paths.
-        missing: (name, reason) of images that metadata names and that are not there.
+        missing: (id, reason) of images that metadata names and that are not there.
     """
-
-    def __init__(
-        self,
-        tree: Tree,
-        name: str,
-        kind: str,
-        files: Sequence[str],
-        records: Mapping[str, list[Row]],
-        missing: Sequence[tuple[str, str]],
-        downloads: Downloads,
-    ) -> None:
-        self._tree, self.name, self.kind = tree, name, kind
-        self.notes = list(downloads.notes)
-        self._names = list(files)
-        self._records = {n: records[file] for n, file in enumerate(files) if file in records}
-        start = len(name) + 1 if name else 0
-        below = [file[start:] for file in files]
-        entries, self.ignored = entries_of(below, named=frozenset(self._records))
-        self._hold([*entries, *(Entry(name, -1, (), why) for name, why in missing)], downloads)
-
-    def caption(self, number: int) -> Found:
-        """The captions of all records, else that of the files beside the image."""
-        found: list[Found] = []
-        reason = NO_CAPTION
-        for row in self._records.get(self._images[number], ()):
-            try:
-                if isinstance(row, str):
-                    raise Unusable(row)
-                found.append(caption_of(row))
-            except Unusable as error:
-                reason = error.reason if reason == NO_CAPTION else reason
-        if found:
-            texts = [text for one, _ in found for text in (one if isinstance(one, list) else [one])]
-            repairs = tuple(repair for _, some in found for repair in some)
-            return caption_of(list(dict.fromkeys(texts)))[0], repairs
-        try:
-            return super().caption(number)
-        except Unusable as error:
-            raise Unusable(error.reason if reason == NO_CAPTION else reason) from error
-
-    def _read(self, member: int) -> bytes:
-        return self._tree.read(self._names[member])
-
-    def _is_json(self, member: int) -> bool:
-        return extension_of(self._names[member]) == ".json"
+    captions = records.captions
+    of_file = {number: captions[file] for number, file in enumerate(files) if file in captions}
+    start = len(name) + 1 if name else 0
+    entries, ignored = entries_of([file[start:] for file in files], named=of_file)
+    entries += [Entry(lost, -1, (), reason) for lost, reason in missing]
+    read = partial(_read_file, tree, files)
+    folder = Files(name, kind, read, _are_json(files), entries, downloads, of_file)
+    folder.ignored = ignored
+    return folder
 
 
-class Tar(_Files):
-    """Members of a tar, compressed or not, by their places in it.
+def _read_file(tree: Tree, files: Sequence[str], number: int) -> bytes:
+    return tree.read(files[number])
 
-    One that breaks off is read as far as it goes.
-    """
 
-    kind = "webdataset"
+def _are_json(names: Sequence[str]) -> bytes:
+    return bytes(extension_of(name) == ".json" for name in names)
 
-    def __init__(self, tree: Tree, name: str, downloads: Downloads) -> None:
-        self._tree, self.name = tree, name
-        self._open = tree.open if tree.is_plain(name) else tree.open_copy
-        self.notes = list(downloads.notes)
-        self._offsets, self._sizes = array("q"), array("q")
-        names: list[str] = []
-        other: Counter[str] = Counter()
-        try:
-            for member in self._members():
+
+def open_tar(tree: Tree, name: str, downloads: Downloads) -> Files:
+    """Members of a tar, compressed or not; one that breaks off is read as far as it goes."""
+    opened = tree.open if tree.is_plain(name) else tree.open_copy
+    names: list[str] = []
+    offsets, sizes = array("q"), array("q")
+    notes: list[Note] = []
+    other: Counter[str] = Counter()
+    try:
+        with opened(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 linked = member.linkname in names if member.islnk() else None
                 if is_hidden(member.name):
                     other[HIDDEN] += 1
                 elif linked or (member.isreg() and not member.issparse()):
                     original = names.index(member.linkname) if linked else -1
                     names.append(member.name)
-                    self._offsets.append(self._offsets[original] if linked else member.offset_data)
-                    self._sizes.append(self._sizes[original] if linked else member.size)
+                    offsets.append(offsets[original] if linked else member.offset_data)
+                    sizes.append(sizes[original] if linked else member.size)
                 elif not member.isdir():
                     other["neither files nor folders"] += 1
-        except DAMAGE as error:
-            self.notes.append((name, f"the tar is damaged or breaks off: {shorten(error)}"))
-        self._json = bytes(extension_of(member) == ".json" for member in names)
-        entries, self.ignored = entries_of(names, archive=True)
-        self.ignored.update(other)
-        self._hold(entries, downloads)
-
-    def _members(self) -> Iterator[tarfile.TarInfo]:
-        with self._open(self.name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-                yield member
-
-    def _read(self, member: int) -> bytes:
-        with self._open(self.name) as file:
-            file.seek(self._offsets[member])
-            data = file.read(self._sizes[member])
-        if len(data) < self._sizes[member]:
-            raise Unusable(f"{self.name} breaks off in this sample")
-        return data
-
-    def _is_json(self, member: int) -> bool:
-        return bool(self._json[member])
+    except DAMAGE as error:
+        notes = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
+    entries, ignored = entries_of(names, archive=True)
+    read = partial(_read_member, opened, name, offsets, sizes)
+    tar = Files(name, "webdataset", read, _are_json(names), entries, downloads)
+    tar.ignored, tar.notes = ignored + other, tar.notes + notes
+    return tar
 
 
-class Table:
+def _read_member(
+    opened: Callable[[str], BinaryIO], name: str, offsets: Any, sizes: Any, number: int
+) -> bytes:
+    with opened(name) as file:
+        file.seek(offsets[number])
+        data = file.read(sizes[number])
+    if len(data) < sizes[number]:
+        raise Unusable(f"{name} breaks off in this sample")
+    return data
+
+
+class Table(Container):
     """A parquet file with a row per sample, the encoded image in a column.
 
     Args:
         split: take only the rows whose field ``split`` names this one; None takes all.
     """
 
-    kind = "parquet"
-    _file: pq.ParquetFile | None
-
     def __init__(self, tree: Tree, name: str, split: str | None = None) -> None:
-        self._tree, self.name = tree, name
-        self.notes: list[tuple[str, str]] = []
-        self.ids: list[str] = []
-        self.ignored: Counter[str] = Counter()
-        self.repeats = False
-        self._fresh()
+        super().__init__(name, "parquet", repeats=False)
+        self._tree = tree
         try:
             with tree.open(name) as file:
                 self._index(pq.ParquetFile(file), split)
         except (OSError, pa.ArrowException, ValueError) as error:
-            self.notes.append((name, f"the table cannot be read: {shorten(error)}"))
+            self.notes.append(unreadable(name, error))
 
     def _index(self, file: pq.ParquetFile, split: str | None) -> None:
         column = {name.lower(): name for name in reversed(file.schema_arrow.names)}
@@ -260,17 +252,15 @@ class Table:
         self._rows = sorted(rows, key=lambda row: (ids[row], row))
         self.ids = [ids[row] for row in self._rows]
         status = light[column["status"]].to_pylist() if "status" in column else []
-        self._failed = {
-            row: download_problem(state) for row, state in enumerate(status) if state != "success"
-        }
+        self._problems = list(map(download_problem, status))
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
 
-    def caption(self, number: int) -> Found:
+    def caption(self, number: int) -> Captioned:
         """The caption columns, in their order of preference."""
         row = self._rows[number]
-        if row in self._failed:
-            raise Unusable(self._failed[row])
+        if self._problems and (problem := self._problems[row]):
+            raise Unusable(problem)
         return caption_of({name: self._cell(row, name) for name in self._captions})
 
     def data(self, number: int) -> bytes:
@@ -279,8 +269,7 @@ class Table:
         if isinstance(value, list):
             value = value[0] if value else None
         if isinstance(value, dict):
-            path = value.get("path")
-            value = value.get("bytes")
+            path, value = value.get("path"), value.get("bytes")
             if value is None and path and image_id(path) in path:
                 try:
                     return self._tree.read(posixpath.join(posixpath.dirname(self.name), path))
@@ -292,43 +281,30 @@ class Table:
 
     def _cell(self, row: int, column: str) -> Any:
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        columns = (*self._captions, self._image)
         try:
-            with self._lock:
-                return self._group(group, column)[row - int(self._starts[group])].as_py()
+            with _reading:
+                table = _row_group(self._tree, self.name, group, columns)
+            return table[column][row - int(self._starts[group])].as_py()
         except (pa.ArrowException, ValueError) as error:
             raise Unusable(f"{self.name} is damaged here") from error
 
-    def _group(self, group: int, column: str) -> pa.ChunkedArray:
-        """One column of a row group, of which the last few are kept."""
-        held = self._held.pop((group, column), None)
-        if held is None:
-            if self._file is None:
-                self._file = pq.ParquetFile(self._tree.open(self.name))
-            held = self._file.read_row_group(group, [column], use_threads=False)[column]
-        self._held[group, column] = held
-        while len(self._held) > _GROUPS_HELD * (1 + len(self._captions)):
-            self._held.popitem(last=False)
-        return held
 
-    def _fresh(self) -> None:
-        self._lock = threading.Lock()
-        self._file = None
-        self._held: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_lock", "_file", "_held")
-        return {key: value for key, value in self.__dict__.items() if key not in dropped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._fresh()
+_reading = threading.Lock()  # so that threads which want one row group read it once
 
 
-Container = Folder | Tar | Table
+@lru_cache(maxsize=16)  # groups in memory; img2dataset's are of 100 rows
+def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    return _parquet(tree, name).read_row_group(group, list(columns), use_threads=False)
+
+
+@lru_cache(maxsize=16)
+def _parquet(tree: Tree, name: str) -> pq.ParquetFile:
+    return pq.ParquetFile(tree.open(name))
 
 
 def _paths(file: pq.ParquetFile, image: str) -> list[str | None] | None:
-    """Hugging Face's image column may tell the file name that an image had."""
+    """Hugging Face's image column may have the file name that an image had."""
     kind = file.schema_arrow.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
         return None

@@ -4,8 +4,8 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from infogrowth.data.entries import extension_of, image_id
-from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS, LmdbImages, is_lmdb, possible_names
+from infogrowth.data.lmdb_store import LmdbImages, is_lmdb
+from infogrowth.data.names import IMAGE_EXTENSIONS, extension_of, image_id, possible_names
 from infogrowth.errors import UserError
 
 

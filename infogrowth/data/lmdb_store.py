@@ -6,7 +6,6 @@ without the extension, whichever way the LMDB was written.
 """
 
 import os
-import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,43 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from infogrowth.data.names import image_key, possible_names
 from infogrowth.errors import UserError
 
-# What Pillow calls the formats that images.py decodes; in order of preference.
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe"),
-    *(".mpo", ".apng", ".avifs", ".dib", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
-)
 MAX_KEY_BYTES = 511  # LMDB's own limit
 
-_EXTENSION = re.compile("(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$", re.IGNORECASE)
 _MAGIC = 0xBEEFC0DE.to_bytes(4, "little")  # at byte 16 of every LMDB data file
 _FIRST_MAP_SIZE = 64 << 20
 _MAX_BATCH_COUNT, _MAX_BATCH_BYTES = 1000, 64 << 20
-
-
-def image_key(name: str) -> str:
-    """The key under which an image is stored: file name without its image extension.
-
-    An id without an image extension is its own key, slashes and dots included.
-    """
-    stem = strip_extension(name)
-    return stem if stem == name else stem.rsplit("/", 1)[-1]
-
-
-def strip_extension(name: str) -> str:
-    """``name`` without its image extension (``.jpg``, ``.PNG``, …), folders kept."""
-    stem = _EXTENSION.sub("", name)
-    return name if not stem or stem.endswith("/") else stem  # ".jpg" alone is a name
-
-
-def possible_names(name: str) -> Iterator[str]:
-    """Every name under which the image ``name`` may be stored, the surest first."""
-    stems = dict.fromkeys((image_key(name), strip_extension(name)))
-    yield from dict.fromkeys((name, *stems, name.rsplit("/", 1)[-1]))
-    for stem in stems:
-        yield from (stem + extension for extension in IMAGE_EXTENSIONS)
 
 
 class LmdbWriter:

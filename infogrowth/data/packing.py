@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from infogrowth.annotations import Annotation, save_annotations
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.lmdb_store import MAX_KEY_BYTES, LmdbWriter, image_key
+from infogrowth.data.lmdb_store import MAX_KEY_BYTES, LmdbWriter
+from infogrowth.data.names import image_key
 from infogrowth.data.sources import Sample, Source
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, remove_leftovers

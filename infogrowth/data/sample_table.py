@@ -19,7 +19,7 @@ from infogrowth.annotations import Annotation
 from infogrowth.data.conditions import Condition
 from infogrowth.data.exports import as_column
 from infogrowth.data.feature_files import ID_COLUMNS
-from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS
+from infogrowth.data.names import IMAGE_EXTENSIONS
 from infogrowth.errors import UserError
 
 POSITION = "sample_position"  # the column that orders the samples

@@ -2,7 +2,7 @@
 
     tree.py        all files below a folder, whatever its depth
     containers.py  folders of images, tars (compressed or not), parquet files with images inside
-    entries.py     which files together are a sample; records.py: what tables say of image files
+    names.py       which files together are a sample; tables.py: what tables say of image files
     captions.py    text and captions, wherever they come from
 
 Everything that is seen is a sample, or is in ``ignored`` or ``notes``.
@@ -15,25 +15,23 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
 
 from infogrowth.data.captions import Caption, Unusable
-from infogrowth.data.containers import Container, Folder, Table, Tar
-from infogrowth.data.entries import extension_of, key_of
-from infogrowth.data.lmdb_store import strip_extension
-from infogrowth.data.records import (
+from infogrowth.data.containers import Container, Table, open_folder, open_tar
+from infogrowth.data.names import extension_of, sample_id, strip_extension
+from infogrowth.data.tables import (
     RECORD_EXTENSIONS,
     SPLITS,
-    Downloads,
-    Records,
+    Note,
     kind_of_table,
+    read_downloads,
+    read_records,
     split_of,
-    splits_in_table,
 )
-from infogrowth.data.tree import Tree
+from infogrowth.data.tree import Listing, Tree
 from infogrowth.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ class Sample:
     Attributes:
         id: its key or path, without image extension.
         caption: text, or a list of several; None if there is none.
-        data: the encoded image; None if it cannot be had, or was not asked for.
+        data: the encoded image; None if it cannot be had.
         problem: why the sample cannot be used, else None.
         repairs: what had to be done to read its text.
     """
@@ -136,7 +134,7 @@ def _make_unique(containers: Sequence[Container]) -> None:
     """Let ids tell apart images of one name: the first keeps it, others get their container's."""
     taken: set[str] = set()
     for part in containers:
-        stem = _TAR.sub("", part.name) if isinstance(part, Tar) else key_of(part.name)
+        stem = _TAR.sub("", part.name) if part.kind == "webdataset" else sample_id(part.name)
         own: set[str] = set()
         for number, name in enumerate(part.ids):
             unique, times = name, 1
@@ -175,11 +173,22 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
         UserError: no such folder, no sample in it, or a folder of a split without any.
     """
     tree = Tree(path)
-    found = _Found(tree)
-    sources = found.sources()
+    found = tree.walk()
+    contents = _Contents(tree, found)
+    parts = [*_shards(tree, contents), *_folders(tree, contents)]
+    containers = _open(_without_unfinished(parts, contents.finished, found), found)
+    found.notes += contents.records.notes
+    for split in [split for split in SPLITS if not any(c.ids for c in containers[split])]:
+        for container in containers.pop(split):  # there is nothing in them but notes
+            found.notes += container.notes
+            found.ignored += container.ignored
+    sources = {split: Source(tree, some, contents.index) for split, some in containers.items()}
+    for source in list(sources.values())[:1]:  # what belongs to no split is reported once
+        source.notes = [*found.notes, *source.notes]
+        source.ignored = found.ignored + source.ignored
+        source.repairs = contents.records.repairs
     for folder in found.folders:
-        split = split_of(folder)
-        if "/" not in folder and split and split not in sources:
+        if "/" not in folder and (named := split_of(folder)) and named not in sources:
             raise UserError(f"{tree.path(folder)} holds no image–caption pairs")
     if not sources:
         kinds = [f"{count} {kind}" for kind, count in found.ignored.most_common(5)]
@@ -192,7 +201,49 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     return sources
 
 
-class _Part(NamedTuple):
+class _Contents:
+    """The files of a tree by what they are.
+
+    Attributes:
+        finished: shards that a downloader marked as finished.
+        tars: archives.
+        tables: parquet files with images, and the splits in each.
+        downloads: what a download did, by shard.
+        records: what tables say of image files.
+        files: all others.
+        index: the shards and tables.
+    """
+
+    def __init__(self, tree: Tree, found: Listing) -> None:
+        files = found.files
+        stats = [name for name in files if name.endswith("_stats.json")]
+        found.ignored += Counter({"statistics of a download": len(stats)})
+        self.finished = {name.removesuffix("_stats.json") for name in stats}
+        self.tars = [name for name in files if _TAR.search(name)]
+        kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
+        self.tables = {name: splits for name, (kind, splits) in kinds.items() if kind == "images"}
+        self.downloads = {sample_id(n): n for n in kinds if kinds[n][0] == "downloads"}
+        tables = [name for name in files if extension_of(name) in RECORD_EXTENSIONS]
+        tables = [name for name in tables if name not in kinds or kinds[name][0] == "records"]
+        self.records = read_records(tree, files, tables)
+        used = self.records.used
+        apart = {*stats, *self.tars, *self.tables, *self.downloads.values(), *used}
+        self.files = [name for name in files if name not in apart]
+        self.index = sorted([*self.tars, *kinds, *used])
+
+    def is_shard(self, folder: str) -> bool:
+        numbered = _SHARD_NAME.match(posixpath.basename(folder))
+        return bool(numbered) or folder in self.finished or folder in self.downloads
+
+    def base(self, folder: str) -> str:
+        """The nearest folder around that is a downloader's shard or names a split."""
+        while folder and not self.is_shard(folder) and not split_of(posixpath.basename(folder)):
+            folder = posixpath.dirname(folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class _Part:
     """A container before it is opened: its path without extension, its split, whether it is a
     shard of a download, how many files it is, and how it is opened."""
 
@@ -203,120 +254,69 @@ class _Part(NamedTuple):
     open: Callable[[], Container]
 
 
-class _Found:
-    """What a walk found, sorted into containers."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree, listing = tree, tree.walk()
-        self.folders, self.ignored, self.notes = listing.folders, listing.ignored, listing.notes
-        files = listing.files
-        stats = [name for name in files if name.endswith("_stats.json")]
-        self._finished = {name.removesuffix("_stats.json") for name in stats}
-        self._ignore("statistics of a download", len(stats))
-        tars = [name for name in files if _TAR.search(name)]
-        kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
-        images = [name for name, kind in kinds.items() if kind == "images"]
-        self._downloads = {key_of(n): n for n, kind in kinds.items() if kind == "downloads"}
-        candidates = [n for n in files if extension_of(n) in RECORD_EXTENSIONS]
-        candidates = [n for n in candidates if kinds.get(n, "records") == "records"]
-        self._records = Records(tree, files, candidates)
-        apart = {*stats, *tars, *images, *self._downloads.values(), *self._records.used}
-        self._index = sorted([*tars, *kinds, *self._records.used])
-        self._parts = [self._tar(name) for name in tars]
-        self._parts += [part for name in images for part in self._tables(name)]
-        self._parts += self._folders([name for name in files if name not in apart])
-
-    def sources(self) -> dict[str, Source]:
-        """A source for each split that has samples."""
-        parts = self._without_unfinished()
-        splits = {part.split for part in parts}
-        in_folders = any(split_of(posixpath.dirname(part.stem)) for part in parts)
-        if len(splits) == 1 and splits & {"val", "test"} and not in_folders:
-            logger.warning("all files are named %s: taken as the training set", *splits)
-            splits, parts = {None}, [part._replace(split=None) for part in parts]
-        opened: dict[str, list[Container]] = {split: [] for split in SPLITS}
-        for part in sorted(parts, key=lambda part: part.stem):
-            if part.split is None and "train" in splits:
-                self._ignore("files outside of what is named train, val or test", part.files)
-            else:
-                opened[part.split or "train"].append(part.open())
-        self.notes += self._records.notes
-        for split in [split for split in SPLITS if not any(c.ids for c in opened[split])]:
-            for container in opened.pop(split):
-                self.notes += container.notes
-                self.ignored += container.ignored
-        sources = {split: Source(self._tree, parts, self._index) for split, parts in opened.items()}
-        for source in list(sources.values())[:1]:  # what belongs to no split is told once
-            source.notes = [*self.notes, *source.notes]
-            source.ignored = self.ignored + source.ignored
-            source.repairs = self._records.repairs
-        return sources
-
-    def _ignore(self, kind: str, count: int) -> None:
-        if count:
-            self.ignored[kind] += count
-
-    def _tar(self, name: str) -> _Part:
+def _shards(tree: Tree, contents: _Contents) -> Iterator[_Part]:
+    for name in contents.tars:
         stem = _TAR.sub("", name)
-        table = self._downloads.pop(stem, None)
-        downloads = Downloads(self._tree, table)
-        return _Part(stem, split_of(stem), True, 1, lambda: Tar(self._tree, name, downloads))
-
-    def _tables(self, name: str) -> Iterator[_Part]:
-        stem = key_of(name)
-        for split in splits_in_table(self._tree, name):
-            opened = partial(Table, self._tree, name, split)
+        downloads = read_downloads(tree, contents.downloads.pop(stem, None))
+        yield _Part(stem, split_of(stem), True, 1, partial(open_tar, tree, name, downloads))
+    for name, splits in contents.tables.items():
+        stem = sample_id(name)
+        for split in splits:
+            opened = partial(Table, tree, name, split)
             yield _Part(stem, split_of(stem, split), True, 1, opened)
 
-    def _folders(self, files: list[str]) -> Iterator[_Part]:
-        """Files by split, and by the folder from which their ids are paths."""
-        groups: dict[tuple[str, str | None], list[str]] = {}
-        missing: dict[tuple[str, str | None], list[tuple[str, str]]] = {}
-        bases: dict[str, str] = {}
-        for name in files:
-            folder = posixpath.dirname(name)
-            if folder not in bases:
-                bases[folder] = self._base(folder)
-            split = self._records.splits.get(key_of(name)) if self._records.splits else None
-            group = bases[folder], split_of(folder, split)
-            groups.setdefault(group, []).append(name)
-        for folder, name, split, reason in self._records.missing:
-            base = self._base(folder)
-            below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
-            group = base, split_of(folder, split)
-            missing.setdefault(group, []).append((strip_extension(below), reason))
-            groups.setdefault(group, [])
-        for stem in self._downloads:
-            groups.setdefault((stem, split_of(stem)), [])
-        for (base, split), names in groups.items():
-            downloads = Downloads(self._tree, self._downloads.get(base))
-            shard = bool(base) and self._is_shard(base)
-            kind = "files" if shard else "folder"
-            lost = missing.get((base, split), [])
-            opened = partial(
-                Folder, self._tree, base, kind, names, self._records.of_file, lost, downloads
-            )
-            yield _Part(base, split, shard, len(names), opened)
 
-    def _base(self, folder: str) -> str:
-        """The nearest folder around that is a downloader's shard or names a split."""
-        while folder and not self._is_shard(folder) and not split_of(posixpath.basename(folder)):
-            folder = posixpath.dirname(folder)
-        return folder
+def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
+    """Files by split, and by the folder from which their ids are paths."""
+    records = contents.records
+    groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
+    bases: dict[str, str] = {}
+    for name in contents.files:
+        folder = posixpath.dirname(name)
+        if folder not in bases:
+            bases[folder] = contents.base(folder)
+        split = records.splits.get(sample_id(name)) if records.splits else None
+        group = bases[folder], split_of(folder, split)
+        groups.setdefault(group, ([], []))[0].append(name)
+    for folder, name, split, reason in records.missing:
+        base = contents.base(folder)
+        below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
+        group = base, split_of(folder, split)
+        groups.setdefault(group, ([], []))[1].append((strip_extension(below), reason))
+    for stem in contents.downloads:
+        groups.setdefault((stem, split_of(stem)), ([], []))
+    for (base, split), (names, missing) in groups.items():
+        downloads = read_downloads(tree, contents.downloads.get(base))
+        shard = bool(base) and contents.is_shard(base)
+        kind = "files" if shard else "folder"
+        opened = partial(open_folder, tree, base, kind, names, records, missing, downloads)
+        yield _Part(base, split, shard, len(names), opened)
 
-    def _is_shard(self, folder: str) -> bool:
-        numbered = _SHARD_NAME.match(posixpath.basename(folder))
-        return bool(numbered) or folder in self._finished or folder in self._downloads
 
-    def _without_unfinished(self) -> list[_Part]:
-        """The parts but those that a downloader has not marked, where it marks any."""
-        marking = {posixpath.dirname(stem) for stem in self._finished}
-        finished: list[_Part] = []
-        for part in self._parts:
-            marked = part.stem in self._finished or posixpath.dirname(part.stem) not in marking
-            if part.shard and not marked:
-                self.notes.append((part.stem, _UNFINISHED))
-                self._ignore("files of unfinished shards", part.files)
-            else:
-                finished.append(part)
-        return finished
+def _without_unfinished(parts: Sequence[_Part], finished: set[str], found: Listing) -> list[_Part]:
+    """The parts but those that a downloader has not marked, where it marks any."""
+    marking = {posixpath.dirname(stem) for stem in finished}
+    whole: list[_Part] = []
+    for part in parts:
+        if part.shard and part.stem not in finished and posixpath.dirname(part.stem) in marking:
+            found.notes.append((part.stem, _UNFINISHED))
+            found.ignored["files of unfinished shards"] += part.files
+        else:
+            whole.append(part)
+    return whole
+
+
+def _open(parts: Sequence[_Part], found: Listing) -> dict[str, list[Container]]:
+    """The containers of each split."""
+    splits = {part.split for part in parts}
+    in_folders = any(split_of(posixpath.dirname(part.stem)) for part in parts)
+    if len(splits) == 1 and splits & {"val", "test"} and not in_folders:
+        logger.warning("all files are named %s: taken as the training set", *splits)
+        splits, parts = {None}, [replace(part, split=None) for part in parts]
+    containers: dict[str, list[Container]] = {split: [] for split in SPLITS}
+    for part in sorted(parts, key=lambda part: part.stem):
+        if part.split is None and "train" in splits:
+            found.ignored["files outside of what is named train, val or test"] += part.files
+        else:
+            containers[part.split or "train"].append(part.open())
+    return containers

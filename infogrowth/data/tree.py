@@ -1,4 +1,4 @@
-"""The files below a folder: what a source is made of, and what in it is no part of one."""
+"""The files below a folder or an address: what a source is made of, and what is no part of it."""
 
 import bz2
 import fcntl
@@ -21,14 +21,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infogrowth.errors import UserError
-from infogrowth.remote import is_remote, list_remote, open_remote, read_remote, remote_version
+from infogrowth.remote import RemotePath, is_remote, list_remote, open_file
 
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "PaxHeader")
 _RESULT = re.compile(
     r"(cc3m_(train|val|test)\.json|lmdb_(train|val|test)_skipped\.jsonl|.*\.tmp-[\w-]+)$"
 )
 _RESULT_FOLDERS = {"data.mdb", "img_emb", "text_emb", "features.json", "growth.json"}
-_COPIES_HELD = 4  # tars that are compressed, or lie elsewhere
+_MAX_COPIES = 4  # of tars that are compressed, or lie elsewhere
 HIDDEN = "hidden files and folders"
 # What damaged archives raise, compressed or not.
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
@@ -39,6 +39,7 @@ _DECOMPRESSION: dict[bytes, Callable[[Any], Any]] = {
     b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(file, "zstd"),
     b"\x04\x22\x4d\x18": lambda file: pa.CompressedInputStream(file, "lz4"),
 }
+Kinds = dict[str, str]  # what a folder holds: "folder", "file" or "other" by name
 
 
 @dataclass
@@ -76,80 +77,54 @@ class Tree:
     def walk(self) -> Listing:
         """Go through all folders."""
         listing = Listing()
-        if self.remote:
-            self._walk_remote(listing)
+        remote = _scan_remote(self.root) if self.remote else None
         seen: set[tuple[int, int]] = set()
-        pending = [] if self.remote else [""]
+        pending = [""]
         while pending:
-            pending.extend(self._list(pending.pop(), seen, listing))
+            folder = pending.pop()
+            try:
+                if remote is None and self._is_known(folder, seen):
+                    listing.ignored["folders that a link leads to a second time"] += 1
+                    continue
+                kinds = _scan(self.path(folder)) if remote is None else remote[folder]
+            except OSError as error:
+                listing.notes.append((folder, f"the folder cannot be read: {error.strerror}"))
+                continue
+            if folder and not _RESULT_FOLDERS.isdisjoint(kinds):
+                listing.ignored["folders with results of infogrowth"] += 1
+                continue
+            listing.folders.append(folder)
+            below = [_noted(listing, folder, name, kinds[name]) for name in sorted(kinds)]
+            pending += [path for path in reversed(below) if path is not None]
         listing.files.sort()
         return listing
 
-    def _walk_remote(self, listing: Listing) -> None:
-        names = list_remote(self.root)
-        results = {os.path.dirname(n) for n in names if os.path.basename(n) in _RESULT_FOLDERS}
-        for name in names:
-            folders = os.path.dirname(name).split("/")
-            above = {"/".join(folders[:depth]) for depth in range(1, len(folders) + 1)} - {""}
-            if is_hidden(name):
-                listing.ignored[HIDDEN] += 1
-            elif above & results or _RESULT.match(os.path.basename(name)):
-                listing.ignored["results of infogrowth"] += 1
-            else:
-                listing.files.append(name)
-            listing.folders += [folder for folder in above if folder not in listing.folders]
-
-    def _list(self, folder: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
-        """Note the files of one folder; returns the folders in it."""
-        below: list[str] = []
-        try:
-            status = os.stat(self.path(folder))
-            if (status.st_dev, status.st_ino) in seen:
-                listing.ignored["folders that a link leads to a second time"] += 1
-                return []
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(self.path(folder)) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            listing.notes.append((folder, f"the folder cannot be read: {error.strerror}"))
-            return []
-        if folder and not _RESULT_FOLDERS.isdisjoint(entry.name for entry in entries):
-            listing.ignored["folders with results of infogrowth"] += 1
-            return []
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if is_hidden(entry.name):
-                listing.ignored[HIDDEN] += 1
-            elif entry.is_dir():
-                below.append(name)
-                listing.folders.append(name)
-            elif _RESULT.match(entry.name):
-                listing.ignored["results of infogrowth"] += 1
-            elif entry.is_file() or entry.is_symlink():  # a broken link is told when it is read
-                listing.files.append(name)
-            else:
-                listing.ignored["neither files nor folders"] += 1
-        return below
+    def _is_known(self, folder: str, seen: set[tuple[int, int]]) -> bool:
+        status = os.stat(self.path(folder))
+        identity = (status.st_dev, status.st_ino)
+        known = identity in seen
+        seen.add(identity)
+        return known
 
     def path(self, name: str) -> str:
         """Where a file of the tree lies."""
         return os.path.join(self.root, name) if name else self.root
 
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in."""
+        return open_file(self.path(name))
+
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
         if self.remote:
-            return read_remote(self.root, name)
+            return RemotePath(self.path(name)).read_bytes()
         with open(self.path(name), "rb", buffering=0) as file:
             return file.read()
-
-    def open(self, name: str) -> BinaryIO:
-        """A file to read and seek in."""
-        return open_remote(self.root, name) if self.remote else open(self.path(name), "rb")
 
     def version(self, name: str) -> str:
         """What changes when a file's content does: its size, and the server's word if it has."""
         if self.remote:
-            return remote_version(self.root, name)
+            return RemotePath(self.path(name)).version()
         return str(os.stat(self.path(name)).st_size)
 
     def is_plain(self, name: str) -> bool:
@@ -168,10 +143,8 @@ class Tree:
             self._copies = tempfile.mkdtemp(prefix="infogrowth-")
             weakref.finalize(self, _remove, self._copies, os.getpid())
         copy = os.path.join(self._copies, hashlib.sha256(os.fsencode(name)).hexdigest())
-        try:
+        with suppress(FileNotFoundError):
             return open(copy, "rb")
-        except FileNotFoundError:
-            pass
         with open(os.path.join(self._copies, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # also among threads: each has opened it by itself
             if not os.path.exists(copy):
@@ -180,9 +153,52 @@ class Tree:
                 os.replace(copy + ".part", copy)
                 copies = [entry for entry in os.scandir(self._copies) if entry.name != "lock"]
                 copies.sort(key=lambda entry: entry.stat().st_mtime_ns)
-                for old in copies[:-_COPIES_HELD]:
+                for old in copies[:-_MAX_COPIES]:
                     os.unlink(old)  # whoever reads it has it open
             return open(copy, "rb")
+
+
+def _scan(folder: str) -> Kinds:
+    with os.scandir(folder) as entries:
+        return {entry.name: _kind(entry) for entry in entries}
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir():
+        return "folder"
+    # A broken link is reported when it is read.
+    return "file" if entry.is_file() or entry.is_symlink() else "other"
+
+
+def _scan_remote(address: str) -> dict[str, Kinds]:
+    """What each folder below an address holds."""
+    folders: dict[str, Kinds] = {}
+    for name in list_remote(address):
+        parts, kind = name, "file"
+        while True:
+            parts, _, last = parts.rpartition("/")
+            known = parts in folders
+            folders.setdefault(parts, {})[last] = kind
+            if known or not parts:
+                break
+            kind = "folder"
+    return folders
+
+
+def _noted(listing: Listing, folder: str, name: str, kind: str) -> str | None:
+    """Enter what lies in a folder into the listing; returns its path if it is to be listed too."""
+    path = f"{folder}/{name}" if folder else name
+    if is_hidden(name):
+        listing.ignored[HIDDEN] += 1
+    elif kind == "folder":
+        return path
+    elif _RESULT.match(name):
+        listing.ignored["results of infogrowth"] += 1
+    elif kind == "file":
+        listing.files.append(path)
+    else:
+        listing.ignored["neither files nor folders"] += 1
+    return None
 
 
 def _content(file: BinaryIO) -> Iterator[bytes]:

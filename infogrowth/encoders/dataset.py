@@ -17,8 +17,9 @@ from infogrowth.annotations import as_id
 from infogrowth.data.captions import NO_CAPTION, first_caption
 from infogrowth.data.folders import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.lmdb_store import image_key, is_lmdb
+from infogrowth.data.lmdb_store import is_lmdb
 from infogrowth.data.loading import ErrorsAsItems, check_shared_memory, checked
+from infogrowth.data.names import image_key
 from infogrowth.data.sources import Source, open_source
 from infogrowth.encoders.protocols import Preprocess, Tokenize, Tokens
 from infogrowth.encoders.shards import file_digest, list_digest

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from infogrowth.errors import UserError, refusing
 from infogrowth.growth.sampling import REVERSE_FLOOR, normalized_gains
 from infogrowth.randomness import generator
-from infogrowth.remote import is_remote, list_remote, open_remote
+from infogrowth.remote import is_remote, list_remote, open_file
 
 
 class GainShards:
@@ -108,7 +108,7 @@ class GainShards:
             best = max(weights.values(), default=1.0)
             random = generator(self.seed, "shard samples", self.mode, epoch, url.rsplit("/", 1)[-1])
             taken = dict(zip(weights, random.random(len(weights)), strict=True))
-            with open_remote(url) if is_remote(url) else open(url, "rb") as stream:
+            with open_file(url) as stream:
                 for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                     key = sample["__key__"]
                     if taken[key] * best < weights[key]:
@@ -132,6 +132,6 @@ def _names(folder: Path) -> list[str]:
 def _read(path: str) -> pa.Table:
     """Keys and gains of the samples in a shard."""
     with refusing(path, "the shard's table", pa.ArrowException, KeyError):
-        with open_remote(path) if is_remote(path) else open(path, "rb") as file:
+        with open_file(path) as file:
             table = pq.read_table(file, columns=["key", "gain", "status"])
         return table.filter(pc.equal(table["status"], "success"))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from infogrowth.data.lmdb_store import image_key
+from infogrowth.data.names import image_key
 from infogrowth.report.charts import Palette, chart_style, compact_counts, legend_above, new_figure
 from infogrowth.report.dataset import GrowthTable
 from infogrowth.report.galleries import GALLERY_SIZE, SORT_KEYS, CardMaker, Gallery, Thumbnails

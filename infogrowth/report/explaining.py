@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from infogrowth.data.lmdb_store import image_key, strip_extension
+from infogrowth.data.names import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import Decision
 from infogrowth.report.dataset import GrowthTable, Neighbor

@@ -10,7 +10,7 @@ from drawn_pictures import drawn, encoded
 from PIL import Image, ImageFile, PngImagePlugin
 
 from infogrowth.data.images import FORMATS, BadImage, decode_image
-from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS
+from infogrowth.data.names import IMAGE_EXTENSIONS
 
 
 def array(data: bytes, **options) -> np.ndarray:

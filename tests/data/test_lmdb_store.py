@@ -12,7 +12,8 @@ import threading
 import lmdb
 import pytest
 
-from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter, image_key, is_lmdb
+from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter, is_lmdb
+from infogrowth.data.names import image_key
 from infogrowth.errors import UserError
 
 

@@ -25,18 +25,19 @@ def bucket(upload, tmp_path):
 def test_files_of_a_bucket_are_listed_and_read(bucket):
     assert remote.is_remote(bucket)
     assert remote.list_remote(bucket) == ["a.bin", "b/1.bin", "b/2.bin"]
-    assert remote.read_remote(bucket, "b/1.bin") == CONTENT
-    with remote.open_remote(bucket, "a.bin") as file:
+    folder = remote.as_path(bucket)
+    assert (folder / "b/1.bin").read_bytes() == CONTENT
+    with remote.open_file(f"{bucket}/a.bin") as file:
         file.seek(-5, os.SEEK_END)
         assert file.read() == CONTENT[-5:]
         file.seek(1000)
         assert file.read(70_000) == CONTENT[1000:71_000]
         assert file.tell() == 71_000
-    version = remote.remote_version(bucket, "a.bin")
+    version = (folder / "a.bin").version()
     assert version.startswith("300000 ")
     assert len(version) > 10
     with pytest.raises(UserError, match="does not exist"):
-        remote.read_remote(bucket, "c.bin")
+        (folder / "c.bin").read_bytes()
     with pytest.raises(UserError, match="no files"):
         remote.list_remote("s3://bucket/other")
 
@@ -67,11 +68,11 @@ def test_reads_that_fail_are_tried_again_and_counted(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:
-        assert remote.read_remote(address, "flaky.bin") == CONTENT
+        assert remote.RemotePath(f"{address}/flaky.bin").read_bytes() == CONTENT
         assert remote.retries.total() == 2
         assert "2 reads were tried again" in remote.retry_summary()
         with pytest.raises(UserError, match="cannot read"):
-            remote.read_remote(address, "dead.bin")
+            remote.RemotePath(f"{address}/dead.bin").read_bytes()
         assert remote.retries.total() == 6
     finally:
         server.shutdown()

@@ -1,19 +1,82 @@
-"""One rule for folders and archives: which files together are a sample."""
+"""Extensions, ids and keys; and the one rule which files of a folder or archive are a sample."""
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from infogrowth.data.captions import decode_text
-from infogrowth.data.lmdb_store import IMAGE_EXTENSIONS, strip_extension
+
+# What Pillow calls the formats that images.py decodes; in order of preference.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe"),
+    *(".mpo", ".apng", ".avifs", ".dib", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
+)
+NO_IMAGE = "there is no image of this name"
+ANOTHER_FORMAT = "there is no image of this name, only a file in a format that is not read"
 
 _CAPTIONS = (".txt", ".caption", ".text", ".json")  # in order of preference
 _UNUSUAL = "image"  # instead of the extension of an image that does not have one
 _IMAGES = frozenset((*IMAGE_EXTENSIONS, _UNUSUAL))
 _RANK = {kind: n for n, kind in enumerate((*IMAGE_EXTENSIONS, _UNUSUAL, *_CAPTIONS))}
-NO_IMAGE = "there is no image of this name"
-ANOTHER_FORMAT = "there is no image of this name, only a file in a format that is not read"
+_EXTENSION = re.compile("(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$", re.IGNORECASE)
+
+
+def extension_of(name: str) -> str:
+    """The extension in lower case, with its dot; empty if there is none."""
+    base = name.rpartition("/")[2]
+    return "." + base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def without_extension(name: str) -> str:
+    """The path without its last extension, of whatever kind."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.rpartition(".")[0] or base)
+
+
+def strip_extension(name: str) -> str:
+    """``name`` without its image extension (``.jpg``, ``.PNG``, …), folders kept."""
+    stem = _EXTENSION.sub("", name)
+    return name if not stem or stem.endswith("/") else stem  # ".jpg" alone is a name
+
+
+def image_key(name: str) -> str:
+    """The key under which an image is stored: file name without its image extension.
+
+    An id without an image extension is its own key, slashes and dots included.
+    """
+    stem = strip_extension(name)
+    return stem if stem == name else stem.rsplit("/", 1)[-1]
+
+
+def possible_names(name: str) -> Iterator[str]:
+    """Every name under which the image ``name`` may be stored, the surest first."""
+    stems = dict.fromkeys((image_key(name), strip_extension(name)))
+    yield from dict.fromkeys((name, *stems, name.rsplit("/", 1)[-1]))
+    for stem in stems:
+        yield from (stem + extension for extension in IMAGE_EXTENSIONS)
+
+
+def clean_name(name: str) -> str:
+    """A path in the form in which paths are compared, and ids are made of them."""
+    if not name.isascii():
+        name = decode_text(name.encode("utf-8", "surrogateescape"))[0]
+        name = unicodedata.normalize("NFC", name)
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def image_id(name: str) -> str:
+    """The id of an image: its path without image extension, as :func:`clean_name` has it."""
+    while (shorter := strip_extension(name)) != name:
+        name = shorter
+    return clean_name(name)
+
+
+def sample_id(name: str) -> str:
+    """The path that files of one sample share: ``photo`` for ``photo.jpg.txt``."""
+    return image_id(without_extension(name))
 
 
 class Entry(NamedTuple):
@@ -32,49 +95,18 @@ class Entry(NamedTuple):
     problem: str | None
 
 
-def extension_of(name: str) -> str:
-    """The extension in lower case, with its dot; empty if there is none."""
-    base = name.rpartition("/")[2]
-    return "." + base.rpartition(".")[2].lower() if "." in base else ""
-
-
-def key_of(name: str) -> str:
-    """The path that files of one sample share: ``photo`` for ``photo.jpg.txt``."""
-    return image_id(_without_extension(name))
-
-
-def image_id(name: str) -> str:
-    """The id of an image: its path without image extension, as :func:`clean_name` has it."""
-    while (shorter := strip_extension(name)) != name:
-        name = shorter
-    return clean_name(name)
-
-
-def _without_extension(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] or base)
-
-
-def clean_name(name: str) -> str:
-    """A name in the form in which names are compared, and ids are made of them."""
-    if not name.isascii():
-        name = decode_text(name.encode("utf-8", "surrogateescape"))[0]
-        name = unicodedata.normalize("NFC", name)
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-
-
 def entries_of(
-    names: Sequence[str], archive: bool = False, named: frozenset[int] = frozenset()
+    names: Sequence[str], archive: bool = False, named: Collection[int] = ()
 ) -> tuple[list[Entry], Counter[str]]:
     """The samples that some files make, and how many of what kind make none.
 
     A sample is one image with all captions of its name; several images of one name are several
     samples of one id. In an archive a name may occur again: then only members that follow one
     another belong together. There, ``x.image.png`` and ``x.caption.txt`` are a sample too, as
-    webdataset has it, unless an ending would be a number, as in ``22.05.png``.
+    webdataset has it, unless an extension would be a number, as in ``22.05.png``.
 
     Args:
-        archive: names may repeat, and their order tells.
+        archive: names may repeat, and their order matters.
         named: numbers of files that are images whatever their extension, since a record says so.
     """
     kinds = [extension_of(name) for name in names]
@@ -82,7 +114,7 @@ def entries_of(
         kinds[n] = kinds[n] if kinds[n] in IMAGE_EXTENSIONS else _UNUSUAL
     found: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        found.setdefault(key_of(name), []).append(number)
+        found.setdefault(sample_id(name), []).append(number)
     if archive:
         _join_up_to_first_dot(found, kinds)
     with_images = {
@@ -91,10 +123,11 @@ def entries_of(
     entries: list[Entry] = []
     ignored: Counter[str] = Counter()
     for key, numbers in found.items():
-        for part in _parts(numbers, names) if archive else [numbers]:
+        for part in _runs(numbers, names) if archive else [numbers]:
+            part.sort(key=lambda n: (_RANK.get(kinds[n], 0), names[n]))
             images = [n for n in part if kinds[n] in _IMAGES]
             captions = [n for n in part if kinds[n] in _CAPTIONS]
-            others = [n for n in part if kinds[n] not in _RANK]
+            others = sorted(n for n in part if kinds[n] not in _RANK)
             if not images and captions and others:
                 problem = f"{ANOTHER_FORMAT}: {kinds[others[0]]}"
                 entries.append(Entry(key, others.pop(0), tuple(captions), problem))
@@ -103,7 +136,6 @@ def entries_of(
                     entries.append(Entry(key, -1, tuple(captions), NO_IMAGE))
                 else:
                     others += captions
-            images.sort(key=lambda n: (_RANK[kinds[n]], names[n]))
             entries.extend(_with_captions(key, images, captions, names))
             ignored.update(kinds[n] or "files without extension" for n in others)
     return entries, ignored
@@ -113,8 +145,7 @@ def _with_captions(
     key: str, images: list[int], captions: list[int], names: Sequence[str]
 ) -> Iterator[Entry]:
     """Each image with the captions that are its own (``x.png.txt``), then those of the name."""
-    captions.sort(key=lambda n: (_RANK[extension_of(names[n])], names[n]))
-    owners = {n: _without_extension(names[n]) for n in captions}
+    owners = {n: without_extension(names[n]) for n in captions}
     present = {names[image] for image in images}
     for position, image in enumerate(images):
         own = [n for n in captions if owners[n] == names[image]]
@@ -123,7 +154,7 @@ def _with_captions(
         yield Entry(key + apart, image, (*own, *shared), None)
 
 
-def _parts(numbers: list[int], names: Sequence[str]) -> list[list[int]]:
+def _runs(numbers: list[int], names: Sequence[str]) -> list[list[int]]:
     """The members of one key; where a name occurs twice, the runs without a repetition."""
     if len({names[n] for n in numbers}) == len(numbers):
         return [numbers]
@@ -147,8 +178,8 @@ def _join_up_to_first_dot(found: dict[str, list[int]], kinds: Sequence[str]) -> 
     for key, parts in joined.items():
         if len(parts) < 2:
             continue
-        images = [len([n for n in found[part] if kinds[n] in _IMAGES]) for part in parts]
-        captions = [len([n for n in found[part] if kinds[n] in _CAPTIONS]) for part in parts]
+        images = [sum(kinds[n] in _IMAGES for n in found[part]) for part in parts]
+        captions = [sum(kinds[n] in _CAPTIONS for n in found[part]) for part in parts]
         whole = any(image and caption for image, caption in zip(images, captions, strict=True))
-        if sum(images) == 1 and sum(captions) > 0 and not whole:
+        if sum(images) == 1 and any(captions) and not whole:
             found[key] = sorted(n for part in parts for n in found.pop(part))

@@ -1,0 +1,274 @@
+"""Tables: what a download did, and records that name image files and give their captions."""
+
+import csv
+import io
+import json
+import posixpath
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infogrowth.annotations import as_id
+from infogrowth.data.captions import Captioned, Unusable, caption_of, decode_text
+from infogrowth.data.names import IMAGE_EXTENSIONS, clean_name, extension_of, image_id, sample_id
+from infogrowth.data.tree import Tree
+from infogrowth.errors import shorten
+
+RECORD_EXTENSIONS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "val", "test")
+
+_FILE_FIELDS = (
+    *("file_name", "filename", "image", "image_path", "image_name", "filepath", "file_path"),
+    *("file", "path", "img", "img_path"),
+)
+_IMAGE_COLUMNS = (*(extension[1:] for extension in IMAGE_EXTENSIONS), "image", "img", "picture")
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")
+_DELIMITERS = (",", "\t", ";", "|")
+_FAILURES = {
+    "failed_to_download": "the download failed",
+    "failed_to_resize": "the image could not be resized when it was downloaded",
+}
+
+Note = tuple[str, str]  # what could not be used, and why
+
+
+def split_of(*names: Any) -> str | None:
+    """The split that the words of some paths or fields name: test before val before train."""
+    words = (word for name in names if isinstance(name, str) for word in _WORD.findall(name))
+    found = {_SPLIT_WORDS.get(word.lower()) for word in words}
+    return next((split for split in reversed(SPLITS) if split in found), None)
+
+
+def unreadable(table: str, error: Exception) -> Note:
+    """The note of a table that cannot be read."""
+    return table, f"the table cannot be read: {shorten(error)}"
+
+
+def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
+    """What a parquet file is: ``images`` (as is a damaged one), ``downloads`` or ``records``; and
+    the splits that a field ``split`` of a table of images names, ``[None]`` without one."""
+    try:
+        with tree.open(name) as file:
+            table = pq.ParquetFile(file)
+            names = table.schema_arrow.names
+            if image_column(table.schema_arrow) is None:
+                return "downloads" if {"key", "status"} <= set(names) else "records", [None]
+            split = next((column for column in names if column.lower() == "split"), None)
+            if split is None:
+                return "images", [None]
+            values = table.read([split])[split].unique().to_pylist()
+    except (OSError, pa.ArrowException):
+        return "images", [None]
+    return "images", [*sorted({split_of(value) or "train" for value in values})]
+
+
+def image_column(schema: pa.Schema) -> str | None:
+    """The column of encoded images: named after a format or ``image``, else any with bytes."""
+
+    def holds_images(column: pa.Field) -> bool:
+        kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return binary and column.name.lower() in _IMAGE_COLUMNS
+
+    rank = {name: position for position, name in enumerate(_IMAGE_COLUMNS)}
+    names = [column.name for column in schema if holds_images(column)]
+    return min(names, key=lambda name: rank.get(name.lower(), len(rank)), default=None)
+
+
+@dataclass
+class Downloads:
+    """What img2dataset's table beside a shard says of its downloads.
+
+    Attributes:
+        problems: by key, why a download failed; None for one that the shard must hold.
+        notes: the table if it cannot be read.
+    """
+
+    problems: dict[str, str | None] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
+def read_downloads(tree: Tree, table: str | None) -> Downloads:
+    """The downloads of a table; none where there is no table."""
+    if table is None:
+        return Downloads()
+    try:
+        with tree.open(table) as file:
+            rows = pq.read_table(file, columns=["key", "status"])
+    except (OSError, pa.ArrowException) as error:
+        return Downloads(notes=[unreadable(table, error)])
+    keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
+    problems = list(map(download_problem, rows["status"].to_pylist()))
+    failed = {key: problem for key, problem in zip(keys, problems, strict=True) if problem}
+    return Downloads({**dict.fromkeys(keys), **failed})
+
+
+def download_problem(status: Any) -> str | None:
+    """The kind of failure for a record; the server's own words stay in the table."""
+    if status == "success":
+        return None
+    return _FAILURES.get(status, f"the download ended with status {status!r}")
+
+
+@dataclass
+class Records:
+    """All records below a folder that name image files.
+
+    Attributes:
+        captions: what the records of each file say, in order, by its path in the tree: a caption,
+            or why there is none.
+        missing: (folder of the table, name, split, reason) of images that are not there.
+        splits: what the records, or the names of their tables, say of a file's split, by its id.
+        used: the tables that name images.
+        notes: lines that name none.
+        repairs: how many tables took which repair.
+    """
+
+    captions: dict[str, list[Captioned | str]] = field(default_factory=dict)
+    missing: list[tuple[str, str, str | None, str]] = field(default_factory=list)
+    splits: dict[str, str] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)
+
+
+def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Records:
+    """The records of those tables that name images among the files."""
+    records = Records()
+    known: dict[str, str] = {}  # by path and, after those, by path without extension
+    if tables:
+        images = [name for name in files if extension_of(name) in IMAGE_EXTENSIONS]
+        known = {sample_id(name): name for name in images}
+        known.update((clean_name(name), name) for name in files)
+    for table in tables:
+        folder = posixpath.dirname(table)
+        found: list[tuple[str, Captioned | str, str | None]] = []
+        missing, notes = [], []
+        try:
+            lines, repairs = _lines(tree, table)
+            for line, fields, problem in lines:
+                name, split = _file_name(fields), split_of(table, fields.get("split"))
+                if name is None:
+                    notes.append((f"{table}:{line}", problem or "the line names no file_name"))
+                elif (file := _find(name, folder, tree.root, known)) is not None:
+                    found.append((file, problem or _caption(fields), split))
+                else:
+                    missing.append((folder, name, split, _reason_missing(name)))
+        except (OSError, pa.ArrowException, ValueError, RecursionError) as error:
+            records.notes.append(unreadable(table, error))
+            continue
+        if not found and not posixpath.basename(table).lower().startswith("metadata."):
+            continue
+        records.used.append(table)
+        records.repairs.update(repairs)
+        records.missing += missing
+        records.notes += notes
+        for file, caption, split in found:
+            records.captions.setdefault(file, []).append(caption)
+            if split:
+                records.splits[sample_id(file)] = split
+    return records
+
+
+def _caption(fields: Mapping[str, Any]) -> Captioned | str:
+    try:
+        return caption_of(fields)
+    except Unusable as error:
+        return error.reason
+
+
+def _file_name(fields: Mapping[str, Any]) -> str | None:
+    names = (as_id(fields.get(field)) or "" for field in _FILE_FIELDS)
+    return next((name.strip() for name in names if name.strip()), None)
+
+
+def _find(name: str, folder: str, root: str, known: Mapping[str, str]) -> str | None:
+    """The file that a record means, in or below a folder above it: its path as it is."""
+    for form in (name, name.replace("\\", "/"), re.sub(r"^(\d+)\.0$", r"\1", name)):
+        form = form.removeprefix(f"{root}/")
+        above: str | None = None if form.startswith("/") else folder
+        while above is not None:
+            path = posixpath.normpath(posixpath.join(above, form))
+            if not path.startswith("../") and clean_name(path) in known:
+                return known[clean_name(path)]
+            above = posixpath.dirname(above) if above else None
+    return None
+
+
+def _reason_missing(name: str) -> str:
+    form = name.replace("\\", "/")
+    if form.startswith("/") or ".." in form.split("/"):
+        return "its file_name leads out of the folder"
+    return "the file that the metadata names is missing"
+
+
+Line = tuple[int, dict[str, Any], str | None]  # number, fields by lower-case name, problem
+
+
+def _lines(tree: Tree, table: str) -> tuple[Iterable[Line], tuple[str, ...]]:
+    """The lines of a table, and how its text was repaired."""
+    if extension_of(table) == ".parquet":
+        with tree.open(table) as file:
+            return _numbered(pq.read_table(file).to_pylist()), ()
+    text, repairs = decode_text(tree.read(table))
+    if extension_of(table) in (".csv", ".tsv"):
+        return _csv_lines(text), repairs
+    if text.lstrip().startswith("["):
+        return _numbered(json.loads(text)), repairs
+    return (
+        _json_line(*line) for line in enumerate(text.split("\n"), 1) if line[1].strip()
+    ), repairs
+
+
+def _numbered(records: Iterable[Any]) -> Iterator[Line]:
+    return ((number, _fields(record), None) for number, record in enumerate(records, 1))
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    items = record.items() if isinstance(record, Mapping) else ()
+    return {str(name).strip().lower(): value for name, value in items}
+
+
+def _json_line(number: int, line: str) -> Line:
+    try:
+        return number, _fields(json.loads(line)), None
+    except (ValueError, RecursionError):
+        return number, {}, "the line is not valid JSON"
+
+
+def _csv_lines(text: str) -> Iterator[Line]:
+    """The lines of a CSV: its delimiter and whether it has a header are seen from the first."""
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    delimiter = max(_DELIMITERS, key=first.count)
+    csv.field_size_limit(sys.maxsize)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error:  # quotes that do not match: they cost their line, not all that follow
+        lines = enumerate(text.splitlines(), 1)
+        rows = [(n, row) for n, line in lines for row in csv.reader([line], delimiter=delimiter)]
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    if header and extension_of(header[0]) in IMAGE_EXTENSIONS:
+        header = ["file_name", "text"]
+    else:
+        rows = rows[1:]
+    for line, row in rows:
+        problem = "the line has more fields than the header: quote what holds a comma"
+        yield (
+            line,
+            dict(zip(header, row, strict=False)),
+            problem if any(row[len(header) :]) else None,
+        )
