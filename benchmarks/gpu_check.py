@@ -596,8 +596,8 @@ def ranks(machine: Machine) -> Iterator[Row]:
     expected = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
     backend = passed[0] if passed else ran.stderr[-200:]
     yield machine.holds("backend", backend == expected, backend, expected)
-    yield machine.holds("functions that gave what they should", passed[1:] == ["12"],
-                        " ".join(passed[1:]) or ran.stderr[-200:], "12")  # fmt: skip
+    yield machine.holds("functions that gave what they should", passed[1:] == ["11"],
+                        " ".join(passed[1:]) or ran.stderr[-200:], "11")  # fmt: skip
     last = (ran.stderr.strip().splitlines() or [""])[-1]
     ended = ran.returncode == 2 and last == "error: the end"
     yield machine.holds(
@@ -625,7 +625,7 @@ try:
             torch.equal(d.all_gather(t), t), torch.equal(g.grad, 2 * t),
             torch.equal(d.all_gather_ragged(t)[0], t), len(d.all_gather_ragged(t[:0])[0]) == 0,
             d.all_gather_objects({"a": 1}) == [{"a": 1}], d.broadcast_object("x") == "x",
-            torch.equal(d.all_reduce_sum(t), t), torch.equal(d.all_reduce_mean(t), t),
+            torch.equal(d.all_reduce_mean(t), t),
             torch.equal(d.all_gather(t.cpu()), t.cpu()), d.on_main(lambda: 5) == 5,
             [d.next_number("n") for _ in range(3)] == [0, 1, 2],
             (d.rank(), d.world_size(), d.local_world_size(), d.in_group()) == (0, 1, 1, True),

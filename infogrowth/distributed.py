@@ -1,9 +1,10 @@
-"""Ranks: the only module that calls torch.distributed, and a no-op on one process.
+"""Ranks, devices and collectives; the only place that calls torch.distributed, all of it a no-op on
+one process.
 
 ``python3 -m torch.distributed.run`` (or Slurm, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 set) starts the ranks; without these variables the same code runs as rank 0 of 1 and never
-initialises a group. What the ranks must agree on before they form a group, and who does which
-shard, goes through the launcher's own key-value store.
+initialises a group. What the ranks must agree on before they form a group goes through the
+launcher's key-value store.
 """
 
 import json
@@ -12,8 +13,7 @@ import os
 import re
 import socket
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -33,13 +33,13 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 _START_TIMEOUT = timedelta(minutes=10)  # until every rank of the launch is there
 _LOST_PEER = re.compile(r"gloo|connection (closed|reset)", re.IGNORECASE)  # what Gloo says
 
-_store: dist.Store | None = None  # of the launcher, while this module's group exists
+_lone_store = dist.HashStore()  # instead of the launcher's, where there is no group
 _ranks_on_this_node = 1
 
 
 @contextmanager
 def process_group(device: str = "auto", collectives_on: str = "device") -> Iterator[torch.device]:
-    """Join the launcher's process group for the block.
+    """Join the launcher's process group for the block, on this rank's device.
 
     A rank whose block fails prints its error and ends at once, without waiting for the others: they
     wait for it in a collective, and end with an error of their own within seconds.
@@ -50,14 +50,11 @@ def process_group(device: str = "auto", collectives_on: str = "device") -> Itera
             ``"cpu"`` Gloo alone: enough where ranks share nothing but numbers and messages, and
             then worker processes may be forked at any time.
 
-    Yields:
-        the device of this rank; inside the block it is also the current one.
-
     Raises:
         UserError: CUDA asked for where there is none, ranks that would share a GPU, or nodes of
             which some have GPUs and some have none.
     """
-    global _store, _ranks_on_this_node
+    global _ranks_on_this_node
     if not _launched() or dist.is_initialized():
         chosen = choose_device(device)
         with _current(chosen):
@@ -65,9 +62,8 @@ def process_group(device: str = "auto", collectives_on: str = "device") -> Itera
         return
     store, number, count = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
     chosen, _ranks_on_this_node = _agree(device, dist.PrefixStore("start", store), number, count)
-    _store = dist.PrefixStore("work", store)
+    nccl = chosen.type == "cuda" and collectives_on == "device"
     with _current(chosen):
-        nccl = chosen.type == "cuda" and collectives_on == "device"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=dist.PrefixStore("group", store),
@@ -81,12 +77,10 @@ def process_group(device: str = "auto", collectives_on: str = "device") -> Itera
         except BaseException as error:
             if count > 1:
                 _leave(error)
-            dist.destroy_process_group()
             raise
-        else:
-            dist.destroy_process_group()
         finally:
-            _store, _ranks_on_this_node = None, 1
+            dist.destroy_process_group()
+            _ranks_on_this_node = 1
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -98,27 +92,24 @@ def choose_device(device: str = "auto") -> torch.device:
     Raises:
         UserError: no such device.
     """
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        number and not (kind == "cuda" and number.isdigit())
-    ):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
     visible = torch.cuda.device_count()
-    if number:
-        index = int(number)
-    elif _launched():
-        index = local_rank() if visible > 1 else 0
-    else:
+    if ":" in device:
+        index = int(device.partition(":")[2])
+    elif not _launched():
         index = torch.cuda.current_device()
+    else:
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        index = int(local) if visible > 1 else 0
     if index >= visible:
-        node = socket.gethostname()
         raise UserError(
-            f"rank {rank()} on {node} needs GPU {index}, but only {visible} are visible there; "
-            "start one rank per GPU (--nproc_per_node)"
+            f"rank {rank()} on {socket.gethostname()} needs GPU {index}, but only {visible} are "
+            "visible there; start one rank per GPU (--nproc_per_node)"
         )
     return torch.device("cuda", index)
 
@@ -144,27 +135,17 @@ def is_spread(wanted: bool | None = None) -> bool:
 
 def rank() -> int:
     """This process's number, 0 … world_size() − 1."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0")) if _launched() else 0
+    return dist.get_rank() if in_group() else _launcher_number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes work together; 1 without the launcher."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if _launched() else 1
-
-
-def local_rank() -> int:
-    """This process's number on its node."""
-    numbers = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next((n for n in numbers if n), "0")) if _launched() else 0
+    return dist.get_world_size() if in_group() else _launcher_number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
     """How many ranks share this node, its processors and its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", _ranks_on_this_node)) if _launched() else 1
+    return _launcher_number("LOCAL_WORLD_SIZE", _ranks_on_this_node)
 
 
 def is_main() -> bool:
@@ -175,21 +156,15 @@ def is_main() -> bool:
 def next_number(name: str) -> int:
     """A counter that all ranks share: 0, 1, 2, … under ``name``, each number to one rank only.
 
-    It lives in the launcher's store, so whoever is free takes the next; nobody waits for anybody.
+    It lives in the group's store, so whoever is free takes the next; nobody waits for anybody.
     """
-    if dist.is_initialized():
-        store = _store or dist.distributed_c10d._get_default_store()
-        return store.add(name, 1) - 1
-    _counters[name] += 1
-    return _counters[name] - 1
-
-
-_counters: Counter[str] = Counter()
+    store = dist.distributed_c10d._get_default_store() if in_group() else _lone_store
+    return store.add(name, 1) - 1
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_initialized():
+    if in_group():
         dist.barrier()
 
 
@@ -206,24 +181,21 @@ def main_first() -> Iterator[None]:
 def on_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on all ranks. Its UserError is raised on rank 0, where it
     is reported once; the other ranks end with the same exit status."""
-    value: Any = None
-    error: UserError | None = None
+    outcome: Any = None
     if is_main():
         try:
-            value = action()
+            outcome = action(), None
         except UserError as caught:
-            error = caught
-    value, failed = broadcast_object((value, error is not None))
+            outcome = None, caught
+    value, error = broadcast_object(outcome)
     if error is not None:
-        raise error
-    if failed:
-        raise SystemExit(2)
+        raise error if is_main() else SystemExit(2)
     return value
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """``(B, …)`` on each rank to ``(W·B, …)`` on all, in rank order; shapes equal, no gradient."""
-    if not dist.is_initialized():
+    if not in_group():
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
@@ -232,25 +204,25 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     """Like :func:`all_gather`; gradients flow back to the rank that each row came from."""
-    if not dist.is_initialized():
+    if not in_group():
         return tensor
     return torch.cat(_differentiable_all_gather(tensor.contiguous()))
 
 
 def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The ranks' tensors, whose first dimensions may differ (or be zero), in rank order."""
-    if not dist.is_initialized():
+    if not in_group():
         return [tensor.detach()]
     lengths = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
     padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    gathered = all_gather(padded).split(max(lengths)) if max(lengths) else [padded] * len(lengths)
-    return [part[:length] for part, length in zip(gathered, lengths, strict=True)]
+    parts = all_gather(padded).reshape(len(lengths), *padded.shape)
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
 def all_gather_objects(value: Any) -> list[Any]:
     """Each rank's picklable ``value``, in rank order, on all ranks."""
-    if not dist.is_initialized():
+    if not in_group():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -259,24 +231,18 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """``value`` of rank ``source`` on all ranks."""
-    if not dist.is_initialized():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    if in_group():
+        dist.broadcast_object_list(box, src=source)
     return box[0]
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum over ranks, as a new tensor."""
-    total = tensor.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise mean over ranks, as a new tensor."""
-    return all_reduce_sum(tensor) / world_size()
+    total = tensor.detach().clone()
+    if in_group():
+        dist.all_reduce(total)
+    return total / world_size()
 
 
 def data_parallel(
@@ -309,6 +275,10 @@ def _launched() -> bool:
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
+def _launcher_number(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default)) if _launched() else default
+
+
 def _current(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -319,75 +289,57 @@ def _agree(device: str, store: dist.Store, number: int, count: int) -> tuple[tor
     Every rank posts what it would compute on and reads what the others posted, so that all of them
     come to the same conclusion. What is wrong is reported by rank 0; the others end with it.
     """
-    chosen, problem = torch.device("cpu"), None
     try:
-        chosen = choose_device(device)
+        chosen, problem = choose_device(device), None
     except UserError as error:
-        problem = str(error)
-    node = socket.gethostname()
-    own = {"node": node, "gpu": _gpu_name(chosen), "problem": problem}
-    store.set(str(number), json.dumps(own))
+        chosen, problem = torch.device("cpu"), str(error)
+    node, gpu = socket.gethostname(), None
+    if chosen.type == "cuda":
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if not gpu.startswith("MIG-"):  # the slices of one GPU are devices of their own
+            gpu = str(torch.cuda.get_device_properties(chosen).uuid)
+    store.set(str(number), json.dumps([node, gpu, problem]))
     try:
-        ranks = {i: json.loads(store.get(str(i))) for i in range(count)}
+        ranks = [json.loads(store.get(str(other))) for other in range(count)]
     except RuntimeError as error:  # the store's timeout, or its end
         raise UserError(
             f"rank {number} waited {_START_TIMEOUT} for the other {count - 1}, and not all came: "
             "look for the error of the rank that is missing"
         ) from error
-    problem = next((entry["problem"] for entry in ranks.values() if entry["problem"]), None)
-    if problem := problem or _mismatch(ranks):
-        if number:
-            raise SystemExit(2)
-        raise UserError(problem)
-    return chosen, sum(entry["node"] == node for entry in ranks.values())
+    if problem := _problem_of(ranks):
+        raise SystemExit(2) if number else UserError(problem)
+    return chosen, sum(other == node for other, _, _ in ranks)
 
 
-def _mismatch(ranks: Mapping[int, Mapping[str, Any]]) -> str | None:
-    """What keeps these ranks from forming one group, in one sentence."""
-    with_gpu = {number: entry for number, entry in ranks.items() if entry["gpu"]}
-    without = next((number for number in ranks if number not in with_gpu), None)
-    if with_gpu and without is not None:
-        return (
-            f"rank {without} on {ranks[without]['node']} sees no GPU, but rank {min(with_gpu)} on "
-            f"{with_gpu[min(with_gpu)]['node']} does; repair that node, or use --device cpu"
-        )
-    taken: dict[tuple[str, str], int] = {}
-    for number, entry in with_gpu.items():
-        other = taken.setdefault((entry["node"], entry["gpu"]), number)
-        if other != number:
+def _problem_of(ranks: list[tuple[str, str | None, str | None]]) -> str | None:
+    """What keeps ranks (node, GPU, own problem) from forming one group, in one sentence."""
+    for _, _, problem in ranks:
+        if problem:
+            return problem
+    for number, (node, gpu, _) in enumerate(ranks):
+        if gpu is None and any(other for _, other, _ in ranks):
             return (
-                f"ranks {other} and {number} on {entry['node']} would share one GPU "
-                f"({entry['gpu']}); start one rank per GPU, with --device cuda and no number"
+                f"rank {number} on {node} sees no GPU, but others do; repair that node, or use "
+                "--device cpu"
+            )
+        if gpu and (first := ranks.index(ranks[number])) != number:
+            return (
+                f"ranks {first} and {number} on {node} would share one GPU ({gpu}); start one rank "
+                "per GPU, with --device cuda and no number"
             )
     return None
-
-
-def _gpu_name(device: torch.device) -> str | None:
-    """What identifies a GPU on its node, whatever number it has in this process."""
-    if device.type != "cuda":
-        return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible.startswith("MIG-"):  # the slices of one GPU are devices of their own
-        return visible
-    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _leave(error: BaseException) -> NoReturn:
     """Print the error and end this process now: to destroy the group would wait for other ranks,
     which wait for this one."""
-    if _is_of_a_peer(error):
-        lost = f"rank {rank()} lost another rank, whose own error says why ({shorten(error, 80)})"
-        print(f"error: {lost}", file=sys.stderr)
+    lost_a_peer = type(error) is RuntimeError and _LOST_PEER.search(str(error))
+    if lost_a_peer or isinstance(error, dist.DistError):
+        why = f"whose own error says why ({shorten(error, 80)})"
+        print(f"error: rank {rank()} lost another rank, {why}", file=sys.stderr)
         status = 1
     else:
         status = exit_status(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _is_of_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank has gone."""
-    if isinstance(error, dist.DistError):
-        return True
-    return type(error) is RuntimeError and _LOST_PEER.search(str(error)) is not None
