@@ -10,12 +10,9 @@ Needs npm and `pip install resvg-py` (to draw the icons).
 """
 
 import json
-import logging
 import os
-import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,23 +21,21 @@ import infogrowth.threads  # noqa: F401 - before torch
 
 import numpy as np
 import pandas as pd
-from claim_parts.arms import ARMS, Scored, composition
+from claim_parts.arms import ARMS, Scored, quality
 from claim_parts.figures import draw_figures
-from claim_parts.parts import make_parts
+from claim_parts.parts import make_parts, pack
+from claim_parts.programs import ROOT, run_program, run_programs
 
 from infogrowth.annotations import load_annotations
-from infogrowth.cli import main, run_script
+from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write_json, read_json
+from infogrowth.growth.ledger import read_growth
+from infogrowth.training.precision import PrecisionName
 
-logger = logging.getLogger(__name__)
-ROOT = Path(__file__).parents[1]
-PROGRAMS = {
-    "train/pretrain_gain.py": ("PretrainConfig", "pretrain"),
-    "scripts/making/train_vocabulary.py": ("VocabularyConfig", "write_vocabulary"),
-}
+TRAINING = "train/pretrain_gain.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,7 @@ class ClaimConfig:
     portions: int = option(10, "how many portions the source arrives in")
     test_names: int = option(1000, "names in the test set")
     image_size: int = option(64, "pixels a side")
-    encoder_samples: int = option(1_000_000, "pairs that the scoring encoder sees")
+    encoder_epochs: int = option(11, "epochs of the scoring encoder on its pretraining part")
     min_align: str = option("auto:0.98", "threshold of the growth")
     k: int = option(4, "neighbors of the gain")
     static_size: int = option(16_000, "pairs of every static subset")
@@ -74,6 +69,11 @@ class ClaimConfig:
     samples: int = option(170_000, "samples that the other arms see")
     validate_every: int = option(10_000, "samples between two evaluations")
     device: str = option("auto", "auto, cpu or cuda")
+    precision: PrecisionName = option("bf16", "of the trainings")
+    jobs: int = option(1, "arms that are trained at once; those on a CPU share its threads")
+    travel: str | None = option(
+        None, "do all but train: a folder to train elsewhere, with --output FOLDER"
+    )
     figures_only: bool = option(False, "draw the figures from the results file, run nothing")
 
 
@@ -112,6 +112,14 @@ class Results:
         self.path.write_text(text, "utf-8")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm and the seed of its weights, its order and its random choices."""
+
+    arm: str
+    seed: int
+
+
 class Experiment:
     """The steps in their order; each is a no-op when its result is there."""
 
@@ -122,12 +130,13 @@ class Experiment:
     def run(self) -> None:
         """Everything that is missing."""
         self.data()
-        encoder = self.encoder()
-        self.grow(encoder)
-        scored = self.scored()
-        for seed in self.config.seeds:
-            for name in self.config.arms:
-                self.train_arm(name, seed, scored)
+        self.grow()
+        runs = [Run(name, seed) for seed in self.config.seeds for name in self.config.arms]
+        self.choose(runs)
+        if self.config.travel:
+            pack(self.folder, Path(self.config.travel))
+            return
+        self.train(sorted(runs, key=lambda run: run.arm != "full"))  # the longest first
 
     def data(self) -> None:
         """Draw the icons, plant the noise."""
@@ -138,57 +147,64 @@ class Experiment:
             "seeds": config.seed_sets,
             "test": config.test_sets,
         }
-        with self._cost("draw"):
-            counts = make_parts(
-                self.folder / "data", Path(config.packages),
-                (config.package_version, config.package_sha512), sets,
-                config.pairs, config.swapped, config.portions, config.test_names,
-                config.image_size, seed=0,
-            )  # fmt: skip
+        before = os.times()
+        counts = make_parts(
+            self.folder / "data", Path(config.packages),
+            (config.package_version, config.package_sha512), sets,
+            config.pairs, config.swapped, config.portions, config.test_names,
+            config.image_size, seed=0,
+        )  # fmt: skip
+        self._cost("draw", sum(os.times()[:4]) - sum(before[:4]))
         self.results.add([{"kind": "parts", **counts}], kind="parts")
 
     def encoder(self) -> Path:
         """Pretrain the encoder that scores, on other artists' icons."""
         data, output = self.folder / "data", self.folder / "encoder"
         if not (output / "done.json").exists():
-            self._vocabulary()
-            with self._cost("encoder"):
-                self._pretrain(
-                    output, data / "pretraining.json", data / "lmdb_pretraining",
-                    sampler="uniform", samples=self.config.encoder_samples, seed=1234,
-                    objectives=["ita"], validation=data / "seeds_val.json",
-                    validation_images=data / "lmdb_seeds",
+            if not (self.folder / "vocab.txt").exists():
+                run_program(
+                    "scripts/making/train_vocabulary.py",
+                    "--annotations", data / "pretraining.json",
+                    "--output", self.folder / "vocab.txt",
                 )  # fmt: skip
+            arguments = self._training(
+                output, data / "pretraining.json", data / "lmdb_pretraining",
+                data / "seeds_val.json", data / "lmdb_seeds",
+                "--seed", 1234, "--max_epoch", self.config.encoder_epochs,
+                "--lr_decay", "cosine", "--min_lr", 1e-5,
+            )  # fmt: skip
+            self._cost("encoder", run_program(TRAINING, *arguments))
             atomic_write_json(output / "done.json", True)
         return output / "model"
 
-    def grow(self, encoder: Path) -> None:
+    def grow(self) -> None:
         """Embed and grow, portion by portion, each onto the last."""
-        data, folder = self.folder / "data", self.folder
+        data, folder, config = self.folder / "data", self.folder, self.config
+        grown = [folder / f"grown_{number:02d}.json" for number in range(config.portions)]
+        if all(path.exists() for path in grown):
+            return
+        encoder = self.encoder()
         self._embed(data / "lmdb_seeds", data / "seeds.json", folder / "features_seeds", encoder)
-        for number in range(self.config.portions):
-            marker = folder / f"grown_{number:02d}.json"
+        for number, output in enumerate(grown):
             features = folder / f"features_{number:02d}"
             portion = data / f"source_{number:02d}.json"
-            with self._cost("embed"):
-                self._embed(data / "lmdb_source", portion, features, encoder)
-            if marker.exists():
-                continue
-            with self._cost("grow"):
-                self._program(
-                    "grow", "--features", features,
-                    "--growth", folder / "growth",
-                    "--seed-features", folder / "features_seeds", "--k", self.config.k,
-                    "--min-align", self.config.min_align, "--device", self.config.device,
-                    "--output", marker,
+            self._embed(data / "lmdb_source", portion, features, encoder)
+            if not output.exists():
+                spent = run_program(
+                    "grow", "--features", features, "--growth", folder / "growth",
+                    "--seed-features", folder / "features_seeds", "--k", config.k,
+                    "--min-align", config.min_align, "--device", config.device,
+                    "--output", output,
                 )  # fmt: skip
-            self._note_portion(number, portion, marker)
+                self._cost("grow", spent)
+                self._note_portion(number, portion, output)
 
     def _note_portion(self, number: int, portion: Path, grown: Path) -> None:
         """What the growth kept of a portion, against the planted truth."""
         truth = read_json(self.folder / "data" / "truth.json")
         offered = {pair["image"] for pair in read_json(portion)}
         kept = [pair["image"] for pair in load_annotations(grown) if pair["image"] in offered]
+        estimate = read_growth(self.folder / "growth").estimate()
         record = {
             "kind": "portion",
             "portion": number,
@@ -196,9 +212,22 @@ class Experiment:
             "kept": len(kept),
             "wrong_kept": sum(image in truth for image in kept) / max(1, len(kept)),
             "noise_true": sum(image in truth for image in offered) / len(offered),
-            "noise": read_json(self.folder / "growth" / "growth.json").get("noise"),
+            "noise_so_far": estimate and estimate.noise,
         }
         self.results.add([record], kind="portion", portion=number)
+
+    def choose(self, runs: Sequence[Run]) -> None:
+        """Write the pairs of every run; what they are goes into the results."""
+        missing = [run for run in runs if not self._pairs(run).exists()]
+        if not missing:
+            return
+        scored = self.scored()
+        self.results.add([quality(scored)], kind="scores")
+        for run in missing:
+            chosen = ARMS[run.arm].choose(scored, self.config.static_size, run.seed)
+            record = {"kind": "arm", "arm": run.arm, "seed": run.seed, **scored.composition(chosen)}
+            self.results.add([record], kind="arm", arm=run.arm, seed=run.seed)
+            atomic_write_json(self._pairs(run), [scored.entry(row) for row in chosen])
 
     def scored(self) -> Scored:
         """The source with its scores, in the order of its arrival."""
@@ -223,103 +252,97 @@ class Experiment:
             pairs=pairs,
             alignment=found["original_alignment"].to_numpy(),
             images=images,
-            kept={at[pair["image"]]: pair for pair in last if pair["image"] in at},
+            gains={at[pair["image"]]: pair["gains"] for pair in last if pair["image"] in at},
             min_align=read_json(self.folder / "growth" / "growth.json")["min_align"],
             swapped=np.array([pair["image"] in truth for pair in pairs]),
         )
 
-    def train_arm(self, name: str, seed: int, scored: Scored) -> None:
-        """Train one arm from random weights; its evaluations go into the results."""
-        config, arm = self.config, ARMS[name]
-        objectives = "+".join(config.objectives)
-        samples = config.full_samples if name == "full" else config.samples
-        key = {"arm": name, "seed": seed, "objectives": objectives}
-        known = self.results.find(kind="val", **key)
-        steps = samples // config.batch_size
-        if known and known[-1]["step"] >= steps:
+    def train(self, runs: Sequence[Run]) -> None:
+        """Train each run from random weights; the evaluations on its way go into the results."""
+        for run in runs:
+            self._note_evaluations(run)
+        missing = [run for run in runs if not self._is_trained(run)]
+        lines = [self._arm_training(run) for run in missing]
+
+        def done(line: int, cpu_seconds: float) -> None:
+            run = missing[line]
+            self._cost(f"train {run.arm} ({'+'.join(self.config.objectives)})", cpu_seconds)
+            self._note_evaluations(run)
+
+        run_programs(TRAINING, lines, self.config.jobs, done)
+
+    def _note_evaluations(self, run: Run) -> None:
+        log = self._output(run) / "log.jsonl"
+        if not log.exists():
             return
-        folder = self.folder / "runs" / f"{name}-{objectives}-{seed}"
-        pairs = arm.choose(scored, config.static_size, seed)
-        swapped = {
-            p["image"] for p, wrong in zip(scored.pairs, scored.swapped, strict=True) if wrong
-        }
-        self.results.add([{"kind": "arm", **key, **composition(pairs, swapped)}], kind="arm", **key)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(folder / "pairs.json", pairs)
-        with self._cost(f"train {name} ({objectives})"):
-            self._pretrain(
-                folder, folder / "pairs.json", self.folder / "data" / "lmdb_source",
-                sampler=arm.sampler, samples=samples, seed=seed, objectives=config.objectives,
-                validation=self.folder / "data" / "test.json",
-                validation_images=self.folder / "data" / "lmdb_test",
-            )  # fmt: skip
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        key = {"arm": run.arm, "seed": run.seed, "objectives": "+".join(self.config.objectives)}
         wanted = ("step", "samples_seen", "txt_r1", "img_r1", "r_mean")
+        made = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         records = [
             {"kind": "val", **key, "evaluation": number, **{name: record[name] for name in wanted}}
-            for number, record in enumerate(r for r in log if r["kind"] == "val")
+            for number, record in enumerate(r for r in made if r["kind"] == "val")
         ]
-        self.results.add(records, kind="val", **key)
+        if len(records) > len(self.results.find(kind="val", **key)):
+            self.results.add(records, kind="val", **key)
 
-    def _pretrain(
-        self, output: Path, annotations: Path, images: Path, sampler: str, samples: int, seed: int,
-        objectives: Sequence[str], validation: Path, validation_images: Path,
-    ) -> None:  # fmt: skip
-        """One training from random weights by train/pretrain_gain.py, evaluated on its way."""
-        config = self.config
-        steps = samples // config.batch_size
-        self._program(
-            "train/pretrain_gain.py", "--config", ROOT / "scripts/configs/claim_training.yaml",
-            "--annotations", annotations, "--images", images, "--sampler", sampler,
-            "--max_steps", steps, "--batch_size", config.batch_size, "--seed", seed,
-            "--objectives", *objectives, "--image_size", config.image_size,
-            "--vocabulary", self.folder / "vocab.txt", "--output_dir", output,
-            "--val_annotations", validation, "--val_images", validation_images,
-            "--validate_every", max(1, config.validate_every // config.batch_size),
-            "--device", config.device,
+    def _is_trained(self, run: Run) -> bool:
+        key = {"arm": run.arm, "seed": run.seed, "objectives": "+".join(self.config.objectives)}
+        known = self.results.find(kind="val", **key)
+        return bool(known) and known[-1]["step"] >= self._steps(run)
+
+    def _steps(self, run: Run) -> int:
+        """So many steps that the last one is evaluated."""
+        samples = self.config.full_samples if run.arm == "full" else self.config.samples
+        every = self._steps_between_evaluations()
+        return max(1, samples // self.config.batch_size // every) * every
+
+    def _steps_between_evaluations(self) -> int:
+        return max(1, self.config.validate_every // self.config.batch_size)
+
+    def _pairs(self, run: Run) -> Path:
+        return self.folder / "arms" / f"{run.arm}-{run.seed}.json"
+
+    def _output(self, run: Run) -> Path:
+        return self.folder / "runs" / f"{run.arm}-{'+'.join(self.config.objectives)}-{run.seed}"
+
+    def _arm_training(self, run: Run) -> list[object]:
+        data = self.folder / "data"
+        return self._training(
+            self._output(run), self._pairs(run), data / "lmdb_source",
+            data / "test.json", data / "lmdb_test",
+            "--seed", run.seed, "--max_steps", self._steps(run),
+            "--sampler", ARMS[run.arm].sampler, "--objectives", *self.config.objectives,
         )  # fmt: skip
 
-    def _vocabulary(self) -> None:
-        if not (self.folder / "vocab.txt").exists():
-            self._program(
-                "scripts/making/train_vocabulary.py",
-                "--annotations", self.folder / "data" / "pretraining.json",
-                "--output", self.folder / "vocab.txt",
-            )  # fmt: skip
+    def _training(
+        self, output: Path, annotations: Path, images: Path, validation: Path,
+        validation_images: Path, *more: object,
+    ) -> list[object]:  # fmt: skip
+        """What train/pretrain_gain.py is given: a training from random weights."""
+        config = self.config
+        return [
+            "--config", ROOT / "scripts/configs/claim_training.yaml",
+            "--annotations", annotations, "--images", images, "--output_dir", output,
+            "--val_annotations", validation, "--val_images", validation_images,
+            "--validate_every", self._steps_between_evaluations(),
+            "--batch_size", config.batch_size, "--image_size", config.image_size,
+            "--vocabulary", self.folder / "vocab.txt",
+            "--device", config.device, "--precision", config.precision, *more,
+        ]  # fmt: skip
 
     def _embed(self, images: Path, annotations: Path, output: Path, encoder: Path) -> None:
-        self._program(
+        spent = run_program(
             "embed", "--lmdb", images, "--annotations", annotations,
             "--encoder", encoder, "--output", output, "--device", self.config.device,
         )  # fmt: skip
+        self._cost("embed", spent)
 
-    def _program(self, program: str, *arguments: object) -> None:
-        """Run a command of infogrowth, or one of the project's programs, in this process.
-
-        Raises:
-            UserError: it failed; what it said is on the screen.
-        """
-        words = [str(argument) for argument in arguments]
-        logger.info("$ %s %s", program, " ".join(words))
-        if program.endswith(".py"):
-            names = runpy.run_path(str(ROOT / program))
-            config, run = PROGRAMS[program]
-            status = run_script(names[config], names[run], words)
-        else:
-            status = main([program, *words])
-        if status:
-            raise UserError(f"{program} failed: mend what it says and start again")
-
-    @contextmanager
-    def _cost(self, step: str) -> Iterator[None]:
-        """Add the CPU seconds that a step takes, workers included, to its record."""
-        before = os.times()
-        yield
-        spent = sum(os.times()[:4]) - sum(before[:4])
-        known = self.results.find(kind="cost", step=step)
-        spent += known[0]["cpu_s"] if known else 0.0
-        record = {"kind": "cost", "step": step, "cpu_s": round(spent, 1)}
-        self.results.add([record], kind="cost", step=step)
+    def _cost(self, step: str, cpu_seconds: float) -> None:
+        """Add CPU seconds to a step's record."""
+        key = {"kind": "cost", "step": step, "device": self.config.device}
+        known = self.results.find(**key)
+        total = round(cpu_seconds + (known[0]["cpu_s"] if known else 0.0), 1)
+        self.results.add([{**key, "cpu_s": total}], **key)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Scored:
         pairs: all pairs in the order of their arrival.
         alignment: cosine of image and caption feature, (N,) float.
         images: unit image features, (N, D) float32.
-        kept: position in `pairs` → the kept pair with its gains, in the order of arrival.
+        gains: row in `pairs` → gains of the kept pair, in the order of arrival.
         min_align: the threshold that `grow` used.
         swapped: (N,) bool, the planted truth; only the oracle may look at it.
     """
@@ -33,38 +33,54 @@ class Scored:
     pairs: Sequence[Annotation]
     alignment: np.ndarray
     images: np.ndarray
-    kept: dict[int, Annotation]
+    gains: dict[int, Sequence[float]]
     min_align: float
     swapped: np.ndarray
+
+    def entry(self, row: int) -> Annotation:
+        """A pair as it is trained on: with its gains, if it was kept."""
+        kept = {"gains": self.gains[row]} if row in self.gains else {}
+        return {**self.pairs[row], **kept}
+
+    def composition(self, rows: Sequence[int]) -> dict[str, Any]:
+        """How many pairs, which share of them is swapped, how many distinct captions."""
+        captions = {self.pairs[row]["caption"] for row in rows}
+        wrong = float(self.swapped[rows].mean()) if len(rows) else 0.0
+        return {"pairs": len(rows), "wrong": wrong, "captions": len(captions)}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to choose: its sampler (of `train/pretrain_gain.py`), its rule, and its words."""
+    """One way to choose rows of the source: its sampler (of `train/pretrain_gain.py`), its rule,
+    and its words."""
 
     sampler: str
-    choose: Callable[[Scored, int, int], list[Annotation]]
+    choose: Callable[[Scored, int, int], list[int]]
     says: str
 
 
-def _all(scored: Scored, size: int, seed: int) -> list[Annotation]:
-    return list(scored.pairs)
+def _all(scored: Scored, size: int, seed: int) -> list[int]:
+    return list(range(len(scored.pairs)))
 
 
-def _random(scored: Scored, size: int, seed: int) -> list[Annotation]:
+def _random(scored: Scored, size: int, seed: int) -> list[int]:
     chosen = generator(seed, "claim", "random arm").permutation(len(scored.pairs))[:size]
-    return _rows(scored, np.sort(chosen))
+    return sorted(chosen.tolist())
 
 
-def _top_alignment(scored: Scored, size: int, seed: int) -> list[Annotation]:
-    return _rows(scored, np.sort(np.argsort(-scored.alignment, kind="stable")[:size]))
+def _top_alignment(scored: Scored, size: int, seed: int) -> list[int]:
+    return sorted(np.argsort(-scored.alignment, kind="stable")[:size].tolist())
 
 
-def _oracle(scored: Scored, size: int, seed: int) -> list[Annotation]:
-    return _rows(scored, np.flatnonzero(~scored.swapped))
+def _aligned(scored: Scored, size: int, seed: int) -> list[int]:
+    return np.flatnonzero(scored.alignment >= scored.min_align).tolist()
 
 
-def _semantic_deduplication(scored: Scored, size: int, seed: int) -> list[Annotation]:
+def _oracle(scored: Scored, size: int, seed: int) -> list[int]:
+    return np.flatnonzero(~scored.swapped).tolist()
+
+
+def _semantic_deduplication(scored: Scored, size: int, seed: int) -> list[int]:
     """SemDeDup (arXiv 2303.09540) behind the same alignment filter as `grow`.
 
     k-means cells of the image features; inside a cell rows stand in the order of their distance
@@ -78,10 +94,10 @@ def _semantic_deduplication(scored: Scored, size: int, seed: int) -> list[Annota
     for cell in range(len(centres)):
         members = np.flatnonzero(cells == cell)
         order = members[np.argsort(images[members] @ centres[cell], kind="stable")]
-        cosines = np.tril(images[order] @ images[order].T, -1)
-        if len(order) > 1:
-            redundancy[order[1:]] = cosines[1:].max(axis=1, where=cosines[1:] != 0, initial=-1.0)
-    return _rows(scored, np.sort(rows[np.argsort(redundancy, kind="stable")[:size]]))
+        cosines = images[order] @ images[order].T
+        before = np.tri(len(order), k=-1, dtype=bool)
+        redundancy[order] = cosines.max(axis=1, where=before, initial=-1.0)
+    return sorted(rows[np.argsort(redundancy, kind="stable")[:size]].tolist())
 
 
 def _spherical_kmeans(rows: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,21 +112,22 @@ def _spherical_kmeans(rows: np.ndarray, count: int, seed: int) -> tuple[np.ndarr
     return np.argmax(rows @ centres.T, axis=1), centres
 
 
-def _kept(scored: Scored, size: int, seed: int) -> list[Annotation]:
-    return list(scored.kept.values())
+def _kept(scored: Scored, size: int, seed: int) -> list[int]:
+    return list(scored.gains)
 
 
-def _top_gain(scored: Scored, size: int, seed: int) -> list[Annotation]:
+def _top_gain(scored: Scored, size: int, seed: int) -> list[int]:
     """What `infogrowth select --top` takes: the largest mean gains, earlier pairs first."""
-    kept = list(scored.kept.values())
-    gains = np.array([np.mean(pair["gains"]) for pair in kept])
-    return [kept[at] for at in np.sort(np.argsort(-gains, kind="stable")[:size])]
+    kept = np.array(list(scored.gains))
+    gains = np.array([np.mean(gains) for gains in scored.gains.values()])
+    return sorted(kept[np.argsort(-gains, kind="stable")[:size]].tolist())
 
 
 ARMS: dict[str, Arm] = {
     "full": Arm("uniform", _all, "the whole source"),
     "random": Arm("uniform", _random, "a random subset"),
     "alignment": Arm("uniform", _top_alignment, "the best aligned (as DataComp filters)"),
+    "aligned_all": Arm("uniform", _aligned, "all that the growth's threshold lets in"),
     "semdedup": Arm("uniform", _semantic_deduplication, "alignment filter + SemDeDup"),
     "grown_static": Arm("uniform", _top_gain, "grown, the largest gains"),
     "grown_uniform": Arm("uniform", _kept, "grown, all kept, drawn evenly"),
@@ -120,17 +137,18 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def _rows(scored: Scored, rows: np.ndarray) -> list[Annotation]:
-    return [scored.pairs[row] for row in rows.tolist()]
-
-
-def composition(arm: Sequence[Annotation], swapped_ids: set[str]) -> dict[str, Any]:
-    """How many pairs, which share of them is swapped, and how many distinct captions."""
-    table = pd.DataFrame(
-        {"image": [a["image"] for a in arm], "caption": [a["caption"] for a in arm]}
-    )
+def quality(scored: Scored) -> dict[str, Any]:
+    """How well the encoder's alignment tells right from swapped captions, and what gains are."""
+    ranks = pd.Series(scored.alignment).rank().to_numpy()
+    right = ~scored.swapped
+    above = ranks[right].sum() - right.sum() * (right.sum() + 1) / 2
+    gains = pd.Series({row: float(np.mean(gains)) for row, gains in scored.gains.items()})
+    wrong = pd.Series(scored.swapped[gains.index], gains.index)
     return {
-        "pairs": len(table),
-        "wrong": float(table.image.isin(swapped_ids).mean()) if len(table) else 0.0,
-        "captions": int(table.caption.nunique()),
+        "kind": "scores",
+        "auroc": above / (right.sum() * scored.swapped.sum()),
+        "min_align": scored.min_align,
+        "gain_deciles": [round(float(g), 4) for g in gains.quantile(np.linspace(0, 1, 11))],
+        "gain_right": float(gains[~wrong].mean()),
+        "gain_wrong": float(gains[wrong].mean()),
     }

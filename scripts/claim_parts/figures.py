@@ -18,6 +18,7 @@ _COLOURS = {
     "full": "#444444",
     "random": "#999999",
     "alignment": "#0072b2",
+    "aligned_all": "#004070",
     "semdedup": "#56b4e9",
     "grown_static": "#e69f00",
     "grown_uniform": "#f0c070",
@@ -114,11 +115,7 @@ def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
     for name in (name for name in ARMS if name in set(curves.arm)):
         mine = curves[curves.arm == name]
         end = mine[mine.evaluation == mine.evaluation.max()].r_mean
-        made = next(
-            r
-            for r in records
-            if r["kind"] == "arm" and r["arm"] == name and r["objectives"] == objectives
-        )
+        made = next(r for r in records if r["kind"] == "arm" and r["arm"] == name)
         ratio, low, high = speed_up(curves, name)
         reach = f"{ratio:.1f} × ({low:.1f}–{high:.1f})" if ratio > 0 else "not reached"
         lines.append(
@@ -131,11 +128,11 @@ def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
 
 def _growth_table(records: Sequence[Record]) -> str:
     lines = [
-        "| portion | pairs | kept | wrong among the kept | noise estimated | noise true |",
+        "| portion | pairs | kept | wrong among the kept | noise estimated so far | noise true |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in (r for r in records if r["kind"] == "portion"):
-        estimate = "–" if r["noise"] is None else f"{r['noise']:.1%}"
+        estimate = "–" if r["noise_so_far"] is None else f"{r['noise_so_far']:.1%}"
         lines.append(
             f"| {r['portion']} | {r['pairs']:,} | {r['kept']:,} | {r['wrong_kept']:.1%} "
             f"| {estimate} | {r['noise_true']:.1%} |"
@@ -144,7 +141,7 @@ def _growth_table(records: Sequence[Record]) -> str:
 
 
 def _cost_table(records: Sequence[Record]) -> str:
-    lines = ["| step | CPU seconds |", "| --- | --- |"]
+    lines = ["| step | device | CPU seconds |", "| --- | --- | --- |"]
     for r in (r for r in records if r["kind"] == "cost"):
-        lines.append(f"| {r['step']} | {r['cpu_s']:,.0f} |")
+        lines.append(f"| {r['step']} | {r['device']} | {r['cpu_s']:,.0f} |")
     return "\n".join(lines)

@@ -129,8 +129,13 @@ def draw(icon: Icon, size: int) -> bytes:
     drawn.thumbnail((size, size))
     canvas = Image.new("L", (size, size), 255)
     canvas.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return png(canvas)
+
+
+def png(drawing: Image.Image) -> bytes:
+    """The drawing as the LMDB holds it."""
     file = io.BytesIO()
-    canvas.save(file, "PNG", optimize=False, compress_level=6)
+    drawing.save(file, "PNG", optimize=False, compress_level=6)
     return file.getvalue()
 
 

@@ -3,17 +3,24 @@
 FOLDER/lmdb_{source,pretraining,seeds,test}    drawings, keys `set/name`
 FOLDER/{pretraining,seeds,test}.json           [{"image", "caption"}]
 FOLDER/source_{00..09}.json                    the source's portions, in the order of its sets
-FOLDER/truth.json                              {"swapped": {id: true caption}, "names": …}
+FOLDER/truth.json                              {id: true caption} of the swapped ones
+FOLDER/{source,test}.parquet                   the drawings instead of their LMDB, to travel
 """
 
+import io
+import math
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from claim_parts.icons import Icon, draw, fetch, pick_test_icons, read_sets, swap_captions
+import pyarrow as pa
+import pyarrow.parquet as pq
+from claim_parts.icons import Icon, draw, fetch, pick_test_icons, png, read_sets, swap_captions
+from PIL import Image
 from tqdm import tqdm
 
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.randomness import generator
 
@@ -55,6 +62,8 @@ def make_parts(
         "seed": seed,
     }  # fmt: skip
     if done.exists() and (known := read_json(done))["plan"] == plan:
+        for part in PARTS:
+            _unpack(folder, part)
         return known["counts"]
     package = fetch(*archive, packages)
     drawings = read_sets(package, [name for part in PARTS for name in sets[part]])
@@ -80,6 +89,39 @@ def make_parts(
     counts = {part: len(icons[part]) for part in PARTS} | {"swapped": len(truth)}
     atomic_write_json(done, {"plan": plan, "counts": counts})
     return counts
+
+
+def pack(folder: Path, output: Path) -> None:
+    """Copy what trainings need into `output`, small enough to send to another machine.
+
+    Neighboring drawings resemble each other, so that all pixels compressed as one column take a
+    fifth of the PNG files.
+    """
+    for path in [folder / "vocab.txt", *folder.glob("grown_*.json"), *folder.glob("arms/*.json"),
+                 *(folder / "data" / name for name in ("parts.json", "test.json"))]:  # fmt: skip
+        (output / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, output / path.relative_to(folder))
+    for part in ("source", "test"):
+        images = LmdbImages(folder / "data" / f"lmdb_{part}")
+        keys = sorted(images.keys())
+        drawings = (Image.open(io.BytesIO(images.read(key))) for key in keys)
+        pixels = [drawing.convert("L").tobytes() for drawing in drawings]
+        pq.write_table(
+            pa.table({"image": keys, "pixels": pixels}), output / "data" / f"{part}.parquet",
+            compression="zstd", compression_level=15, use_dictionary=False,
+            row_group_size=len(keys), data_page_size=1 << 27,
+        )  # fmt: skip
+
+
+def _unpack(folder: Path, part: str) -> None:
+    packed, images = folder / f"{part}.parquet", folder / f"lmdb_{part}"
+    if images.exists() or not packed.exists():
+        return
+    table = pq.read_table(packed)
+    with LmdbWriter(images) as writer:
+        for key, pixels in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            size = math.isqrt(len(pixels))
+            writer.put(key, png(Image.frombytes("L", (size, size), pixels)))
 
 
 def _annotations(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
