@@ -1,17 +1,22 @@
 """Cleaning: does a caption belong to its image, and if not, is there one that does?
 
-Pure numpy, no neighbors. Paper: "Dataset Growth" (InfoGrowth), cleaning; spec §2 "Clean".
+Pure numpy. Paper: "Dataset Growth" (InfoGrowth), cleaning; spec §2 "Clean".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.neighbors.rows import Trouble, as_matrix, unit_rows
+from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
+
+LABEL_BLOCK_ROWS = 512  # samples looked up together; within the block pairs are compared directly
+_ROUNDING = 1e-9  # far above what a float64 matrix product of unit rows can be off
 
 
 def is_below(alignment: np.ndarray, min_align: float) -> np.ndarray:
@@ -102,3 +107,74 @@ def _recaption_feature(
     if problem[0] == Trouble.NONE:
         return unit, Reason.LOW_RECAPTION
     return None, Reason[f"RECAPTION_{Trouble(int(problem[0])).name}"]
+
+
+# --- single-modal data: class labels in place of captions ------------------------------------
+
+
+def clean_labels(
+    batch: Decisions,
+    rows: slice,
+    min_align: float,
+    passed: Reason,
+    kept_labels: Sequence[Any],
+    class_counts: Mapping[Any, int],
+    known_ids: Collection[str],
+) -> np.ndarray:
+    """Which of the n samples `rows` of `batch` join the dataset, (n,) bool.
+
+    The paper's second setting: features of images only, with a class label as the caption. The
+    alignment of a sample is here the share of its nearest kept neighbors that carry its label, out
+    of as many as could: min(k, kept samples of that class). The first sample of a class cannot
+    disagree with anything and has alignment 1.
+
+    `batch.neighbors` holds the nearest samples from before the block; those that join within the
+    block are looked at one by one, as whether a sample joins depends on which ones did before it.
+    Final neighbors, alignments and reasons are entered in `batch`. `kept_labels`, `class_counts`
+    and `known_ids` are those of the dataset.
+    """
+    ids, labels, usable = batch.ids[rows], batch.captions[rows], batch.usable[rows]
+    found, reasons = batch.neighbors["image"].part(rows), batch.reason_codes[rows]
+    count, k = len(kept_labels), found.positions.shape[1]
+    near = _near_pairs(batch.features["image"][rows], usable, found.products[:, -1])
+    alignment = np.full(len(ids), np.nan)
+    counts, joined, joined_ids = Counter(class_counts), np.empty(0, np.int64), set[str]()
+    for row, (sample, label) in enumerate(zip(ids, labels, strict=True)):
+        if usable[row]:
+            within = np.flatnonzero(near[row, joined] > -np.inf)
+            positions = np.concatenate([found.positions[row], count + within])
+            products = np.concatenate([found.products[row], near[row, joined[within]]])
+            order = np.lexsort((positions, -products))[:k]
+            found.positions[row], found.products[row] = positions[order], products[order]
+            nearest = [
+                kept_labels[at] if at < count else labels[joined[at - count]]
+                for at in positions[order].tolist() if at >= 0
+            ]  # fmt: skip
+            possible = min(counts[label], k)
+            alignment[row] = nearest.count(label) / possible if possible else 1.0
+        aligned = bool(usable[row] and not is_below(alignment[row], min_align))
+        if sample in known_ids or sample in joined_ids:
+            reasons[row] = REASON_CODE[Reason.DUPLICATE_ID]
+        elif aligned:
+            reasons[row] = REASON_CODE[passed]
+            joined = np.append(joined, row)
+            joined_ids.add(sample)
+            counts[label] += 1
+        elif usable[row]:
+            reasons[row] = REASON_CODE[Reason.LABEL_DISAGREES]
+    batch.alignment[rows] = batch.original_alignment[rows] = alignment
+    joins = np.zeros(len(ids), bool)
+    joins[joined] = True
+    return joins
+
+
+def _near_pairs(rows: np.ndarray, usable: np.ndarray, to_beat: np.ndarray) -> np.ndarray:
+    """Cosines (n, n) of each row with the earlier ones; -inf where they cannot be among the
+    nearest, as they do not reach `to_beat` (n,): few are computed in full precision."""
+    wide = rows.astype(np.float64)
+    reachable = wide @ wide.T >= to_beat[:, None] - _ROUNDING
+    reachable &= np.tri(len(rows), k=-1, dtype=bool) & usable & usable[:, None]
+    later, earlier = np.nonzero(reachable)
+    cosines = np.full(reachable.shape, -np.inf)
+    cosines[later, earlier] = row_products(rows[later], rows[earlier])
+    return cosines

@@ -19,7 +19,7 @@ import numpy as np
 
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import clean_pairs
+from infogrowth.growth.cleaning import LABEL_BLOCK_ROWS, clean_labels, clean_pairs
 from infogrowth.growth.decisions import (
     REASON_CODE,
     Decisions,
@@ -29,7 +29,6 @@ from infogrowth.growth.decisions import (
     one_row,
     validate,
 )
-from infogrowth.growth.labels import LABEL_BLOCK_ROWS, clean_labels
 from infogrowth.growth.scores import Measure, Score, cosine
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
@@ -185,8 +184,8 @@ class InfoGrowth:
     def _grow_labels(self, batch: Decisions, rows: slice, min_align: float, passed: Reason) -> None:
         """Single-modal data: a sample joins if its label agrees with its nearest kept neighbors."""
         self._look_up("image", batch, rows, np.full(rows.stop - rows.start, len(self)))
-        kept_labels, counts = self._captions, self._class_counts
-        joins = clean_labels(batch, rows, min_align, passed, kept_labels, counts, self._repeated)
+        dataset = self._captions, self._class_counts, self._known
+        joins = clean_labels(batch, rows, min_align, passed, *dataset)
         self._indexes["image"].extend(batch.features["image"][rows][joins])
         self._keep(batch, rows, joins)
 
