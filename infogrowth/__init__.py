@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from infogrowth.errors import UserError
     from infogrowth.growth.decisions import Decision
     from infogrowth.growth.engine import InfoGrowth, Recaption
-    from infogrowth.growth.sampling import GainSampler
-    from infogrowth.growth.shard_sampling import GainShards
+    from infogrowth.growth.sampling import GainSampler, GainShards
 
 threads.set_defaults()  # here, for this runs before anything that loads torch
 
@@ -36,7 +35,7 @@ __all__ = [
 _HOMES = {
     "Decision": "infogrowth.growth.decisions",
     "GainSampler": "infogrowth.growth.sampling",
-    "GainShards": "infogrowth.growth.shard_sampling",
+    "GainShards": "infogrowth.growth.sampling",
     "InfoGrowth": "infogrowth.growth.engine",
     "Recaption": "infogrowth.growth.engine",
     "UserError": "infogrowth.errors",

@@ -1,4 +1,4 @@
-"""From gains to training samples: normalised gains, static selection, and the epoch sampler.
+"""From gains to training samples: normalised gains, static selection, samplers of rows and shards.
 
 Source: InfoGrowth §"Gain-based sampling" as spec §2 states it. Plain numpy: a sampler is any
 iterable of row numbers with a length, so torch's DataLoader takes it as it is.
@@ -6,16 +6,20 @@ iterable of row numbers with a length, so torch's DataLoader takes it as it is.
 
 import hashlib
 import math
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from infogrowth.errors import UserError
+from infogrowth.config import nearest
+from infogrowth.errors import UserError, refusing
 from infogrowth.randomness import generator
+from infogrowth.remote import as_path, open_file
 
 Mode = Literal["two_phase", "proportional", "uniform"]
+ShardMode = Literal["two_phase", "gain", "uniform"]
 QUANTILE = 0.99
 # In the odd epochs of two_phase even the most informative sample keeps this chance.
 REVERSE_FLOOR = 0.1
@@ -114,17 +118,11 @@ class GainSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_mode(mode)
+        _check_mode(mode, get_args(Mode))
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is not one of {world_size} ranks")
-        self._gains = np.asarray(gains, dtype=np.float64)
         self.mode, self.seed, self.rank, self.world_size = mode, seed, rank, world_size
-        if mode == "uniform":  # needs no gain, so it also samples what has none
-            if len(self._gains) == 0:
-                raise UserError("there are no samples to draw from")
-            self._probability = np.ones(len(self._gains))
-        else:
-            self._probability = normalized_gains(self._gains)
+        self._probability = _probability(gains, mode)
         self.epoch = 0
         self._skip = 0  # positions of this rank that the next iteration leaves out (resume)
         self._position = 0  # positions of this rank yielded so far in this epoch
@@ -174,7 +172,7 @@ class GainSampler:
             "epoch": self.epoch,
             "consumed": position * self.world_size,
             "samples": len(self._probability),
-            "gains": self._fingerprint(),
+            "gains": hashlib.blake2b(self._probability.tobytes(), digest_size=8).hexdigest(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,13 +215,135 @@ class GainSampler:
             return random.permutation(len(self._probability))
         if self.mode == "proportional":
             return _passes(self._probability, len(self._probability), random)
-        probability = self._probability
-        if epoch % 2:
-            probability = np.maximum(1 - probability, REVERSE_FLOOR)
-        return _one_pass(probability, random)
+        return _one_pass(_in_phase(self._probability, self.mode, epoch), random)
 
-    def _fingerprint(self) -> str:
-        return hashlib.blake2b(self._probability.tobytes(), digest_size=8).hexdigest()
+
+class GainShards:
+    """Drawing by gain for people who stream: which shards to read, and which samples to take.
+
+    A sampler of rows needs random access; a stream of tar files has none. So each epoch visits
+    every shard with the probability of its best sample, in random order, and takes of its samples
+    each with the chance that makes its probability whole: p = P(shard) · P(sample | shard). Every
+    sample is drawn with the very probability that :class:`GainSampler` gives it.
+
+        shards = GainShards("selected", seed=0)    # a folder that `select` wrote, or its address
+        pipeline = webdataset.DataPipeline(
+            shards.visits(epochs=range(100)),      # the shards, by their weights
+            webdataset.split_by_node, webdataset.split_by_worker,
+            shards.samples,                        # their samples, by theirs
+            webdataset.decode("pilrgb"), webdataset.to_tuple("jpg;png;webp", "txt"),
+        )
+
+    Args:
+        location: a folder that `select` wrote, or its copy at an fsspec address.
+        mode: ``two_phase`` as for GainSampler; ``gain`` draws by gain in all epochs; ``uniform``
+            takes everything.
+        seed: names the random streams: the same samples in the same order, whoever asks.
+
+    Attributes:
+        urls: the shards in order.
+
+    Raises:
+        UserError: a misspelt mode, no shards there, or none of the samples has any gain.
+    """
+
+    def __init__(self, location: str | Path, mode: ShardMode = "two_phase", seed: int = 0) -> None:
+        _check_mode(mode, get_args(ShardMode))
+        self.mode, self.seed = mode, seed
+        folder = as_path(location)
+        stems = sorted(path.stem for path in folder.glob("*.tar"))
+        if not stems:
+            raise UserError(f"there are no .tar shards in {location}")
+        self.urls = [str(folder / f"{stem}.tar") for stem in stems]
+        keys, gains = zip(
+            *(_read_gains(str(folder / f"{stem}.parquet")) for stem in stems), strict=True
+        )
+        probability = _probability(np.concatenate(gains), mode)
+        parts = np.split(probability, np.cumsum([len(part) for part in gains])[:-1])
+        self._keys = dict(zip(self.urls, keys, strict=True))
+        self._probability = dict(zip(self.urls, parts, strict=True))
+
+    def sample_weights(self, url: str, epoch: int = 0) -> dict[str, float]:
+        """The probability of each sample of a shard, by key, in this epoch."""
+        return dict(zip(self._keys[url], self._chances(epoch)[url].tolist(), strict=True))
+
+    def shard_weights(self, epoch: int = 0) -> dict[str, float]:
+        """The mean probability of each shard's samples: what loaders want that only weigh shards
+        (open_clip's ``--train-data-upsampling-factors``)."""
+        return {url: float(chances.mean()) for url, chances in self._chances(epoch).items()}
+
+    def expected_samples(self, epoch: int = 0) -> float:
+        """How many samples an epoch draws on average, over all ranks and workers."""
+        return float(sum(chances.sum() for chances in self._chances(epoch).values()))
+
+    def visits(self, epochs: Iterable[int] = (0,)) -> Callable[[], Iterator[dict[str, Any]]]:
+        """A pipeline's first stage: called, it gives the shards to read in these epochs, one epoch
+        after the other, as ``{"url", "epoch"}``."""
+        return partial(self._visits, epochs)
+
+    def samples(self, visits: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The samples that are taken of the shards visited: a pipeline's stage.
+
+        Raises:
+            UserError: a shard that cannot be read.
+        """
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        for visit in visits:
+            url, epoch = visit["url"], visit["epoch"]
+            weights = self.sample_weights(url, epoch)
+            best = max(weights.values(), default=1.0)
+            random = generator(self.seed, "shard samples", self.mode, epoch, url.rsplit("/", 1)[-1])
+            taken = dict(zip(weights, random.random(len(weights)), strict=True))
+            with open_file(url) as stream:
+                for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                    key = sample["__key__"]
+                    if taken[key] * best < weights[key]:
+                        yield sample
+
+    def _visits(self, epochs: Iterable[int]) -> Iterator[dict[str, Any]]:
+        for epoch in epochs:
+            random = generator(self.seed, "shards", self.mode, epoch)
+            best = [chances.max(initial=0) for chances in self._chances(epoch).values()]
+            chosen = np.flatnonzero(random.random(len(best)) < best)
+            for number in random.permutation(chosen).tolist():
+                yield {"url": self.urls[number], "epoch": epoch}
+
+    def _chances(self, epoch: int) -> dict[str, np.ndarray]:
+        return {url: _in_phase(p, self.mode, epoch) for url, p in self._probability.items()}
+
+
+def _read_gains(path: str) -> tuple[list[str], np.ndarray]:
+    """Keys and mean gains (N,) of the samples in a shard."""
+    import pyarrow as pa  # slow to import, and not needed for training from an annotation file
+    import pyarrow.parquet as pq
+
+    with refusing(path, "the shard's table", pa.ArrowException, KeyError):
+        with open_file(path) as file:
+            table = pq.read_table(file, columns=["key", "gain", "status"])
+        table = table.filter(pa.compute.equal(table["status"], "success"))
+    return table["key"].to_pylist(), table["gain"].to_numpy()
+
+
+def _check_mode(mode: str, modes: tuple[str, ...]) -> None:
+    if mode not in modes:
+        raise UserError(f"unknown sampler mode {mode!r}{nearest(str(mode), list(modes))}")
+
+
+def _probability(gains: np.ndarray, mode: str) -> np.ndarray:
+    """Each sample's chance (N,) in an even epoch; `uniform` needs no gain, so it also samples what
+    has none."""
+    if mode != "uniform":
+        return normalized_gains(gains)
+    if len(gains) == 0:
+        raise UserError("there are no samples to draw from")
+    return np.ones(len(gains))
+
+
+def _in_phase(probability: np.ndarray, mode: str, epoch: int) -> np.ndarray:
+    """Each sample's chance (N,) in this epoch."""
+    reverse = mode == "two_phase" and epoch % 2
+    return np.maximum(1 - probability, REVERSE_FLOOR) if reverse else probability
 
 
 def _mean_gains(gains: np.ndarray) -> np.ndarray:
@@ -272,12 +392,3 @@ def _passes(probability: np.ndarray, count: int, random: np.random.Generator) ->
         rows.append(support[chosen[order]])
         missing -= len(chosen)
     return np.concatenate(rows)[:count]
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in get_args(Mode):
-        close = get_close_matches(str(mode), get_args(Mode), n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"unknown sampler mode {mode!r}; did you mean {close!r}? "
-            f"(one of {', '.join(get_args(Mode))})"
-        )
