@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -671,7 +672,7 @@ except UserError as error:
 
 @check
 def training(machine: Machine) -> Iterator[Row]:
-    """A pretraining step, eager and compiled, against the straightforward one."""
+    """A pretraining step: alone, its loader alone, both, compiled, and the straightforward one."""
     import train_step as benchmark
 
     small = {"vit": "tiny", "image_size": 64, "batch_size": 4, "queue_size": 16, "num_workers": 0,
@@ -680,39 +681,81 @@ def training(machine: Machine) -> Iterator[Row]:
             "num_workers": 12, "precision": "bf16"}  # fmt: skip
     config = benchmark.Config(**(small if machine.small else full), device=str(machine.device))
     shape = benchmark.preset(config.vit, image_size=config.image_size, vocab_size=30524)
-    steps, pictures = machine.size(12, 1), machine.folder / "pictures"
+    steps, pictures = machine.size(20, 1), machine.folder / "pictures"
     benchmark.make_pictures(pictures)
 
-    def rate(step: Callable[[], Any]) -> float:
-        benchmark.timed(step, machine.size(4, 1), machine.device)
+    def rate(step: Callable[[], Any], warm_up: int = machine.size(4, 1)) -> float:
+        benchmark.timed(step, warm_up, machine.device)
         return config.batch_size * steps / benchmark.timed(step, steps, machine.device)
 
     def model(kind: Any) -> Any:
-        return kind(shape, queue_size=config.queue_size).to(machine.device)
+        with machine.device:
+            return kind(shape, queue_size=config.queue_size)
 
+    mine = benchmark.Ours(config, pictures, model(benchmark.BlipPretrain), machine.device)
+    alone = rate(mine.step_alone)
+    yield machine.aim("the step alone", alone, 1200, "pairs/s")
+    figures, table = benchmark.profiled(mine.step_alone, machine.device)
+    print(table, flush=True)
+    for name, value in figures.items():
+        yield machine.measured(f"a step's {name.replace('_', ' ')}, profiled", f"{value:,.4g}")
+    loaders = {
+        workers: benchmark.loader_rate(config, pictures, workers, machine.device)
+        for workers in ((0,) if machine.small else (4, 8, 12, 16))
+    }
+    for workers, pairs in loaders.items():
+        yield machine.measured(f"the loader alone, {workers} workers", f"{pairs:,.0f} pairs/s")
+    eager = rate(mine.step, machine.size(config.num_workers, 1))
+    yield machine.aim("eager", eager, 1200, "pairs/s")
+    bound = benchmark.bound_by(alone, loaders[config.num_workers])
+    yield machine.measured("eager, bound by", bound)
     flops = benchmark.flops_per_step(model(benchmark.BlipPretrain), config, machine.device)
+    peak = next((p for name, p in benchmark.PEAKS.items() if name in machine.name), None)
+    if peak:
+        share = eager / config.batch_size * flops / peak
+        yield machine.aim("eager, share of the bf16 peak", 100 * share, 25, "%")
     plain = rate(
         benchmark.straightforward(
             config, pictures, model(benchmark.StraightforwardBlip), machine.device
         )
     )
     yield machine.measured("straightforward", f"{plain:,.0f} pairs/s")
-    ours = benchmark.ours(config, pictures, model(benchmark.BlipPretrain), machine.device)
-    eager = rate(ours)
-    yield machine.aim("eager", eager, 1200, "pairs/s")
     yield machine.aim("eager against straightforward", eager / plain, 3, "x")
     if machine.device.type != "cuda":
         yield machine.not_run("synchronisations, compiled step", "only on a GPU")
         return
-    peak = next((p for name, p in benchmark.PEAKS.items() if name in machine.name), None)
-    if peak:
-        share = eager / config.batch_size * flops / peak
-        yield machine.aim("eager, share of the bf16 peak", 100 * share, 25, "%")
-    count = synchronisations(ours)
+    count = synchronisations(mine.step)
     yield machine.holds("synchronisations of a step", count <= 1, count, "<= 1")
     compiled = benchmark.Config(**full, device=str(machine.device), compile=True)
-    step = benchmark.ours(compiled, pictures, model(benchmark.BlipPretrain), machine.device)
-    yield machine.measured("compiled", f"{rate(step):,.0f} pairs/s")
+    try:
+        with at_most(COMPILE_SECONDS):
+            fast = benchmark.Ours(compiled, pictures, model(benchmark.BlipPretrain), machine.device)
+            _, seconds = timed(fast.step_alone)
+            yield machine.measured("compiling, and the first step", f"{seconds:.0f} s")
+            yield machine.measured(
+                "compiled, the step alone", f"{rate(fast.step_alone):,.0f} pairs/s"
+            )
+    except TimeoutError as error:
+        yield machine.not_run("compiled", str(error))
+
+
+COMPILE_SECONDS = 120
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """A block that is left with a TimeoutError after so many seconds."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def synchronisations(step: Callable[[], Any]) -> int:

@@ -32,7 +32,7 @@ from infogrowth.data.images import decode_image
 from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.sources import open_source
-from infogrowth.data.transforms import normalized, random_crop, training_transform
+from infogrowth.data.transforms import pixels, random_crop, training_transform
 from infogrowth.files import atomic_write_json
 from infogrowth.randomness import generator
 
@@ -102,7 +102,7 @@ def measured(name: str, images: LmdbImages, config: Config) -> Iterator[dict[str
     dataset = PairDataset(
         [{"image": key, "caption": "a caption of some words"} for key in keys],
         images,
-        training_transform(config.image_size),
+        training_transform(config.image_size, normalize=False),
     )
     best = 0.0
     for workers in config.workers:
@@ -118,7 +118,7 @@ def measured(name: str, images: LmdbImages, config: Config) -> Iterator[dict[str
 
 def part_times(images: LmdbImages, keys: list[str], size: int) -> dict[str, float]:
     """Milliseconds of processor time that a sample takes in each part of the work."""
-    parts = dict.fromkeys(("read", "decode", "crop", "augment", "normalize"), 0.0)
+    parts = dict.fromkeys(("read", "decode", "crop", "augment", "pixels"), 0.0)
     transform = training_transform(size)
     for number in range(400):
         random = generator(0, "augment", 0, number)
@@ -132,7 +132,7 @@ def part_times(images: LmdbImages, keys: list[str], size: int) -> dict[str, floa
         clock.append(time.process_time())
         image = random_augment(image, random)
         clock.append(time.process_time())
-        normalized(image)
+        pixels(image)
         clock.append(time.process_time())
         for part, taken in zip(parts, np.diff(clock), strict=True):
             parts[part] += taken * 1000 / 400

@@ -8,13 +8,15 @@ The straightforward step is the paper's way of doing the same work: float32, neg
 row with ``.item()``, texts padded to their full length, the image projected again for each text
 that it meets, momentum updated parameter by parameter, an unfused optimizer, one loader worker. On
 a GPU the share of its peak is printed too: what the matrix products of the step need, over what
-the device could do meanwhile.
+the device could do meanwhile. Then what bounds our step: its rate with a batch that is on the
+device already, the loader's rate alone, and how long the device was busy.
 """
 
 import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ import infogrowth.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
+from torch.profiler import profile, supported_activities
 from torch.utils.flop_counter import FlopCounterMode
 
 from infogrowth import distributed
@@ -44,7 +48,8 @@ from infogrowth.training.precision import Precision, PrecisionName
 from infogrowth.training.schedule import Schedule
 
 TEXT_LENGTH = 30
-PAIRS = 512
+PICTURES = 512
+EPOCH = 200  # batches: workers have as much ahead of them as in a real run
 # Dense matrix products per second at bf16, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 
@@ -73,7 +78,7 @@ class NumberTokens:
 
     def __init__(self, longest: bool = True) -> None:
         self.longest = longest
-        self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, PAIRS).astype(int).clip(0, 13)
+        self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, PICTURES).astype(int).clip(0, 13)
 
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.tensor([int(caption) for caption in captions])
@@ -131,7 +136,7 @@ def make_pictures(directory: Path) -> None:
     """A folder of JPEG noise at web size, so that decoding costs what it costs."""
     random = generator(0, "pictures")
     directory.mkdir()
-    for number in range(PAIRS):
+    for number in range(PICTURES):
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         picture = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
         picture.save(directory / f"{number:05d}.jpg", quality=90)
@@ -141,9 +146,11 @@ def open_loader(
     config: Config, pictures: Path, workers: int, device: torch.device, longest: bool
 ) -> EpochLoader:
     """Batches from the folder, augmented."""
-    annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in range(PAIRS)]
-    dataset = PairDataset(annotations, str(pictures), training_transform(config.image_size))
-    gains = generator(0, "gains").random((PAIRS, 2))
+    numbers = [n % PICTURES for n in range(EPOCH * config.batch_size)]
+    annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in numbers]
+    transform = training_transform(config.image_size, normalize=False)
+    dataset = PairDataset(annotations, str(pictures), transform)
+    gains = generator(0, "gains").random((len(numbers), 2))
     sampler = GainSampler(gains, mode="proportional")
     return EpochLoader(dataset, sampler, NumberTokens(longest), config.batch_size, workers, device)
 
@@ -154,22 +161,63 @@ def endless(loader: EpochLoader) -> Any:
         yield from loader.epoch(epoch)
 
 
-def ours(config: Config, pictures: Path, model: BlipPretrain, device: torch.device) -> Any:
-    """A function that makes one step of the project's own training loop."""
-    if config.compile:
-        model.compile_encoders()
-    loader = open_loader(config, pictures, config.num_workers, device, not config.compile)
-    state = TrainingState(
-        model,
-        adamw(model, 1e-4, 0.05),
-        loader,
-        Precision(config.precision, device),
-        RunOptions(output_dir="unused", max_epoch=1, init_lr=1e-4),
-    )
-    schedule = Schedule("step", 1e-4, 1e-6, 1, ramp_epochs=2)
-    model.train()
-    stream = endless(loader)
-    return lambda: optimizer_step(state, [next(stream)], losses, schedule)
+class Ours:
+    """The project's own training loop, step by step."""
+
+    def __init__(
+        self, config: Config, pictures: Path, model: BlipPretrain, device: torch.device
+    ) -> None:
+        if config.compile:
+            model.compile_encoders()
+        loader = open_loader(config, pictures, config.num_workers, device, not config.compile)
+        self._state = TrainingState(
+            model,
+            adamw(model, 1e-4, 0.05),
+            loader,
+            Precision(config.precision, device),
+            RunOptions(output_dir="unused", max_epoch=1, init_lr=1e-4),
+        )
+        self._schedule = Schedule("step", 1e-4, 1e-6, 1, ramp_epochs=2)
+        model.train()
+        self._stream = endless(loader)
+        self._resident: Batch | None = None
+
+    def step(self) -> None:
+        """From the pictures' files to new weights."""
+        optimizer_step(self._state, [next(self._stream)], losses, self._schedule)
+
+    def step_alone(self) -> None:
+        """With a batch that is on the device already."""
+        if self._resident is None:
+            self._resident = on_device(next(self._stream), self._state.device)
+        optimizer_step(self._state, [self._resident], losses, self._schedule)
+
+
+def loader_rate(config: Config, pictures: Path, workers: int, device: torch.device) -> float:
+    """Pairs per second that so many workers hand over, to a consumer that only takes them."""
+    stream = endless(open_loader(config, pictures, workers, device, longest=True))
+    for _ in range(max(2, workers)):  # the first come all at once
+        next(stream)
+    batches, started = max(2 * workers, 8), time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    return batches * config.batch_size / (time.perf_counter() - started)
+
+
+def profiled(step: Callable[[], Any], device: torch.device) -> tuple[dict[str, float], str]:
+    """Of one step: seconds, kernels and how long the device ran them; the costliest as a table."""
+    with profile(activities=supported_activities()) as profiler:
+        seconds = timed(step, 1, device)
+    events = profiler.key_averages()
+    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    figures = {
+        "seconds": seconds,
+        "kernels": sum(event.count for event in on_device),
+        "device_seconds": sum(event.self_device_time_total for event in on_device) / 1e6,
+        "operators": sum(e.count for e in events if e.key.startswith("aten::")),
+    }
+    order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    return figures, events.table(sort_by=order, row_limit=15, max_name_column_width=60)
 
 
 def straightforward(config: Config, pictures: Path, model: BlipPretrain, device: Any) -> Any:
@@ -224,9 +272,11 @@ def run(config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
         make_pictures(pictures)
+        mine = Ours(config, pictures, models["ours"], device)
         ways = {
             "straightforward": straightforward(config, pictures, models["straightforward"], device),
-            "ours": ours(config, pictures, models["ours"], device),
+            "ours": mine.step,
+            "step alone": mine.step_alone,
         }
         for step in ways.values():
             timed(step, 2, device)  # warm-up: workers, allocator, compiler
@@ -234,23 +284,36 @@ def run(config: Config) -> int:
         for _ in range(config.rounds):
             for name, step in ways.items():
                 seconds[name] = min(seconds[name], timed(step, config.steps, device))
-    report(config, device, seconds, flops)
+        loader = loader_rate(config, pictures, max(1, config.num_workers), device)
+        report(config, device, seconds, loader, flops)
+        figures, table = profiled(mine.step_alone, device)
+    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    print(table)
     return 0
 
 
-def report(config: Config, device: torch.device, seconds: dict[str, float], flops: int) -> None:
+def report(
+    config: Config, device: torch.device, seconds: dict[str, float], loader: float, flops: int
+) -> None:
     """Print the table."""
     precision = Precision(config.precision, device).name
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{config.vit} {config.image_size} px, batch {config.batch_size}, on {where}")
     print(f"ours: {precision}, {config.num_workers} workers; {torch.get_num_threads()} threads")
-    for name, value in seconds.items():
-        print(f"{name:>16}: {config.batch_size * config.steps / value:8.1f} samples/s")
+    rates = {name: config.batch_size * config.steps / value for name, value in seconds.items()}
+    for name, value in (rates | {"loader alone": loader}).items():
+        print(f"{name:>16}: {value:8.1f} samples/s")
+    print(f"{'bound by':>16}: {bound_by(rates['step alone'], loader)}")
     print(f"{'ratio':>16}: {seconds['straightforward'] / seconds['ours']:8.2f}×")
     peak = next((p for name, p in PEAKS.items() if name in where), None)
     rate = flops * config.steps / seconds["ours"]
     share = f" = {100 * rate / peak:.1f} % of bf16 peak" if peak else ""
     print(f"{'ours':>16}: {rate / 1e12:8.3f} TFLOP/s of matrix products{share}")
+
+
+def bound_by(step: float, loader: float) -> str:
+    """Which of two rates keeps the other waiting."""
+    return "the step" if step < loader else "the loader"
 
 
 if __name__ == "__main__":

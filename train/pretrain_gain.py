@@ -200,7 +200,9 @@ def build_loader(
     dataset = PairDataset(
         annotations,
         config.images,
-        training_transform(config.image_size, config.min_crop, config.augment, config.tint),
+        training_transform(
+            config.image_size, config.min_crop, config.augment, config.tint, normalize=False
+        ),
         max_words=config.max_words,
         seed=config.seed,
         captions_per_visit=config.captions_per_visit,

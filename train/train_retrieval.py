@@ -213,7 +213,7 @@ def build_loader(
     dataset = RetrievalTrain(
         config.train_annotations,
         config.images,
-        training_transform(model.config.image_size, min_scale=config.min_crop),
+        training_transform(model.config.image_size, min_scale=config.min_crop, normalize=False),
         max_words=config.max_words,
         seed=config.seed,
     )

@@ -45,8 +45,8 @@ class PairDataset(Dataset):
             above 1 ``caption`` is a list.
         classes: the class of each row; then items have ``class`` too.
 
-    Items are ``{"image": (3, S, S) float32, "caption": str, "index": int, "replaced": 0 or 1}``;
-    ``index`` is the row that is really shown.
+    Items are ``{"image": tensor, "caption": str, "index": int, "replaced": 0 or 1}``: what the
+    transform gives, ``(3, S, S)``; ``index`` is the row that is really shown.
     """
 
     def __init__(

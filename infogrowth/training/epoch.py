@@ -25,6 +25,7 @@ from infogrowth import distributed
 from infogrowth.blip.momentum import MomentumBlip
 from infogrowth.config import config_as_dict
 from infogrowth.data.loading import Batch
+from infogrowth.data.transforms import normalized
 from infogrowth.errors import UserError
 from infogrowth.randomness import torch_generator
 from infogrowth.training.checkpoints import Checkpoints
@@ -299,11 +300,14 @@ def forward_backward(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
-    return {
+    """The batch with its tensors on ``device``; images that came as pixels are normalised there."""
+    moved = {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
         for key, value in batch.items()
     }
+    if moved["image"].dtype == torch.uint8:
+        moved["image"] = normalized(moved["image"])
+    return moved
 
 
 def _record(state: TrainingState, losses: dict[str, float]) -> dict[str, Any]:

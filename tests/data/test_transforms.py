@@ -14,6 +14,7 @@ from infogrowth.data.transforms import (
     evaluation_transform,
     jittered,
     normalized,
+    pixels,
     random_crop,
     tinted,
     training_transform,
@@ -56,8 +57,18 @@ def test_training_is_a_function_of_the_generator_alone():
 
 def test_normalised_values_are_those_of_the_pixels():
     picture = drawn(3)
-    values = normalized(picture).permute(1, 2, 0).double().numpy() * STD + MEAN
+    values = normalized(pixels(picture)).permute(1, 2, 0).double().numpy() * STD + MEAN
     assert np.abs(values * 255 - np.asarray(picture)).max() < 1e-4
+
+
+@pytest.mark.parametrize("augment", ["blip", "jitter", "none"])
+def test_pixels_normalised_as_a_batch_are_the_images_that_a_worker_normalises(augment):
+    picture, whole = drawn(3, (90, 70)), training_transform(48, augment=augment)
+    raw = training_transform(48, augment=augment, normalize=False)
+    shown = torch.stack([raw(picture, generator(0, "augment", n)) for n in range(5)])
+    assert shown.dtype == torch.uint8 and shown.shape == (5, 3, 48, 48)
+    expected = [whole(picture, generator(0, "augment", n)) for n in range(5)]
+    assert torch.equal(normalized(shown), torch.stack(expected))
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (100, 300)])
