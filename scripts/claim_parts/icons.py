@@ -5,12 +5,9 @@ one part (source, pretraining, seeds, test), so what is tested was drawn by hand
 seen.
 """
 
-import base64
-import hashlib
 import io
 import json
 import re
-import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from making.sample_parts.packages import npm_tarball
 from PIL import Image
 
 from infogrowth.errors import UserError
@@ -51,21 +49,7 @@ def fetch(version: str, sha512: str, cache: Path) -> Path:
     Raises:
         UserError: npm is missing or fails, or the bytes are not those that the hash names.
     """
-    path = cache / f"iconify-json-{version}.tgz"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", "--silent", f"{PACKAGE}@{version}"]
-        try:
-            subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise UserError("npm is not installed; it is needed to fetch the icons") from error
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"npm could not fetch {PACKAGE}: {last}") from error
-    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-    if digest != sha512:
-        raise UserError(f"{path} is not {PACKAGE} {version} as pinned (sha512 {digest}); delete it")
-    return path
+    return npm_tarball(PACKAGE, version, sha512, cache / f"iconify-json-{version}.tgz")
 
 
 def read_sets(archive: Path, sets: Sequence[str]) -> dict[str, list[Icon]]:

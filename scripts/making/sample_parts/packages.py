@@ -441,24 +441,34 @@ def fetch(package: Package, cache: Path) -> Path:
     """The package's verified tarball in ``cache``, downloaded when it is not there yet.
 
     Raises:
+        UserError: as :func:`npm_tarball`.
+    """
+    return npm_tarball(package.name, package.version, package.sha512, cache / package.tarball)
+
+
+def npm_tarball(name: str, version: str, sha512: str, path: Path) -> Path:
+    """A package of the npm registry at ``path``, downloaded by npm when it is not there yet.
+
+    Args:
+        sha512: base64, as in the registry's `dist.integrity`.
+        path: a file with the name that `npm pack` gives it.
+
+    Raises:
         UserError: npm is missing or fails, or the bytes are not the pinned ones.
     """
-    path = cache / package.tarball
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", f"{name}@{version}"]
         try:
-            subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True)
+            subprocess.run(command, cwd=path.parent, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise UserError("npm is not installed; it is needed to fetch the pictures") from error
+            raise UserError("npm is not installed; it is needed to fetch the drawings") from error
         except subprocess.CalledProcessError as error:
             last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"npm could not fetch {package.name}: {last}") from error
+            raise UserError(f"npm could not fetch {name}: {last}") from error
     digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-    if digest != package.sha512:
-        raise UserError(
-            f"{path} is not {package.name} {package.version} as pinned (sha512 {digest}); delete it"
-        )
+    if digest != sha512:
+        raise UserError(f"{path} is not {name} {version} as pinned (sha512 {digest}); delete it")
     return path
 
 
