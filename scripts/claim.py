@@ -21,7 +21,7 @@ import infogrowth.threads  # noqa: F401 - before torch
 
 import numpy as np
 import pandas as pd
-from claim_parts.arms import ARMS, Scored, quality
+from claim_parts.arms import ARMS, Scored, quality, right_given_alignment
 from claim_parts.figures import draw_figures
 from claim_parts.parts import make_parts, pack
 from claim_parts.programs import ROOT, run_program, run_programs
@@ -227,7 +227,8 @@ class Experiment:
             chosen = ARMS[run.arm].choose(scored, self.config.static_size, run.seed)
             record = {"kind": "arm", "arm": run.arm, "seed": run.seed, **scored.composition(chosen)}
             self.results.add([record], kind="arm", arm=run.arm, seed=run.seed)
-            atomic_write_json(self._pairs(run), [scored.entry(row) for row in chosen])
+            entries = [scored.entry(row, ARMS[run.arm]) for row in chosen]
+            atomic_write_json(self._pairs(run), entries)
 
     def scored(self) -> Scored:
         """The source with its scores, in the order of its arrival."""
@@ -248,9 +249,14 @@ class Experiment:
         last = load_annotations(self.folder / f"grown_{self.config.portions - 1:02d}.json")
         truth = read_json(data / "truth.json")
         found = decisions.loc[[pair["image"] for pair in pairs]]
+        alignment = found["original_alignment"].to_numpy()
+        estimate = read_growth(self.folder / "growth").estimate()
+        if estimate is None:
+            raise UserError("too few seeds to estimate the noise: name more seed_sets")
         return Scored(
             pairs=pairs,
-            alignment=found["original_alignment"].to_numpy(),
+            alignment=alignment,
+            right=right_given_alignment(alignment, estimate),
             images=images,
             gains={at[pair["image"]]: pair["gains"] for pair in last if pair["image"] in at},
             min_align=read_json(self.folder / "growth" / "growth.json")["min_align"],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from infogrowth.growth.thresholds import StreamEstimate
 from infogrowth.randomness import generator
 
 Annotation = dict[str, Any]
@@ -27,6 +28,7 @@ class Scored:
         images: unit image features, (N, D) float32.
         gains: row in `pairs` → gains of the kept pair, in the order of arrival.
         min_align: the threshold that `grow` used.
+        right: (N,) float, the estimated probability that a caption is right.
         swapped: (N,) bool, the planted truth; only the oracle may look at it.
     """
 
@@ -35,12 +37,15 @@ class Scored:
     images: np.ndarray
     gains: dict[int, Sequence[float]]
     min_align: float
+    right: np.ndarray
     swapped: np.ndarray
 
-    def entry(self, row: int) -> Annotation:
+    def entry(self, row: int, arm: "Arm") -> Annotation:
         """A pair as it is trained on: with its gains, if it was kept."""
-        kept = {"gains": self.gains[row]} if row in self.gains else {}
-        return {**self.pairs[row], **kept}
+        if row not in self.gains:
+            return self.pairs[row]
+        weight = float(self.right[row]) if arm.by_right else 1.0
+        return {**self.pairs[row], "gains": [weight * gain for gain in self.gains[row]]}
 
     def composition(self, rows: Sequence[int]) -> dict[str, Any]:
         """How many pairs, which share of them is swapped, how many distinct captions."""
@@ -57,6 +62,7 @@ class Arm:
     sampler: str
     choose: Callable[[Scored, int, int], list[int]]
     says: str
+    by_right: bool = False  # gains are multiplied by the probability that the caption is right
 
 
 def _all(scored: Scored, size: int, seed: int) -> list[int]:
@@ -133,8 +139,25 @@ ARMS: dict[str, Arm] = {
     "grown_uniform": Arm("uniform", _kept, "grown, all kept, drawn evenly"),
     "grown_proportional": Arm("proportional", _kept, "grown, drawn by gain"),
     "grown_two_phase": Arm("two_phase", _kept, "grown, two-phase (the default)"),
+    "grown_by_right": Arm("two_phase", _kept, "grown, two-phase by gain × P(right)", True),
     "oracle": Arm("uniform", _oracle, "the source without its swapped captions"),
 }
+
+
+def right_given_alignment(alignment: np.ndarray, estimate: StreamEstimate) -> np.ndarray:
+    """The probability that a caption is right, for each (N,) alignment.
+
+    By Bayes over intervals that hold equal shares of the stream: 1 - noise × the wrong captions'
+    share of the interval / the stream's; made to rise with alignment, halfway between the least
+    rising curve above it and the largest below it.
+    """
+    edges = np.quantile(estimate.stream, np.linspace(0, 1, 21))
+    wrong, stream = (
+        np.histogram(part, edges)[0] / len(part) for part in (estimate.swapped, estimate.stream)
+    )
+    right = np.clip(1 - estimate.noise * wrong / np.maximum(stream, 1e-12), 0, 1)
+    above, below = np.maximum.accumulate(right), np.minimum.accumulate(right[::-1])[::-1]
+    return np.interp(alignment, (edges[1:] + edges[:-1]) / 2, (above + below) / 2)
 
 
 def quality(scored: Scored) -> dict[str, Any]:

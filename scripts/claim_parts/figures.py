@@ -24,6 +24,7 @@ _COLOURS = {
     "grown_uniform": "#f0c070",
     "grown_proportional": "#009e73",
     "grown_two_phase": "#d55e00",
+    "grown_by_right": "#882255",
     "oracle": "#cc79a7",
 }
 _RESAMPLES = 2000

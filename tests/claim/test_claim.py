@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from infogrowth.growth import thresholds
+
 CURVES = {"full": [(400, 10.0)], "grown_two_phase": [(100, 10.0), (200, 20.0)]}
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -66,7 +68,17 @@ def run_claim(folder, digest, *options):
         *("--test_sets", "lucide", "iconoir", "--test_names", 20, "--portions", 2),
         *("--encoder_epochs", 1, "--batch_size", 32, "--validate_every", 64),
         *("--full_samples", 128, "--samples", 64, "--static_size", 60, "--min_align", "auto"),
-        *("--arms", "full", "semdedup", "grown_two_phase", "oracle", "--seeds", 0, *options),
+        *(
+            "--arms",
+            "full",
+            "semdedup",
+            "grown_two_phase",
+            "grown_by_right",
+            "oracle",
+            "--seeds",
+            0,
+            *options,
+        ),
     ]
     words = [str(word) for word in command]
     return subprocess.run(words, capture_output=True, text=True, check=False)
@@ -85,6 +97,7 @@ def test_the_whole_experiment_runs_in_two_places_and_goes_on_where_it_was(archiv
         "full": [2, 4],
         "semdedup": [2],
         "grown_two_phase": [2],
+        "grown_by_right": [2],
         "oracle": [2],
     }
     assert evaluated.r_mean.between(0, 100).all()
@@ -144,7 +157,7 @@ def test_semdedup_keeps_one_of_each_group_of_copies(parts):
     images = np.repeat(distinct, 3, axis=0) + 1e-3 * rng.normal(size=(60, 16))
     images = (images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float32)
     pairs = [{"image": f"{row}", "caption": f"thing {row // 3}"} for row in range(60)]
-    scored = arms.Scored(pairs, np.ones(60), images, {}, 0.5, np.zeros(60, bool))
+    scored = arms.Scored(pairs, np.ones(60), images, {}, 0.5, np.ones(60), np.zeros(60, bool))
     chosen = arms.ARMS["semdedup"].choose(scored, 20, 0)
     assert sorted(row // 3 for row in chosen) == list(range(20))
 
@@ -176,3 +189,14 @@ def test_the_configuration_names_no_set_twice():
     config = yaml.safe_load((SCRIPTS / "configs/claim.yaml").read_text())
     sets = [name for key, names in config.items() if key.endswith("_sets") for name in names]
     assert len(sets) == len(set(sets)) > 50
+
+
+def test_the_probability_that_a_caption_is_right_is_that_of_the_mixture(parts):
+    """Half of the stream is wrong with alignments in 0..1, the other half right in 0.5..1.5."""
+    rng = np.random.default_rng(0)
+    wrong, right = rng.uniform(0, 1, 20_000), rng.uniform(0.5, 1.5, 10_000)
+    stream = np.sort(np.concatenate([wrong[:10_000], right]))
+    estimate = thresholds.StreamEstimate(0.5, (0.5, 0.5), np.sort(wrong[10_000:]), stream, 10_000)
+    asked = np.array([0.0, 0.3, 0.75, 1.2, 1.5])
+    found = parts["arms"].right_given_alignment(asked, estimate)
+    assert found == pytest.approx([0, 0, 0.5, 1, 1], abs=0.06)
