@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from infogrowth.annotations import SPACES
-from infogrowth.commands.clean_by import clean_by
 from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
@@ -29,6 +28,14 @@ from infogrowth.growth.engine import DEFAULT_MIN_ALIGN, InfoGrowth
 from infogrowth.growth.ledger import GrowthFolder, GrowthPaths, Manifest
 from infogrowth.growth.ledger_writer import GrowthLedger, check_settings
 from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
+from infogrowth.growth.scores import (
+    Measure,
+    NegClip,
+    ScoreColumn,
+    cosine,
+    draw_reference,
+    reference_path,
+)
 from infogrowth.growth.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -78,11 +85,10 @@ class GrowSession:
         )
         try:
             settings, manifest = on_main(self._open_folder)
-            self._clean_by = clean_by(config, features, self._recaptions, settings is not None)
+            self._measure = self._chosen_measure(begun=settings is not None)
             self._sources = manifest.sources if self._ledger is None else self._ledger.sources
             self._engine = self._restore(settings, manifest)
-            self._engine.score = self._clean_by.score
-            self._engine.measure = self._clean_by.measure
+            self._engine.measure = self._measure
         except BaseException:
             self.__exit__()
             raise
@@ -125,9 +131,7 @@ class GrowSession:
             choose = _with_id(_found_seeds(stream, seed_ids))
         if todo and undetermined and self._engine.thresholds.purity:
             log.info("estimating how many captions of %s are wrong", self._features.path)
-            alignments = partial(
-                stream_alignments, self._features, seed_ids or (), self._engine.score
-            )
+            alignments = partial(stream_alignments, self._features, seed_ids or (), self._measure)
             self._stream_alignments = on_main(alignments)
         for number in todo:
             # The thresholds come from all seeds together, so they are inserted in one step.
@@ -228,6 +232,24 @@ class GrowSession:
         self._ledger = GrowthLedger(self._config.growth)
         return self._ledger.settings, self._ledger.manifest
 
+    def _chosen_measure(self, begun: bool) -> Measure:
+        """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
+        name, scores = self._config.clean_by, self._config.scores
+        if name == "cosine":
+            return cosine
+        if name == "negclip":
+            path = reference_path(self._config.growth)
+            return (
+                NegClip.load(path) if begun and path.is_file() else draw_reference(self._features)
+            )
+        column = ScoreColumn(scores, name)
+        if self._recaptions and not column.has_recaptions:
+            raise UserError(
+                f"--recaptions with --clean-by {name} needs the column recaption_{name} in "
+                "--scores (score --recaptions)"
+            )
+        return column
+
     def _restore(self, settings: dict[str, Any] | None, manifest: Manifest) -> InfoGrowth:
         """The engine as the folder left it, or a new one."""
         config = self._config
@@ -272,7 +294,7 @@ class GrowSession:
         config, features = self._config, self._features
         encoder = features.encoder
         return {
-            **self._clean_by.settings,
+            **({"clean_by": self._measure.about} if self._measure.about else {}),
             "k": config.k,
             **asdict(self._requested),
             "modality": config.modality,
@@ -288,7 +310,8 @@ class GrowSession:
         settings = self._settings()
         if self._ledger.settings is None:
             settings |= asdict(self._engine.thresholds)
-            self._clean_by.save(self._config.growth)
+            if isinstance(self._measure, NegClip):
+                self._measure.save(reference_path(self._config.growth))
         self._ledger.begin(settings)
 
 

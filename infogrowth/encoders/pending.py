@@ -15,7 +15,7 @@ from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import Reason, validate
 from infogrowth.growth.ledger import PENDING_REASONS, read_growth
-from infogrowth.growth.scores import Score
+from infogrowth.growth.scores import Measure, cosine
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
@@ -123,7 +123,7 @@ def thresholds_of_seeds(
 
 
 def stream_alignments(
-    features: FeatureStream, seed_ids: Collection[str] = (), score: Score = row_products
+    features: FeatureStream, seed_ids: Collection[str] = (), measure: Measure = cosine
 ) -> np.ndarray:
     """Alignments of a stream's samples, without seeds, on which its purity is estimated.
 
@@ -138,7 +138,7 @@ def stream_alignments(
         for batch in features.batches(_ROWS, block * _ROWS, stop):
             image, text, usable = _unit_rows(batch)
             usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
-            parts.append(score(image, text)[usable])
+            parts.append(measure(image, text)[usable])
     return np.concatenate(parts)
 
 

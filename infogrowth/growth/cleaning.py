@@ -39,7 +39,7 @@ def clean_pairs(
     how well captions fit; where it cannot (NaN) a sample does not pass, unless all do (seeds).
     """
     image, text = batch.features["image"], batch.features["text"]
-    alignment = measure(batch.ids, image, text, False)
+    alignment = measure(image, text, batch.ids)
     alignment[~batch.usable] = np.nan
     unknown = batch.usable & np.isnan(alignment) & (min_align > -np.inf)
     low = is_below(alignment, min_align)
@@ -76,7 +76,8 @@ def _recaption(
     if not rows:
         return
     candidates = np.concatenate(features)
-    alignment = measure([batch.ids[row] for row in rows], image[rows], candidates, True)
+    ids = [batch.ids[row] for row in rows]
+    alignment = measure(image[rows], candidates, ids, recaptions=True)
     batch.recaption_alignment[rows] = alignment
     fits = ~is_below(alignment, min_recaption_align) & ~np.isnan(alignment)
     aligned = np.flatnonzero(fits)

@@ -29,10 +29,10 @@ from infogrowth.growth.decisions import (
     one_row,
     validate,
 )
-from infogrowth.growth.scores import Measure, Score, cosine
+from infogrowth.growth.scores import Measure, cosine
 from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
-from infogrowth.neighbors.rows import as_matrix, row_products, unit_rows
+from infogrowth.neighbors.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
 
@@ -80,7 +80,6 @@ class InfoGrowth:
         self.modality = modality
         self.spaces = SPACES if modality == "pair" else SPACES[:1]
         # What captions are judged by, seeds and all: others may be set before the first sample.
-        self.score: Score = row_products
         self.measure: Measure = cosine
         self._index_kind = index
         self._device, self._memory_mb, self._sharded = device, memory_mb, sharded
@@ -111,7 +110,7 @@ class InfoGrowth:
         with self._all_or_nothing():
             if not self.thresholds.resolved:
                 image, text = (batch.features[space][batch.usable] for space in SPACES)
-                self.thresholds = self.thresholds.resolve(image, text, stream, self.score)
+                self.thresholds = self.thresholds.resolve(image, text, stream, self.measure)
             return self._grow(batch, -np.inf, None, Reason.SEED)
 
     def process(

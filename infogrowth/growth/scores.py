@@ -1,15 +1,15 @@
-"""How well a caption fits its image, from their features: the cosine, or the normalised cosine.
+"""How well a caption fits its image: what cleaning compares with its thresholds.
 
-A score is a function of unit rows ``(N, D), (N, D) -> (N,) float64``; cleaning compares it with
-its thresholds. The paper's score is the cosine, :func:`infogrowth.neighbors.rows.row_products`.
+The paper's measure is the cosine of both features; the normalised cosine and columns of tables that
+other programs made (`score`) can take its place.
 """
 
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,18 +20,47 @@ from infogrowth.files import atomic_write
 from infogrowth.neighbors.rows import row_products, unit_rows
 from infogrowth.randomness import generator
 
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Measure = Callable[[Sequence[str], np.ndarray, np.ndarray, bool], np.ndarray]
-"""A score in cleaning: ids, features, and whether the texts are recaptions -> (N,) float64."""
+REFERENCE_ROWS = 4096
+TEMPERATURE = 0.07
+_BLOCK_ROWS = 256
+_TOGETHER = 16  # rows of the reference that are neighbors in the features: fewer reads
 
 
-def measure_by(score: Score) -> Measure:
-    """A score of features as a measure: it asks for no ids."""
-    return lambda ids, image, text, new: score(image, text)
+class Measure(Protocol):
+    """Scores (N,) float64 of N pairs by their unit rows (N, D), or by their ids; NaN where unknown.
+
+    `about` is how growth.json names it (the paper's it does not name); with `recaptions` the texts
+    are new captions of these ids.
+    """
+
+    @property
+    def about(self) -> dict[str, Any] | None: ...
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        text: np.ndarray,
+        ids: Sequence[str] = (),
+        recaptions: bool = False,
+    ) -> np.ndarray: ...
 
 
-cosine = measure_by(row_products)
-"""The paper's measure."""
+class Cosine:
+    """The paper's measure."""
+
+    about = None
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        text: np.ndarray,
+        ids: Sequence[str] = (),
+        recaptions: bool = False,
+    ) -> np.ndarray:
+        return row_products(image, text)
+
+
+cosine = Cosine()
 
 
 class ScoreColumn:
@@ -46,39 +75,34 @@ class ScoreColumn:
     """
 
     def __init__(self, paths: Sequence[str], column: str):
+        self.about = {"score": column}
         self._columns = {False: column, True: f"recaption_{column}"}
         self._values: dict[bool, dict[str, float]] = {False: {}, True: {}}
-        digest = hashlib.blake2b(digest_size=8)
-        files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.parquet")) or [p])]
-        found = False
-        for file in files:
+        for file in [f for p in map(Path, paths) for f in (sorted(p.glob("*.parquet")) or [p])]:
             with refusing(file, "the score table", pa.ArrowException):
                 table = pq.read_table(file)
-            if column not in table.column_names or "id" not in table.column_names:
-                continue
-            found = True
-            ids = table["id"].to_pylist()
             for is_recaption, name in self._columns.items():
-                if name in table.column_names:
-                    values = table[name].cast(pa.float64()).to_numpy()
-                    digest.update(values.tobytes())
-                    self._values[is_recaption].update(zip(ids, values.tolist(), strict=True))
-        if not found:
+                if {"id", column, name} <= set(table.column_names):
+                    values = table[name].cast(pa.float64()).to_numpy().tolist()
+                    ids = table["id"].to_pylist()
+                    self._values[is_recaption].update(zip(ids, values, strict=True))
+        if not self._values[False]:
             raise UserError(f"no file of --scores has columns id and {column}")
-        self.has_recaptions = bool(self._values[True])
-        self.digest = digest.hexdigest()
+
+    @property
+    def has_recaptions(self) -> bool:
+        """Whether the tables score recaptions."""
+        return bool(self._values[True])
 
     def __call__(
-        self, ids: Sequence[str], image: np.ndarray, text: np.ndarray, new: bool
+        self,
+        image: np.ndarray,
+        text: np.ndarray,
+        ids: Sequence[str] = (),
+        recaptions: bool = False,
     ) -> np.ndarray:
-        values = self._values[new]
+        values = self._values[recaptions]
         return np.array([values.get(name, np.nan) for name in ids], np.float64)
-
-
-REFERENCE_ROWS = 4096
-TEMPERATURE = 0.07
-_BLOCK_ROWS = 256
-_TOGETHER = 16  # rows of the reference that are neighbors in the features: fewer reads
 
 
 class NegClip:
@@ -106,8 +130,17 @@ class NegClip:
         # the number of rows that a matrix product is asked for at once.
         self._image, self._text = image.T.astype(np.float64), text.T.astype(np.float64)
 
-    def __call__(self, image: np.ndarray, text: np.ndarray) -> np.ndarray:
-        """Scores (N,) float64 of the pairs (N, D), (N, D)."""
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"score": "negclip", "temperature": self.temperature, "reference": self.digest()}
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        text: np.ndarray,
+        ids: Sequence[str] = (),
+        recaptions: bool = False,
+    ) -> np.ndarray:
         cosines = row_products(image, text)
         own = cosines / self.temperature
         sums = np.empty((2, len(image)))

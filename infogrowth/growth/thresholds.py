@@ -11,16 +11,15 @@ are the paper's.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
 from infogrowth.errors import UserError
-from infogrowth.growth.scores import Score
-from infogrowth.neighbors.rows import row_products
+from infogrowth.growth.scores import Measure, cosine
 from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -60,10 +59,10 @@ class Thresholds:
         cls, min_align: float | str, min_recaption_align: float | str | None = None
     ) -> Self:
         """What was asked for: numbers, "auto", "auto:0.98". UserError if it makes no sense."""
-        align, align_rule = _requested("min_align", min_align)
+        align, align_rule = _parsed("min_align", min_align)
         if min_recaption_align is None:
             return cls(align, align_rule, align, PAPERS_RULE)
-        recaption, recaption_rule = _requested("min_recaption_align", min_recaption_align)
+        recaption, recaption_rule = _parsed("min_recaption_align", min_recaption_align)
         if align is not None and recaption is not None and recaption < align:
             raise UserError(
                 f"min_recaption_align {recaption:g} is below min_align {align:g}: a new caption "
@@ -84,13 +83,17 @@ class Thresholds:
         )
 
     @property
-    def requests(self) -> dict[str, float | str | None]:
+    def requests(self) -> dict[str, Any]:
         """What `requested` was given, by name."""
+
+        def request(value: float | None, rule: str) -> float | str | None:
+            if rule == "given":
+                return value
+            return None if rule == PAPERS_RULE else rule.partition(": ")[0]
+
         return {
-            "min_align": _request(self.min_align, self.min_align_rule),
-            "min_recaption_align": _request(
-                self.min_recaption_align, self.min_recaption_align_rule
-            ),
+            "min_align": request(self.min_align, self.min_align_rule),
+            "min_recaption_align": request(self.min_recaption_align, self.min_recaption_align_rule),
         }
 
     @property
@@ -101,7 +104,7 @@ class Thresholds:
     @property
     def purity(self) -> float | None:
         """The purity aimed at, if one is."""
-        request = self.min_align_rule.partition(": ")[0]
+        request = str(self.requests["min_align"])
         return float(request.removeprefix("auto:")) if request.startswith("auto:") else None
 
     @property
@@ -110,7 +113,7 @@ class Thresholds:
         return f"{self.min_recaption_align:.4f} ({self.min_recaption_align_rule})"
 
     def resolve(
-        self, image: np.ndarray, text: np.ndarray, stream: Any = None, score: Score = row_products
+        self, image: np.ndarray, text: np.ndarray, stream: Any = None, measure: Measure = cosine
     ) -> Thresholds:
         """Find what is to be found.
 
@@ -122,41 +125,40 @@ class Thresholds:
             UserError: too few seeds, no stream, or a purity that no threshold reaches.
         """
         found = self
-        if self.min_align is None:
-            found = (
-                found._with_purity(image, text, stream, score)
-                if self.purity
-                else replace(
-                    found,
-                    min_align=choose_min_align(image, text, score),
-                    min_align_rule="auto: best balanced accuracy between the captions of "
-                    f"{len(image)} seeds and swapped ones",
-                )
+        if self.purity is not None:
+            found = self._with_purity(self.purity, image, text, stream, measure)
+        elif self.min_align is None:
+            how = "best balanced accuracy between the captions of"
+            found = replace(
+                self,
+                min_align=choose_min_align(image, text, measure),
+                min_align_rule=f"auto: {how} {len(image)} seeds and swapped ones",
             )
-            log.info("min_align = %.4f (%s)", found.min_align, found.min_align_rule)
-        assert found.min_align is not None
-        rule, recaption = found.min_recaption_align_rule, found.min_recaption_align
+        align, recaption = found.min_align, found.min_recaption_align
+        assert align is not None
+        rule = found.min_recaption_align_rule
         if rule == "auto":
             if not len(image):
                 raise UserError("min_recaption_align 'auto' needs seeds: there are none")
-            recaption = float(np.quantile(score(image, text), RECAPTION_QUANTILE))
-            rule = (
-                f"auto: the {RECAPTION_QUANTILE:g} quantile of the alignments of {len(image)} seeds"
-            )
-        recaption = found.min_align if recaption is None else max(recaption, found.min_align)
+            recaption = float(np.quantile(measure(image, text), RECAPTION_QUANTILE))
+            how = f"the {RECAPTION_QUANTILE:g} quantile of the alignments of"
+            rule = f"auto: {how} {len(image)} seeds"
+        recaption = align if recaption is None else max(recaption, align)
+        if self.min_align is None:
+            log.info("min_align = %.4f (%s)", align, found.min_align_rule)
         if rule != PAPERS_RULE:
             log.info("min_recaption_align = %.4f (%s)", recaption, rule)
         return replace(found, min_recaption_align=recaption, min_recaption_align_rule=rule)
 
-    def _with_purity(self, image: Any, text: Any, stream: Any, score: Score) -> Thresholds:
-        purity = self.purity
-        assert purity is not None
+    def _with_purity(
+        self, purity: float, image: Any, text: Any, stream: Any, measure: Measure
+    ) -> Thresholds:
         if stream is None:
             raise UserError(
                 f"min_align '{self.min_align_rule}' is found from the seeds and the stream: give "
                 "seed() the alignments of the samples to come as stream=…"
             )
-        estimate = estimate_stream(image, text, np.asarray(stream, np.float64), score)
+        estimate = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
         threshold = estimate.threshold(purity)
         lost = float(estimate.right_lost(threshold))
         if lost > 0.5:
@@ -173,7 +175,7 @@ class Thresholds:
         )
 
 
-def choose_min_align(image: np.ndarray, text: np.ndarray, score: Score = row_products) -> float:
+def choose_min_align(image: np.ndarray, text: np.ndarray, measure: Measure = cosine) -> float:
     """A threshold from the seeds themselves: what best tells right captions from swapped ones.
 
     `image` and `text` (N, D) float32 unit rows of a clean seed set. The alignments of the N right
@@ -182,7 +184,7 @@ def choose_min_align(image: np.ndarray, text: np.ndarray, score: Score = row_pro
     middle of the widest gap if several are equally good. Raises UserError if the seeds are too
     few or all alike.
     """
-    right, (swapped, _, _) = score(image, text), _swapped(image, text, score)
+    right, (swapped, _, _) = measure(image, text), _swapped(image, text, measure)
     values = np.unique(np.concatenate([right, swapped]))
     if len(swapped) == 0 or len(values) < 2:
         raise UserError(
@@ -261,7 +263,7 @@ class StreamEstimate:
 
 
 def estimate_stream(
-    image: np.ndarray, text: np.ndarray, stream: np.ndarray, score: Score = row_products
+    image: np.ndarray, text: np.ndarray, stream: np.ndarray, measure: Measure = cosine
 ) -> StreamEstimate:
     """Estimate how many captions of a stream are wrong.
 
@@ -277,8 +279,8 @@ def estimate_stream(
         UserError: fewer than 20 seeds, seeds all alike, or an empty stream.
     """
     stream = stream[np.isfinite(stream)].astype(np.float64)
-    right = score(image, text)
-    swapped, first, second = _swapped(image, text, score)
+    right = measure(image, text)
+    swapped, first, second = _swapped(image, text, measure)
     if len(right) < MIN_SEEDS or len(swapped) < MIN_SEEDS:
         raise UserError(
             f"a purity needs at least {MIN_SEEDS} seed samples with different captions, not "
@@ -287,68 +289,46 @@ def estimate_stream(
     if len(stream) == 0:
         raise UserError("a purity is estimated on the stream, which holds no usable samples")
     edges = _equal_mass_edges(right, swapped)
-    seed_group, stream_group = (
-        generator(0, "groups", name).integers(0, _GROUPS, count)  # whatever order they came in
-        for name, count in (("seeds", len(right)), ("stream", len(stream)))
+    seeds, samples = _left_out("seeds", len(right)), _left_out("stream", len(stream))
+    shares = _mixture_proportions(
+        _histograms(right, edges, seeds),
+        _histograms(swapped, edges, seeds[:, first] & seeds[:, second]),
+        _histograms(stream, edges, samples),
     )
-    rights = _left_out(_histogram(right, edges, seed_group))
-    streams = _left_out(_histogram(stream, edges, stream_group))
-    # A swapped pair goes with the group of either of its two seeds.
-    swaps = np.stack(
-        [
-            _histogram(swapped[keep], edges, np.zeros(keep.sum(), np.int64))[0]
-            for keep in (
-                np.ones(len(swapped), bool),
-                *((seed_group[first] != g) & (seed_group[second] != g) for g in range(_GROUPS)),
-            )
-        ]
-    )
-    shares = _mixture_proportions(rights, swaps, streams)
     noise, without = float(shares[0]), shares[1:]
     spread = 2.09 * np.sqrt((_GROUPS - 1) / _GROUPS * np.square(without - without.mean()).sum())
     interval = max(0.0, noise - float(spread)), min(1.0, noise + float(spread))
     return StreamEstimate(noise, interval, np.sort(swapped), np.sort(stream), len(right))
 
 
-def _requested(name: str, value: float | str) -> tuple[float | None, str]:
+def _parsed(name: str, value: float | str) -> tuple[float | None, str]:
     """A threshold as a number, or None and the rule by which it will be found."""
     if isinstance(value, str):
         rule, _, purity = value.partition(":")
-        if rule == "auto" and name == "min_align" and value != "auto":
-            try:
-                aim = float(purity)
-            except ValueError:
-                aim = math.nan
-            if not 0 < aim < 1:
-                raise UserError(f"a purity lies between 0 and 1: {name} cannot be {value!r}")
-            return None, f"auto:{aim:g}"
-        if value != "auto":
+        if value == "auto":
+            return None, "auto"
+        if rule != "auto" or name != "min_align":
             shapes = "'auto' or 'auto:0.98'" if name == "min_align" else "or 'auto'"
             raise UserError(f"{name} must be a number, {shapes}, not {value!r}")
-        return None, "auto"
+        with suppress(ValueError):
+            if 0 < float(purity) < 1:
+                return None, f"auto:{float(purity):g}"
+        raise UserError(f"a purity lies between 0 and 1: {name} cannot be {value!r}")
     if not -1 <= value <= 1:  # NaN is refused too
         raise UserError(f"{name} must lie between -1 and 1, not {value!r}")
     return float(value), "given"
 
 
-def _request(value: float | None, rule: str) -> float | str | None:
-    if rule == "given":
-        return value
-    return None if rule == PAPERS_RULE else rule.partition(": ")[0]
-
-
 def _swapped(
-    image: np.ndarray, text: np.ndarray, score: Score
+    image: np.ndarray, text: np.ndarray, measure: Measure
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Alignments (M,) of seeds with the captions of the seeds that follow, and both rows (M,)."""
     rows = np.arange(len(image))
-    parts = []
+    parts = [(np.empty(0), rows[:0], rows[:0])]
     for shift in range(1, min(len(image), _SWAPS + 1)):
         other = np.roll(text, shift, axis=0)
         differs = (other != text).any(axis=1)  # an equal caption is no wrong one
-        parts.append((score(image, other)[differs], rows[differs], np.roll(rows, shift)[differs]))
-    if not parts:
-        return np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
+        parts.append((measure(image, other)[differs], rows[differs], np.roll(rows, shift)[differs]))
     alignment, first, second = (np.concatenate(part) for part in zip(*parts, strict=True))
     return alignment, first, second
 
@@ -370,17 +350,18 @@ def _equal_mass_edges(right: np.ndarray, swapped: np.ndarray) -> np.ndarray:
     return np.unique(values[order][at])
 
 
-def _histogram(values: np.ndarray, edges: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(groups, bins) counts."""
-    bins = len(edges) + 1
-    cells = groups * bins + np.searchsorted(edges, values, side="right")
-    return np.bincount(cells, minlength=_GROUPS * bins).reshape(-1, bins).astype(float)
+def _left_out(name: str, count: int) -> np.ndarray:
+    """(1 + groups, count) bool: all, then all but each of the jackknife's random groups, which are
+    the same whatever order they came in."""
+    group = generator(0, "groups", name).integers(0, _GROUPS, count)
+    return np.arange(-1, _GROUPS)[:, None] != group
 
 
-def _left_out(counts: np.ndarray) -> np.ndarray:
-    """(1 + groups, bins): all counts, then all but each group's."""
-    total = counts.sum(axis=0)
-    return np.concatenate([total[None], total - counts])
+def _histograms(values: np.ndarray, edges: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """(P, bins) counts of each part of the values; `parts` (P, values) bool."""
+    bins = np.searchsorted(edges, values, side="right")
+    counts = [np.bincount(bins[part], minlength=len(edges) + 1) for part in parts]
+    return np.array(counts, np.float64)
 
 
 def _mixture_proportions(right: np.ndarray, wrong: np.ndarray, stream: np.ndarray) -> np.ndarray:
