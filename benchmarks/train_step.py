@@ -113,15 +113,19 @@ class StraightforwardBlip(BlipPretrain):
 
     def hard_negatives(
         self,
-        logits_BC: torch.Tensor,
+        to_images_BC: torch.Tensor,
+        to_texts_BC: torch.Tensor,
         forbidden_BC: torch.Tensor,
         floor: float,
         generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A negative per row, each drawn by itself and read back from the device."""
-        weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
-        rows = [int(torch.multinomial(row, 1, generator=generator).item()) for row in weights_BC]
-        return torch.tensor(rows, device=logits_BC.device), ~forbidden_BC.all(1)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Negatives that are drawn row by row, each read back from the device."""
+        wrong = []
+        for logits_BC in (to_images_BC, to_texts_BC):
+            weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
+            rows = [int(torch.multinomial(row, 1, generator=generator)) for row in weights_BC]
+            wrong.append(torch.tensor(rows, device=logits_BC.device))
+        return wrong[0], wrong[1], ~forbidden_BC.all(1)
 
 
 def losses(

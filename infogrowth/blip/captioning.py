@@ -24,7 +24,7 @@ class BlipCaptioner(nn.Module):
         self.config = config
         with seeded(seed):
             self.visual_encoder = build_vision(config)
-            self.text_decoder = build_text_decoder(config, learn_padding=False)
+            self.text_decoder = build_text_decoder(config)
 
     @torch.inference_mode()
     def caption(

@@ -1,15 +1,14 @@
-"""What a BLIP is made of: one frozen dataclass, presets, and ``config.json`` in two dialects."""
+"""The sizes of a BLIP: one frozen dataclass, presets, and ``config.json`` in two dialects."""
 
 import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
+from infogrowth.config import build_config
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write_json, read_json
+from infogrowth.files import atomic_write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +23,30 @@ STEM_PATCH = 16
 FORMAT = "infogrowth-blip"
 CONFIG_FILE = "config.json"
 
+# What transformers calls the fields of its two parts.
+_VISION_NAMES = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_depth": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "vision_feedforward": "intermediate_size",
+    "vision_norm_eps": "layer_norm_eps",
+}
+_TEXT_NAMES = {
+    "text_width": "hidden_size",
+    "text_depth": "num_hidden_layers",
+    "text_heads": "num_attention_heads",
+    "text_feedforward": "intermediate_size",
+    "text_positions": "max_position_embeddings",
+    "text_norm_eps": "layer_norm_eps",
+    "text_dropout": "hidden_dropout_prob",
+    "vocab_size": "vocab_size",
+    "pad_token_id": "pad_token_id",
+    "sep_token_id": "sep_token_id",
+    "bos_token_id": "bos_token_id",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class BlipConfig:
@@ -31,6 +54,9 @@ class BlipConfig:
 
     The defaults are BLIP with ViT-B/16, as its published checkpoints have it. Token ids live here
     so that a model needs no tokenizer to know which token opens an encoder or a decoder text.
+
+    Raises:
+        UserError: sizes that do not divide.
     """
 
     image_size: int = 224
@@ -58,21 +84,16 @@ class BlipConfig:
     embed_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.vision_stem not in get_args(Stem):
-            raise UserError(f"vision_stem must be patch or conv, not {self.vision_stem!r}")
+        for size, part in (
+            ("image_size", "patch_size"),
+            ("vision_width", "vision_heads"),
+            ("text_width", "text_heads"),
+        ):
+            if getattr(self, size) % getattr(self, part):
+                values = f"{size} {getattr(self, size)}", f"{part} {getattr(self, part)}"
+                raise UserError(f"{values[0]} is not a multiple of {values[1]}")
         if self.vision_stem == "conv" and self.patch_size != STEM_PATCH:
-            raise UserError(
-                f"the conv stem makes one token of {STEM_PATCH} × {STEM_PATCH} pixels; "
-                f"patch_size must be {STEM_PATCH}, not {self.patch_size}"
-            )
-        for side in ("vision", "text"):
-            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
-            if width % heads:
-                raise UserError(f"{side}_width {width} is not a multiple of {side}_heads {heads}")
+            raise UserError(f"the conv stem needs patch_size {STEM_PATCH}, not {self.patch_size}")
 
     @property
     def vision_hidden(self) -> int:
@@ -98,34 +119,51 @@ class BlipConfig:
         atomic_write_json(Path(directory) / CONFIG_FILE, self.as_dict(), indent=2)
 
     @classmethod
-    def from_folder(cls, directory: str | os.PathLike[str]) -> "BlipConfig":
-        """Read ``config.json`` of a BLIP folder, ours or Hugging Face's.
+    def from_dict(cls, values: dict[str, Any], source: str) -> "BlipConfig":
+        """The configuration of a ``config.json`` (``source``), in our dialect or Hugging Face's.
 
         Raises:
-            UserError: no such file, not a BLIP, or a key that does not belong.
+            UserError: a key that does not belong, or a value of the wrong type.
         """
-        path = Path(directory) / CONFIG_FILE
-        return cls.from_dict(read_json(path, "the model configuration"), str(path))
-
-    @classmethod
-    def from_dict(cls, values: Any, source: str) -> "BlipConfig":
-        """The configuration that ``values`` (of ``source``) describe.
-
-        Raises:
-            UserError: not a BLIP, or a key that does not belong.
-        """
-        if not isinstance(values, dict):
-            raise UserError(f"{source} is not a model configuration (a JSON object)")
         if values.get("model_type") == "blip":
-            return from_huggingface(values)
-        if values.get("format") != FORMAT:
-            kind = values.get("model_type", "an unknown format")
-            raise UserError(f"{source} describes {kind}, not a BLIP")
-        values = {key: value for key, value in values.items() if key != "format"}
-        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise UserError(f"{source} has keys that no BLIP has: {', '.join(unknown)}")
-        return cls(**values)
+            values = _from_huggingface(values)
+        given = {key: (value, f"key {key!r} in {source}") for key, value in values.items()}
+        given.pop("format", None)
+        return build_config(cls, given)
+
+    def text_options(self) -> dict[str, Any]:
+        """The text transformers as ``transformers.BlipTextConfig`` takes them; dropout is BLIP's,
+        whose default differs from theirs."""
+        options = {theirs: getattr(self, ours) for ours, theirs in _TEXT_NAMES.items()}
+        return {
+            **options,
+            "encoder_hidden_size": self.vision_width,
+            "attention_probs_dropout_prob": self.text_dropout,
+            "eos_token_id": self.sep_token_id,
+        }
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """What ``transformers.BlipConfig`` takes.
+
+        Raises:
+            UserError: a conv stem, which transformers does not have.
+        """
+        if self.vision_stem != "patch":
+            raise UserError(
+                "transformers has no BLIP with a convolutional stem; keep this model as an "
+                "official .pth or in a folder of ours"
+            )
+        vision = {theirs: getattr(self, ours) for ours, theirs in _VISION_NAMES.items()}
+        return {
+            "vision_config": {**vision, "intermediate_size": self.vision_hidden},
+            "text_config": {**self.text_options(), "label_smoothing": 0.1},
+            "image_text_hidden_size": self.embed_dim,
+            "projection_dim": self.embed_dim,
+            "label_smoothing": 0.1,
+            # transformers keeps keys it does not know, so these two travel with the folder.
+            "cls_token_id": self.cls_token_id,
+            "enc_token_id": self.enc_token_id,
+        }
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -154,148 +192,25 @@ def preset(name: str, **changes: Any) -> BlipConfig:
     return BlipConfig(**{**_PRESETS[name], **changes})
 
 
-def is_blip_config(values: dict[str, Any]) -> bool:
-    """Whether ``values`` say that they describe a BLIP, in our dialect or Hugging Face's."""
-    return values.get("format") == FORMAT or values.get("model_type") == "blip"
+def is_blip_config(values: object) -> bool:
+    """Whether ``values`` describe a BLIP, in our dialect or Hugging Face's."""
+    return isinstance(values, dict) and (
+        values.get("format") == FORMAT or values.get("model_type") == "blip"
+    )
 
 
-def from_huggingface(values: dict[str, Any]) -> BlipConfig:
-    """Translate the ``config.json`` of a Hugging Face BLIP (``model_type: blip``)."""
+def _from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
+    """Our fields of the ``config.json`` of a Hugging Face BLIP."""
     from transformers import BlipConfig as HuggingFaceConfig
 
     # Filled with the defaults of transformers: its files may leave fields out.
     full = HuggingFaceConfig.from_dict(values).to_dict()
-    vision, text = full["vision_config"], full["text_config"]
-    # [ENC] is not in that file: BLIP appends it right after [DEC].
-    return BlipConfig(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        vision_width=vision["hidden_size"],
-        vision_depth=vision["num_hidden_layers"],
-        vision_heads=vision["num_attention_heads"],
-        vision_feedforward=vision["intermediate_size"],
-        vision_norm_eps=vision["layer_norm_eps"],
-        text_width=text["hidden_size"],
-        text_depth=text["num_hidden_layers"],
-        text_heads=text["num_attention_heads"],
-        text_feedforward=text["intermediate_size"],
-        text_positions=text["max_position_embeddings"],
-        text_norm_eps=text["layer_norm_eps"],
-        text_dropout=float(text["hidden_dropout_prob"]),
-        vocab_size=text["vocab_size"],
-        pad_token_id=text["pad_token_id"],
-        cls_token_id=values.get("cls_token_id", 101),
-        sep_token_id=text["sep_token_id"],
-        bos_token_id=text["bos_token_id"],
-        enc_token_id=values.get("enc_token_id", text["bos_token_id"] + 1),
-        embed_dim=full["image_text_hidden_size"],
-    )
-
-
-def to_huggingface(config: BlipConfig) -> dict[str, Any]:
-    """The same as the ``config.json`` that ``transformers`` reads (without architectures)."""
-    from transformers import BlipConfig as HuggingFaceConfig
-
-    if config.vision_stem != "patch":
-        raise UserError(
-            "transformers knows no BLIP with a convolutional stem, so this model has no Hugging "
-            "Face form; keep it as an official .pth or a folder of ours"
-        )
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": config.vision_hidden,
-        "num_hidden_layers": config.vision_depth,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "layer_norm_eps": config.vision_norm_eps,
+    fields = {ours: full["vision_config"][theirs] for ours, theirs in _VISION_NAMES.items()}
+    fields |= {ours: full["text_config"][theirs] for ours, theirs in _TEXT_NAMES.items()}
+    return {
+        **fields,
+        "cls_token_id": values.get("cls_token_id", 101),
+        # [ENC] is not in their file: BLIP appends it right after [DEC].
+        "enc_token_id": values.get("enc_token_id", fields["bos_token_id"] + 1),
+        "embed_dim": full["image_text_hidden_size"],
     }
-    text = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.text_width,
-        "encoder_hidden_size": config.vision_width,
-        "intermediate_size": config.text_feedforward,
-        "num_hidden_layers": config.text_depth,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.text_positions,
-        "layer_norm_eps": config.text_norm_eps,
-        "hidden_dropout_prob": config.text_dropout,
-        "attention_probs_dropout_prob": config.text_dropout,
-        "label_smoothing": 0.1,
-        "pad_token_id": config.pad_token_id,
-        "sep_token_id": config.sep_token_id,
-        "eos_token_id": config.sep_token_id,
-        "bos_token_id": config.bos_token_id,
-    }
-    values = HuggingFaceConfig(
-        vision_config=vision,
-        text_config=text,
-        image_text_hidden_size=config.embed_dim,
-        projection_dim=config.embed_dim,
-        label_smoothing=0.1,
-    ).to_dict()
-    # transformers keeps keys it does not know, so these two travel with the folder.
-    return {**values, "cls_token_id": config.cls_token_id, "enc_token_id": config.enc_token_id}
-
-
-def infer_config(state: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
-    """A BLIP's configuration from its weights under official names (a ``.pth`` has no config file).
-
-    Heads leave no trace in the weights. 64 channels a head are assumed, as in all of BLIP's
-    published ones, with a warning where the width is not one of theirs.
-
-    Args:
-        changes: fields to set instead of inferring, for example ``vision_heads``.
-
-    Raises:
-        UserError: the names are not a BLIP's, or the width is no multiple of 64.
-    """
-    try:
-        conv = "visual_encoder.patch_embed.proj.0.0.weight" in state
-        if conv:
-            width, patch = state["visual_encoder.pos_embed"].shape[2], STEM_PATCH
-        else:
-            width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
-        positions = state["visual_encoder.pos_embed"].shape[1]
-        text = "text_encoder." if "text_encoder.embeddings.LayerNorm.bias" in state else None
-        text = text or "text_decoder.bert."
-        vocab, text_width = state[f"{text}embeddings.word_embeddings.weight"].shape
-        inferred: dict[str, Any] = {
-            "image_size": round((positions - 1) ** 0.5) * patch,
-            "patch_size": patch,
-            "vision_stem": "conv" if conv else "patch",
-            "vision_width": width,
-            "vision_depth": _count(state, "visual_encoder.blocks."),
-            "vision_feedforward": state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-            "text_width": text_width,
-            "text_depth": _count(state, f"{text}encoder.layer."),
-            "text_feedforward": state[f"{text}encoder.layer.0.intermediate.dense.weight"].shape[0],
-            "text_positions": state[f"{text}embeddings.position_embeddings.weight"].shape[0],
-            "vocab_size": vocab,
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(f"these weights are not a BLIP's: no usable {error}") from error
-    if "vision_proj.weight" in state:
-        inferred["embed_dim"] = state["vision_proj.weight"].shape[0]
-    for side in ("vision", "text"):
-        inferred[f"{side}_heads"] = changes.get(f"{side}_heads") or _heads(
-            side, inferred[f"{side}_width"]
-        )
-    return BlipConfig(**{**inferred, **changes})
-
-
-def _heads(side: str, width: int) -> int:
-    """BLIP's number of heads at ``width``, with a warning where it is a guess."""
-    unknown = f"weights do not show the number of {side} attention heads"
-    if width % 64:
-        raise UserError(f"{unknown}; put the model's {CONFIG_FILE} beside them")
-    if width not in (768, 1024):
-        logger.warning(
-            "%s, and there is no %s beside: assuming %d", unknown, CONFIG_FILE, width // 64
-        )
-    return width // 64
-
-
-def _count(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """How many numbered blocks stand under ``prefix``."""
-    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -6,6 +6,7 @@ width, D feature width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -30,16 +31,16 @@ class BlipDual(nn.Module):
     Args:
         config: sizes and token ids.
         seed: random weights are a function of it alone.
-        learn_padding: see :func:`infogrowth.blip.text.build_text_encoder`.
         vit_grad_ckpt, vit_ckpt_layer: see :func:`infogrowth.blip.vision.build_vision`.
     """
+
+    learn_padding: ClassVar = False  # see build_text_encoder
 
     def __init__(
         self,
         config: BlipConfig,
         *,
         seed: int = 0,
-        learn_padding: bool = False,
         vit_grad_ckpt: bool = False,
         vit_ckpt_layer: int = 0,
     ) -> None:
@@ -47,7 +48,7 @@ class BlipDual(nn.Module):
         self.config = config
         with seeded(seed):
             self.visual_encoder = build_vision(config, vit_grad_ckpt, vit_ckpt_layer)
-            self.text_encoder = build_text_encoder(config, learn_padding)
+            self.text_encoder = build_text_encoder(config, self.learn_padding)
             self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.text_proj = nn.Linear(config.text_width, config.embed_dim)
             self.itm_head = nn.Linear(config.text_width, 2)

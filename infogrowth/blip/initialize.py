@@ -10,25 +10,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from infogrowth.blip.checkpoint import LoadReport, load_tensors, summary
+from infogrowth.blip.checkpoint import LoadReport, load_weights
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.hub import download
 from infogrowth.blip.momentum import MomentumBlip
-from infogrowth.blip.weights_files import WeightFile, locate, read_tensors
+from infogrowth.blip.weights import WORD_EMBEDDINGS, Weights, locate, read_file
 from infogrowth.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# timm's repositories of the weights that BLIP starts its image transformers from.
-_VISION_SOURCES = {
+# What BLIP starts from: published weights by name, and the ViT's width, depth and patch size.
+_PUBLISHED = {
     "deit": "timm/deit_base_patch16_224.fb_in1k",
     "imagenet21k": "timm/vit_large_patch16_224.augreg_in21k",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
 }
-_TEXT_SOURCES = {"bert-base-uncased": "google-bert/bert-base-uncased"}
-# Parts of those files that BLIP has no use for.
+_VISION_FOR = {(768, 12, 16): "deit", (1024, 24, 16): "imagenet21k"}
+# Parts of those ViTs that BLIP has no use for.
 _VISION_UNUSED = ("head.", "head_dist.", "fc_norm.", "dist_token", "pre_logits.")
-_WORDS = "embeddings.word_embeddings.weight"
 
 
 def initialize(
@@ -50,22 +50,22 @@ def initialize(
     Raises:
         UserError: no network, no such file, or weights of another size.
     """
-    vision = _published_vision(model.config) if vision == "auto" else vision
+    vision = published_vision(model.config) if vision == "auto" else vision
     text = "bert-base-uncased" if text == "auto" else text
+    parts = {  # BlipPretrain has a decoder as well
+        "visual_encoder": vision,
+        "vision_proj": vision,
+        **dict.fromkeys(("text_encoder", "text_proj", "itm_head", "text_decoder"), text),
+    }
+    scale_to_fan_in(*(m for name, m in model.named_children() if parts.get(name) == "fan_in"))
     reports = []
-    if vision == "fan_in":
-        scale_to_fan_in(model.visual_encoder, model.vision_proj)
-    elif vision != "random":
+    if vision not in ("random", "fan_in"):
         reports.append(_load(model, _vision_weights(vision), "visual_encoder."))
-    if text == "fan_in":
-        # BlipPretrain has a decoder as well.
-        parts = ("text_encoder", "text_proj", "itm_head", "text_decoder")
-        scale_to_fan_in(*(part for name, part in model.named_children() if name in parts))
-    elif text != "random":
+    if text not in ("random", "fan_in"):
         reports.append(_load(model, _text_weights(model, text), "text_encoder.", "text_decoder."))
     for report in reports:
         logger.info("starting weights: %s", report)
-    if "fan_in" in (vision, text) and isinstance(model, MomentumBlip):
+    if isinstance(model, MomentumBlip):
         model.copy_to_momentum()
     return reports
 
@@ -77,45 +77,52 @@ def scale_to_fan_in(*parts: nn.Module) -> None:
     The random weights that are there are scaled, so they stay a function of the model's seed. The
     words' embeddings stay as they are, where they serve as an output layer too.
     """
-    words = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Embedding)}
-    linear = {m for part in parts for m in part.modules() if isinstance(m, nn.Linear)}
-    for layer in linear:
-        if layer.weight not in words:
-            layer.weight *= layer.in_features**-0.5 / layer.weight.std()
+    modules = {module for part in parts for module in part.modules()}
+    words = {module.weight for module in modules if isinstance(module, nn.Embedding)}
+    for module in modules:
+        if isinstance(module, nn.Linear) and module.weight not in words:
+            module.weight *= module.in_features**-0.5 / module.weight.std()
 
 
-def _published_vision(config: BlipConfig) -> str:
-    """BLIP's own choice for a size."""
-    for name, shape in (("deit", (768, 12, 16)), ("imagenet21k", (1024, 24, 16))):
-        if (config.vision_width, config.vision_depth, config.patch_size) == shape:
-            return name
-    raise UserError(
-        f"no starting weights are published for an image transformer of width "
-        f"{config.vision_width} and depth {config.vision_depth}; use `init: random` or a path"
-    )
+def published_vision(config: BlipConfig) -> str:
+    """What BLIP itself starts an image transformer of this size from.
+
+    Raises:
+        UserError: nothing is published for it.
+    """
+    size = (config.vision_width, config.vision_depth, config.patch_size)
+    if size not in _VISION_FOR:
+        raise UserError(
+            f"no starting weights are published for an image transformer of width "
+            f"{config.vision_width} and depth {config.vision_depth}; use `random` or a path"
+        )
+    return _VISION_FOR[size]
 
 
-def _file(source: str | os.PathLike[str], published: dict[str, str]) -> Path:
-    if str(source) in published:
-        return download(published[str(source)], "model.safetensors", "pytorch_model.bin")
+def _file(source: str | os.PathLike[str]) -> Path:
+    if str(source) in _PUBLISHED:
+        return download(_PUBLISHED[str(source)], "model.safetensors", "pytorch_model.bin")
     return locate(source)
 
 
-def _vision_weights(source: str | os.PathLike[str]) -> WeightFile:
-    file = _file(source, _VISION_SOURCES)
+def _vision_weights(source: str | os.PathLike[str]) -> Weights:
+    file = _file(source)
     tensors = {
         f"visual_encoder.{name}": tensor
-        for name, tensor in read_tensors(file).items()
+        for name, tensor in read_file(file)[0].items()
         if not name.startswith(_VISION_UNUSED)
     }
-    return WeightFile(tensors, str(file), "timm")
+    return Weights(tensors, str(file), "timm")
 
 
-def _text_weights(model: BlipDual, source: str | os.PathLike[str]) -> WeightFile:
-    """BERT's weights under the names of the text encoder, and of the decoder where there is one."""
-    file = _file(source, _TEXT_SOURCES)
+def _text_weights(model: BlipDual, source: str | os.PathLike[str]) -> Weights:
+    """BERT's weights under the names of the text encoder, and of the decoder where there is one.
+
+    Of words that BERT does not have, the model keeps its own (random) rows.
+    """
+    file, own = _file(source), model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(file).items():
+    for name, tensor in read_file(file)[0].items():
         # Old BERT files call the scale and shift of a layer norm gamma and beta.
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
@@ -125,35 +132,20 @@ def _text_weights(model: BlipDual, source: str | os.PathLike[str]) -> WeightFile
             tensors[f"text_decoder.bert.{inner}"] = tensor
         elif name.startswith("cls.predictions.") and "decoder" not in name:
             tensors[f"text_decoder.{name}"] = tensor
-    _extend_words(model, tensors)
-    own = model.state_dict().keys()
-    return WeightFile({k: v for k, v in tensors.items() if k in own}, str(file), "bert")
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own}
+    for name, tensor in tensors.items():
+        if name.endswith((WORD_EMBEDDINGS, "cls.predictions.bias")):
+            tensors[name] = torch.cat([tensor, own[name][len(tensor) :]])
+    return Weights(tensors, str(file), "bert")
 
 
-def _extend_words(model: BlipDual, tensors: dict[str, torch.Tensor]) -> None:
-    """Append the model's own (random) rows for the words that BERT does not have, in place."""
-    own = model.state_dict()
-    for name in (
-        f"text_encoder.{_WORDS}",
-        f"text_decoder.bert.{_WORDS}",
-        "text_decoder.cls.predictions.bias",
-    ):
-        if name in tensors and name in own and len(tensors[name]) < len(own[name]):
-            tensors[name] = torch.cat([tensors[name], own[name][len(tensors[name]) :]])
-
-
-def _load(model: BlipDual, weights: WeightFile, *parts: str) -> LoadReport:
+def _load(model: BlipDual, weights: Weights, *parts: str) -> LoadReport:
     """Load one part; what such a file never holds may be missing, nothing else."""
-    report = load_tensors(model, weights, strict=False)
-    missing = [
+    report = load_weights(model, weights, strict=False)
+    report.missing = [
         name
         for name in report.missing
         if name.startswith(parts) and ".crossattention." not in name and ".cls." not in name
     ]
-    if missing or report.mismatched:
-        raise UserError(
-            f"{weights.source} does not fit this model; "
-            + summary(report.mismatched + [f"{name} is missing" for name in missing])
-        )
-    report.missing = []
+    report.check()
     return report

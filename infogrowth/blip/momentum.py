@@ -1,10 +1,12 @@
-"""Momentum contrast for both trainings: momentum encoders, and the feature queues.
+"""Momentum contrast for both trainings: momentum encoders, feature queues, and the losses on them.
 
 Shapes: B images and N texts of this rank (N = B but for pretraining with several captions an
-image), D feature width, C candidates: the batch's momentum features, then the queue.
+image), D feature width, L image tokens, W a transformer's width, T text length, G images whose
+tokens are at hand, C candidates: the batch's momentum features, then the queue.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,13 @@ from torch import nn
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual, seeded
 from infogrowth.blip.losses import (
+    contrastive_loss,
     drawable,
+    matching_loss,
     negative_weights,
     sample_negatives,
     similarity_logits,
+    soft_targets,
     unit,
 )
 from infogrowth.blip.text import build_text_encoder
@@ -25,6 +30,9 @@ from infogrowth.blip.vision import build_vision
 # The temperature is kept in this range before each step, as BLIP does.
 TEMPERATURE_RANGE = (0.001, 0.5)
 INITIAL_TEMPERATURE = 0.07
+
+BothWays = tuple[torch.Tensor, torch.Tensor]  # images to texts (B, C), texts to images (N, C)
+Texts = tuple[torch.Tensor, torch.Tensor]  # ids and mask, (B, T) each
 
 
 @dataclass(frozen=True)
@@ -44,94 +52,79 @@ class MomentumBlip(BlipDual):
     """A :class:`BlipDual` with momentum encoders, a temperature and queues.
 
     Args:
-        queue_size: how many past momentum features are candidates; any size, 0 for none.
+        config: sizes and token ids.
+        queue_size: how many past momentum features are candidates; any size goes with any global
+            batch, 0 for none.
         momentum: how much of a momentum parameter stays at each step. With 0 and no queue the
             momentum features are the online ones: nothing is computed twice, and the candidates
             take a gradient as well (CLIP's loss).
-        pointer_name: the official name of the queue's pointer, which differs between models.
         with_ids: keep the ids of the queued samples.
+        seed: random weights and queues are a function of it alone.
+        recomputing: ``vit_grad_ckpt`` and ``vit_ckpt_layer`` of the online image transformer.
     """
 
+    pointer_name: ClassVar[str]  # the official name of the queue's pointer
     temp: nn.Parameter
     image_queue: torch.Tensor
     text_queue: torch.Tensor
+    idx_queue: torch.Tensor
 
     def __init__(
         self,
         config: BlipConfig,
         *,
-        queue_size: int,
-        momentum: float,
-        pointer_name: str,
-        with_ids: bool,
-        seed: int,
-        learn_padding: bool,
-        vit_grad_ckpt: bool,
-        vit_ckpt_layer: int,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        with_ids: bool = False,
+        seed: int = 0,
+        **recomputing: Any,
     ) -> None:
-        super().__init__(
-            config,
-            seed=seed,
-            learn_padding=learn_padding,
-            vit_grad_ckpt=vit_grad_ckpt,
-            vit_ckpt_layer=vit_ckpt_layer,
-        )
+        super().__init__(config, seed=seed, **recomputing)
         self.momentum = momentum
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         with seeded(seed + 1):
             self.visual_encoder_m = build_vision(config)
             self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)
-            self.text_encoder_m = build_text_encoder(config, learn_padding)
+            self.text_encoder_m = build_text_encoder(config, self.learn_padding)
             self.text_proj_m = nn.Linear(config.text_width, config.embed_dim)
-            register_queues(self, config.embed_dim, queue_size, pointer_name, with_ids)
+            for name in ("image_queue", "text_queue"):
+                self.register_buffer(name, random_feature_queue(config.embed_dim, queue_size))
+        if with_ids:
+            self.register_buffer("idx_queue", torch.full((1, queue_size), -100, dtype=torch.int64))
+        self.register_buffer(self.pointer_name, torch.zeros(1, dtype=torch.int64))
         self.copy_to_momentum()
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each online module with the momentum encoder that follows it."""
-        return [
-            (self.visual_encoder, self.visual_encoder_m),
-            (self.vision_proj, self.vision_proj_m),
-            (self.text_encoder, self.text_encoder_m),
-            (self.text_proj, self.text_proj_m),
-        ]
+        names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+        return [(self.get_submodule(name), self.get_submodule(f"{name}_m")) for name in names]
 
-    @torch.no_grad()
     def copy_to_momentum(self) -> None:
         """Make the momentum encoders equal to the online ones; they never take a gradient."""
         for online, momentum in self.momentum_pairs:
-            pairs = zip(online.parameters(), momentum.parameters(), strict=True)
-            for source, target in pairs:
-                target.copy_(source)
-                target.requires_grad_(False)
-        self._copy_buffers()
+            momentum.load_state_dict(online.state_dict())
+            momentum.requires_grad_(False)
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        """``m · momentum + (1 − m) · online`` with m = ``momentum``, in few launches for all."""
-        sources: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        for online, momentum in self.momentum_pairs:
-            sources.extend(online.parameters())
-            targets.extend(momentum.parameters())
+        """``m · momentum + (1 − m) · online`` with m = ``momentum``, in few launches for all;
+        statistics of normalization (a conv stem has some) are copied: they are means already."""
+        pairs = self.momentum_pairs
+        sources, targets = (
+            tuple(tensor for pair in pairs for tensor in pair[side].parameters()) for side in (0, 1)
+        )
         torch._foreach_mul_(targets, self.momentum)
         torch._foreach_add_(targets, sources, alpha=1.0 - self.momentum)
-        self._copy_buffers()
-
-    @torch.no_grad()
-    def _copy_buffers(self) -> None:
-        """Take statistics of normalization (a conv stem has some) as they are: they are means."""
-        for online, momentum in self.momentum_pairs:
+        for online, momentum in pairs:
             for source, target in zip(online.buffers(), momentum.buffers(), strict=True):
                 target.copy_(source)
 
     @torch.no_grad()
-    def momentum_features(
-        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def momentum_features(self, images_BCHW: torch.Tensor, texts: Texts) -> BothWays:
         """Unit features ``(B, D)`` of images and texts by the momentum encoders; moves nothing."""
         image = self.vision_proj_m(self.visual_encoder_m(images_BCHW)[:, 0])
-        text = self.text_proj_m(self._text(self.text_encoder_m, ids_BT, mask_BT)[:, 0])
+        text = self.text_proj_m(self._text(self.text_encoder_m, *texts)[:, 0])
         return unit(image), unit(text)
 
     def contrast(
@@ -149,7 +142,7 @@ class MomentumBlip(BlipDual):
         if self.momentum == 0 and not self.image_queue.numel():
             image_momentum, text_momentum = image, text
         else:
-            image_momentum, text_momentum = self.momentum_features(images_BCHW, ids_BT, mask_BT)
+            image_momentum, text_momentum = self.momentum_features(images_BCHW, (ids_BT, mask_BT))
         return Features(
             image_tokens=image_tokens,
             image=image,
@@ -161,35 +154,78 @@ class MomentumBlip(BlipDual):
             text_candidates=torch.cat([text_momentum, self.text_queue.T]),
         )
 
-    def both_ways(self, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-        """Online logits ``(B, C)``: image to texts, text to images."""
+    def logits(self, image_BD: torch.Tensor, text_ND: torch.Tensor, features: Features) -> BothWays:
+        """Images and texts, online or momentum, against the candidates of ``features``."""
         return (
-            similarity_logits(features.image, features.text_candidates, self.temp),
-            similarity_logits(features.text, features.image_candidates, self.temp),
+            similarity_logits(image_BD, features.text_candidates, self.temp),
+            similarity_logits(text_ND, features.image_candidates, self.temp),
         )
 
-    @torch.no_grad()
-    def momentum_both_ways(self, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same logits ``(B, C)`` by the momentum features."""
-        return (
-            similarity_logits(features.image_momentum, features.text_candidates, self.temp),
-            similarity_logits(features.text_momentum, features.image_candidates, self.temp),
+    def contrastive(
+        self,
+        features: Features,
+        logits: BothWays,
+        targets: BothWays,
+        alpha: float,
+        hidden_BC: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Contrastive loss (ITA), the mean of both ways.
+
+        Args:
+            logits: of the online features.
+            targets: the matching candidates of each row, which sum to one.
+            alpha: share of the momentum model in the targets, 0 to 1.
+            hidden_BC: candidates that take no part.
+        """
+        with torch.no_grad():
+            soft = self.logits(features.image_momentum, features.text_momentum, features)
+        i2t, t2i = (
+            contrastive_loss(online, soft_targets(momentum, hard, alpha, hidden_BC), hidden_BC)
+            for online, momentum, hard in zip(logits, soft, targets, strict=True)
         )
+        return (i2t + t2i) / 2
 
     def hard_negatives(
         self,
-        logits_BC: torch.Tensor,
+        to_images_BC: torch.Tensor,
+        to_texts_BC: torch.Tensor,
         forbidden_BC: torch.Tensor,
         floor: float,
         generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A wrong partner for each row, alike ones likelier: its column, whether there is one.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A wrong image for each text and a wrong text for each image, alike ones likelier: their
+        columns, and whether there are any, ``(B,)`` each.
 
-        Both ``(B,)``; see :func:`negative_weights` and :func:`drawable`.
+        Args:
+            to_images_BC, to_texts_BC: logits of texts to images, and of images to texts.
+            forbidden_BC, floor: see :func:`negative_weights`.
         """
-        weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
-        usable_BC, exists_B = drawable(weights_BC, forbidden_BC)
-        return sample_negatives(usable_BC, generator), exists_B
+        wrong = []
+        for logits_BC in (to_images_BC, to_texts_BC):  # all images are drawn first
+            weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
+            usable_BC, exists_B = drawable(weights_BC, forbidden_BC)
+            wrong.append(sample_negatives(usable_BC, generator))
+        return wrong[0], wrong[1], exists_B
+
+    def matching(
+        self,
+        image_tokens_GLW: torch.Tensor,
+        own_B: torch.Tensor,
+        wrong_B: torch.Tensor,
+        texts: Texts,
+        wrong_texts: Texts,
+        exists_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """Matching loss (ITM): own pairs against each text with a wrong image, each image with a
+        wrong text.
+
+        Args:
+            own_B, wrong_B: which of the G images are the texts' own and wrong ones.
+            exists_B: which rows have wrong partners at all.
+        """
+        ids_NT, mask_NT = (torch.cat([o, o, w]) for o, w in zip(texts, wrong_texts, strict=True))
+        rows_N = torch.cat([own_B, wrong_B, own_B])
+        return matching_loss(self.itm_logits(image_tokens_GLW, ids_NT, mask_NT, rows_N), exists_B)
 
 
 def random_feature_queue(dimension: int, size: int) -> torch.Tensor:
@@ -221,14 +257,3 @@ def write_queue(
     for queue, rows in zip(queues, columns, strict=True):
         queue.index_copy_(1, positions, rows[count - kept :].T.to(queue.dtype))
     pointer.copy_((pointer + count) % size)
-
-
-def register_queues(
-    module: nn.Module, dimension: int, size: int, pointer_name: str, with_ids: bool
-) -> None:
-    """Give ``module`` the buffers image_queue, text_queue, perhaps idx_queue, and the pointer."""
-    module.register_buffer("image_queue", random_feature_queue(dimension, size))
-    module.register_buffer("text_queue", random_feature_queue(dimension, size))
-    if with_ids:
-        module.register_buffer("idx_queue", torch.full((1, size), -100, dtype=torch.int64))
-    module.register_buffer(pointer_name, torch.zeros(1, dtype=torch.int64))

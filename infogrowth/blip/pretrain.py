@@ -15,16 +15,13 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import seeded
 from infogrowth.blip.losses import (
     class_loss,
-    contrastive_loss,
     copies_of_row,
     identity_targets,
     language_loss,
-    matching_loss,
     same_id_targets,
-    soft_targets,
 )
-from infogrowth.blip.momentum import Features, MomentumBlip, write_queue
-from infogrowth.blip.text import build_text_decoder, causal_mask, open_with, tie_decoder
+from infogrowth.blip.momentum import BothWays, Features, MomentumBlip, Texts, write_queue
+from infogrowth.blip.text import build_text_decoder, causal_mask, open_with
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.
 NEGATIVE_FLOOR = 1e-4
@@ -38,8 +35,6 @@ class BlipPretrain(MomentumBlip):
 
     Args:
         config: sizes and token ids.
-        queue_size: past features that serve as candidates; any size goes with any global batch.
-        momentum: how much of a momentum parameter stays at each step.
         objectives: which losses are computed: ``ita`` (contrastive), ``itm`` (matching), ``lm``
             (language modelling). What serves none of them keeps its weights; without itm and lm
             no text reads an image, which is most of the work.
@@ -52,48 +47,35 @@ class BlipPretrain(MomentumBlip):
         class_vectors: of how many classes a vector is learned beside, which images and texts are
             told apart by; 0 for none. It helps small models, and no file but a checkpoint keeps
             them.
-        vit_grad_ckpt, vit_ckpt_layer: recompute the image transformer's (last) blocks.
-        seed: random weights and queues are a function of it alone.
+        options: as for :class:`MomentumBlip`.
     """
 
+    learn_padding = True
+    pointer_name = "queue_ptr"
     queue_ptr: torch.Tensor
-    idx_queue: torch.Tensor
 
     def __init__(
         self,
         config: BlipConfig,
         *,
-        queue_size: int = 57600,
-        momentum: float = 0.995,
         objectives: Collection[Objective] = OBJECTIVES,
         label_smoothing: float = 0.1,
         id_aware_targets: bool = False,
         class_positives: bool = False,
         class_vectors: int = 0,
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
         seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            config,
-            queue_size=queue_size,
-            momentum=momentum,
-            pointer_name="queue_ptr",
-            with_ids=id_aware_targets or class_positives,
-            seed=seed,
-            learn_padding=True,
-            vit_grad_ckpt=vit_grad_ckpt,
-            vit_ckpt_layer=vit_ckpt_layer,
-        )
+        with_ids = id_aware_targets or class_positives
+        super().__init__(config, with_ids=with_ids, seed=seed, **options)
         self.label_smoothing = label_smoothing
         self.id_aware_targets, self.class_positives = id_aware_targets, class_positives
         self.objectives = frozenset(objectives)
         with seeded(seed + 2):
-            self.text_decoder = build_text_decoder(config)
+            self.text_decoder = build_text_decoder(config, self.text_encoder)
             if class_vectors:
                 vectors_KD = torch.randn(class_vectors, config.embed_dim)
                 self.class_vectors = nn.Parameter(vectors_KD * config.embed_dim**-0.5)
-        tie_decoder(self.text_encoder, self.text_decoder)
         self._freeze_unused()
 
     def forward(
@@ -132,17 +114,19 @@ class BlipPretrain(MomentumBlip):
             features = self.contrast(images_BCHW, ids_NT, mask_NT)
             image_tokens_BLW = features.image_tokens
             copies_BC = self._copies(sample_ids)
-            logits = self.both_ways(features)
+            logits = self.logits(features.image, features.text, features)
             if "ita" in self.objectives:
-                losses["ita"] = self._contrastive(features, logits, alpha, sample_ids, copies_BC)
+                targets = self._targets(features, logits, sample_ids)
+                hidden_BC = None if self.class_positives else copies_BC
+                losses["ita"] = self.contrastive(features, logits, targets, alpha, hidden_BC)
                 if hasattr(self, "class_vectors") and class_ids is not None:
                     losses["class"] = class_loss(
                         features.image, features.text, self.class_vectors, class_ids
                     )
             self._write_queues(features, sample_ids)
             if "itm" in self.objectives:
-                losses["itm"] = self._matching(
-                    features, logits, ids_BT, mask_BT, copies_BC, generator
+                losses["itm"] = self._matching_in_batch(
+                    features, logits, (ids_BT, mask_BT), copies_BC, generator
                 )
         if "lm" in self.objectives:
             losses["lm"] = self._language(image_tokens_BLW, ids_BT, mask_BT)
@@ -176,33 +160,19 @@ class BlipPretrain(MomentumBlip):
             return None
         return copies_of_row(sample_ids, torch.cat([sample_ids, self.idx_queue[0]]))
 
-    def _contrastive(
-        self,
-        features: Features,
-        logits: tuple[torch.Tensor, torch.Tensor],
-        alpha: float,
-        sample_ids: torch.Tensor | None,
-        copies_BC: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Mean of both ways' losses: images to texts ``(B, C)``, texts to images ``(N, C)``."""
-        hidden: torch.Tensor | None = None
-        targets: list[torch.Tensor] = []
-        if self.class_positives and sample_ids is not None:
-            repeats = len(features.text) // len(features.image)
-            text_ids_N = sample_ids.repeat(repeats)
-            queued = self.idx_queue[0]
-            targets.append(same_id_targets(sample_ids, torch.cat([text_ids_N, queued])))
-            targets.append(same_id_targets(text_ids_N, torch.cat([sample_ids, queued])))
-        else:
-            hidden = copies_BC
-            targets += [identity_targets(len(each), each.shape[1], each.device) for each in logits]
-        losses = [
-            contrastive_loss(online, soft_targets(momentum, hard, alpha, hidden), hidden)
-            for online, momentum, hard in zip(
-                logits, self.momentum_both_ways(features), targets, strict=True
-            )
-        ]
-        return (losses[0] + losses[1]) / 2
+    def _targets(
+        self, features: Features, logits: BothWays, sample_ids: torch.Tensor | None
+    ) -> BothWays:
+        """Which candidates match the rows: their own, or all of their class."""
+        if not self.class_positives or sample_ids is None:
+            i2t, t2i = (identity_targets(len(each), each.shape[1], each.device) for each in logits)
+            return i2t, t2i
+        text_ids_N = sample_ids.repeat(len(features.text) // len(features.image))
+        queued = self.idx_queue[0]
+        return (
+            same_id_targets(sample_ids, torch.cat([text_ids_N, queued])),
+            same_id_targets(text_ids_N, torch.cat([sample_ids, queued])),
+        )
 
     def _write_queues(self, features: Features, sample_ids: torch.Tensor | None) -> None:
         rows = len(features.image)
@@ -213,35 +183,27 @@ class BlipPretrain(MomentumBlip):
             columns.append(sample_ids[:, None])
         write_queue(queues, self.queue_ptr, [distributed.all_gather(rows) for rows in columns])
 
-    def _matching(
+    def _matching_in_batch(
         self,
         features: Features,
-        logits: tuple[torch.Tensor, torch.Tensor],
-        ids_BT: torch.Tensor,
-        mask_BT: torch.Tensor,
+        logits: BothWays,
+        texts: Texts,
         copies_BC: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
         """Matching loss against the hard negatives of this rank's own batch."""
-        rows = len(ids_BT)
-        forbidden_BB = torch.eye(rows, dtype=torch.bool, device=ids_BT.device)
+        own_B = torch.arange(len(texts[0]), device=texts[0].device)
+        rows = len(own_B)
+        forbidden_BB = torch.eye(rows, dtype=torch.bool, device=own_B.device)
         if copies_BC is not None:
             forbidden_BB = forbidden_BB | copies_BC[:, :rows]
-        # The wrong images of all texts are drawn first, then the wrong texts: the draws' order.
-        wrong_image_B, _ = self.hard_negatives(
-            logits[1][:rows, :rows], forbidden_BB, NEGATIVE_FLOOR, generator
+        i2t_BC, t2i_NC = logits
+        wrong_image_B, wrong_text_B, exists_B = self.hard_negatives(
+            t2i_NC[:rows, :rows], i2t_BC[:, :rows], forbidden_BB, NEGATIVE_FLOOR, generator
         )
-        wrong_text_B, exists_B = self.hard_negatives(
-            logits[0][:, :rows], forbidden_BB, NEGATIVE_FLOOR, generator
-        )
-        own_B = torch.arange(rows, device=ids_BT.device)
-        logits_N2 = self.itm_logits(
-            features.image_tokens,
-            torch.cat([ids_BT, ids_BT, ids_BT[wrong_text_B]]),
-            torch.cat([mask_BT, mask_BT, mask_BT[wrong_text_B]]),
-            torch.cat([own_B, wrong_image_B, own_B]),
-        )
-        return matching_loss(logits_N2, exists_B)
+        wrong_texts = (texts[0][wrong_text_B], texts[1][wrong_text_B])
+        tokens_BLW = features.image_tokens
+        return self.matching(tokens_BLW, own_B, wrong_image_B, texts, wrong_texts, exists_B)
 
     def _language(
         self, image_tokens_BLW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor

@@ -1,34 +1,17 @@
 """BLIP retrieval fine-tuning: contrastive with same-image targets, matching over all ranks.
 
-Shapes: B pairs of this rank, G pairs of all ranks, L image tokens, T text length, C candidates.
+Shapes: B pairs of this rank, G pairs among which negatives are drawn (this rank's, or all ranks'),
+L image tokens, T text length, C candidates.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.losses import (
-    contrastive_loss,
-    matching_loss,
-    same_id_targets,
-    similarity_logits,
-    soft_targets,
-)
-from infogrowth.blip.momentum import Features, MomentumBlip, write_queue
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """The pairs among which negatives are chosen: this rank's, or all ranks'."""
-
-    image_tokens: torch.Tensor  # (G, L, W) with gradient
-    image: torch.Tensor  # (G, D) unit, no gradient
-    text: torch.Tensor
-    ids: torch.Tensor  # (G, T)
-    mask: torch.Tensor
-    image_ids: torch.Tensor  # (G,)
+from infogrowth.blip.losses import same_id_targets, similarity_logits
+from infogrowth.blip.momentum import Features, MomentumBlip, Texts, write_queue
 
 
 class BlipRetrieval(MomentumBlip):
@@ -36,39 +19,18 @@ class BlipRetrieval(MomentumBlip):
 
     Args:
         config: sizes and token ids.
-        queue_size: past features that serve as candidates; any size goes with any global batch.
-        momentum: how much of a momentum parameter stays at each step.
         negative_all_rank: take matching negatives from the pairs of all ranks, not only one's own.
             All ranks must then pad their texts to the same length.
-        vit_grad_ckpt, vit_ckpt_layer: recompute the image transformer's (last) blocks.
-        seed: random weights and queues are a function of it alone.
+        options: as for :class:`MomentumBlip`.
     """
 
-    idx_queue: torch.Tensor
+    pointer_name = "ptr_queue"
     ptr_queue: torch.Tensor
 
     def __init__(
-        self,
-        config: BlipConfig,
-        *,
-        queue_size: int = 57600,
-        momentum: float = 0.995,
-        negative_all_rank: bool = True,
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        seed: int = 0,
+        self, config: BlipConfig, *, negative_all_rank: bool = True, **options: Any
     ) -> None:
-        super().__init__(
-            config,
-            queue_size=queue_size,
-            momentum=momentum,
-            pointer_name="ptr_queue",
-            with_ids=True,
-            seed=seed,
-            learn_padding=False,
-            vit_grad_ckpt=vit_grad_ckpt,
-            vit_ckpt_layer=vit_ckpt_layer,
-        )
+        super().__init__(config, with_ids=True, **options)
         self.negative_all_rank = negative_all_rank
 
     def forward(
@@ -90,72 +52,47 @@ class BlipRetrieval(MomentumBlip):
             generator: draws the negatives; None draws from torch's global state.
         """
         features = self.contrast(images_BCHW, ids_BT, mask_BT)
-        hard_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
-        losses = [
-            contrastive_loss(online, soft_targets(momentum, hard_BC, alpha))
-            for online, momentum in zip(
-                self.both_ways(features), self.momentum_both_ways(features), strict=True
-            )
-        ]
-        all_ids_G = distributed.all_gather(image_ids)
+        logits = self.logits(features.image, features.text, features)
+        targets_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
+        ita = self.contrastive(features, logits, (targets_BC, targets_BC), alpha)
+        new = (features.image_momentum, features.text_momentum, image_ids[:, None])
         write_queue(
             [self.image_queue, self.text_queue, self.idx_queue],
             self.ptr_queue,
-            [
-                distributed.all_gather(features.image_momentum),
-                distributed.all_gather(features.text_momentum),
-                all_ids_G[:, None],
-            ],
+            [distributed.all_gather(rows) for rows in new],
         )
-        pool = self._pool(features, ids_BT, mask_BT, image_ids, all_ids_G)
-        itm = self._matching(features, pool, ids_BT, mask_BT, image_ids, generator)
-        return {"ita": (losses[0] + losses[1]) / 2, "itm": itm}
+        itm = self._matching_over_ranks(features, (ids_BT, mask_BT), image_ids, generator)
+        return {"ita": ita, "itm": itm}
 
-    def _pool(
+    def _matching_over_ranks(
         self,
         features: Features,
-        ids_BT: torch.Tensor,
-        mask_BT: torch.Tensor,
-        image_ids: torch.Tensor,
-        all_ids_G: torch.Tensor,
-    ) -> _Pool:
-        if not self.negative_all_rank:
-            image, text = features.image.detach(), features.text.detach()
-            return _Pool(features.image_tokens, image, text, ids_BT, mask_BT, image_ids)
-        return _Pool(
-            image_tokens=distributed.all_gather_with_grad(features.image_tokens),
-            image=distributed.all_gather(features.image),
-            text=distributed.all_gather(features.text),
-            ids=distributed.all_gather(ids_BT),
-            mask=distributed.all_gather(mask_BT),
-            image_ids=all_ids_G,
-        )
-
-    def _matching(
-        self,
-        features: Features,
-        pool: _Pool,
-        ids_BT: torch.Tensor,
-        mask_BT: torch.Tensor,
+        texts: Texts,
         image_ids: torch.Tensor,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Matching loss against hard negatives of other images in the pool."""
-        forbidden_BG = image_ids[:, None] == pool.image_ids[None, :]
+        """Matching loss against hard negatives of other images, of this rank or of all."""
+        pool_tokens_GLW = features.image_tokens
+        pool = [features.image.detach(), features.text.detach(), image_ids, *texts]
+        if self.negative_all_rank:
+            pool_tokens_GLW = distributed.all_gather_with_grad(pool_tokens_GLW)
+            pool = [distributed.all_gather(each) for each in pool]
+        image_GD, text_GD, ids_G, *pool_texts = pool
         with torch.no_grad():
-            # The wrong images of all texts are drawn first, then the wrong texts.
-            wrong_image_B, _ = self.hard_negatives(
-                similarity_logits(features.text, pool.image, self.temp), forbidden_BG, 0, generator
+            wrong_image_B, wrong_text_B, exists_B = self.hard_negatives(
+                similarity_logits(features.text, image_GD, self.temp),
+                similarity_logits(features.image, text_GD, self.temp),
+                image_ids[:, None] == ids_G[None, :],
+                0.0,
+                generator,
             )
-            wrong_text_B, exists_B = self.hard_negatives(
-                similarity_logits(features.image, pool.text, self.temp), forbidden_BG, 0, generator
-            )
-        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         # Own images, then the wrong ones: of a large pool only those are read.
-        logits_N2 = self.itm_logits(
-            torch.cat([features.image_tokens, pool.image_tokens[wrong_image_B]]),
-            torch.cat([ids_BT, ids_BT, pool.ids[wrong_text_B]]),
-            torch.cat([mask_BT, mask_BT, pool.mask[wrong_text_B]]),
-            torch.cat([rows_B, rows_B + len(rows_B), rows_B]),
+        own_B = torch.arange(len(image_ids), device=image_ids.device)
+        return self.matching(
+            torch.cat([features.image_tokens, pool_tokens_GLW[wrong_image_B]]),
+            own_B,
+            own_B + len(own_B),
+            texts,
+            (pool_texts[0][wrong_text_B], pool_texts[1][wrong_text_B]),
+            exists_B,
         )
-        return matching_loss(logits_N2, exists_B)

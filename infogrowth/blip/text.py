@@ -85,36 +85,10 @@ class LastLayer(BlipTextLayer):
         return self.feed_forward_chunk(states_N1W)
 
 
-def text_config(config: BlipConfig) -> BlipTextConfig:
-    """The same for ``transformers``; dropout is BLIP's, whose default differs from theirs."""
-    built = BlipTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.text_width,
-        encoder_hidden_size=config.vision_width,
-        intermediate_size=config.text_feedforward,
-        num_hidden_layers=config.text_depth,
-        num_attention_heads=config.text_heads,
-        max_position_embeddings=config.text_positions,
-        layer_norm_eps=config.text_norm_eps,
-        hidden_dropout_prob=config.text_dropout,
-        attention_probs_dropout_prob=config.text_dropout,
-        pad_token_id=config.pad_token_id,
-        sep_token_id=config.sep_token_id,
-        eos_token_id=config.sep_token_id,
-        bos_token_id=config.bos_token_id,
-    )
+def _text_config(config: BlipConfig) -> BlipTextConfig:
+    built = BlipTextConfig(**config.text_options())
     built._attn_implementation = "eager"  # the only one that BLIP's text attention has
     return built
-
-
-def share_images(encoder: BlipTextModel) -> None:
-    """Give a freshly built text encoder this cross-attention, its weights and names unchanged."""
-    for index in range(encoder.config.num_hidden_layers):
-        attention = encoder.get_submodule(f"encoder.layer.{index}.crossattention")
-        shared = SharedCrossAttention(encoder.config, True, layer_idx=index)
-        shared.load_state_dict(attention.get_submodule("self").state_dict())
-        attention.add_module("self", shared)
-    encoder.get_submodule(f"encoder.layer.{index}").__class__ = LastLayer
 
 
 def build_text_encoder(config: BlipConfig, learn_padding: bool) -> BlipTextModel:
@@ -125,37 +99,37 @@ def build_text_encoder(config: BlipConfig, learn_padding: bool) -> BlipTextModel
             pretraining it does (its embeddings are resized, which forgets the padding row), in
             its retrieval it does not.
     """
-    encoder = BlipTextModel(text_config(config), add_pooling_layer=False)
-    share_images(encoder)
+    encoder = BlipTextModel(_text_config(config), add_pooling_layer=False)
+    layer: Any
+    for index, layer in enumerate(encoder.encoder.layer):
+        shared = SharedCrossAttention(encoder.config, True, layer_idx=index)
+        shared.load_state_dict(layer.crossattention.self.state_dict())
+        layer.crossattention.self = shared
+    layer.__class__ = LastLayer
     if learn_padding:
         encoder.embeddings.word_embeddings.padding_idx = None
     return encoder
 
 
-def build_text_decoder(config: BlipConfig, learn_padding: bool = True) -> BlipTextLMHeadModel:
-    """The text decoder, whose output layer is its word embeddings."""
-    decoder = BlipTextLMHeadModel(text_config(config))
-    if learn_padding:
-        decoder.bert.embeddings.word_embeddings.padding_idx = None
-    tie_output_layer(decoder)
-    return decoder
+def build_text_decoder(
+    config: BlipConfig, encoder: BlipTextModel | None = None
+) -> BlipTextLMHeadModel:
+    """The text decoder, whose output layer is its word embeddings.
 
-
-def tie_output_layer(decoder: BlipTextLMHeadModel) -> None:
-    """Make the output layer's weight the word embeddings, and its two bias names one parameter."""
+    Args:
+        encoder: whose own modules the decoder uses for all but self-attention (BLIP §3.2).
+    """
+    decoder = BlipTextLMHeadModel(_text_config(config))
+    if encoder is not None:
+        decoder.bert.embeddings = encoder.embeddings
+        for mine, theirs in zip(decoder.bert.encoder.layer, encoder.encoder.layer, strict=True):
+            mine.crossattention = theirs.crossattention
+            mine.intermediate = theirs.intermediate
+            mine.output = theirs.output
     predictions = decoder.cls.predictions
     predictions.decoder.weight = decoder.bert.embeddings.word_embeddings.weight
-    predictions.decoder.bias = predictions.bias
-
-
-def tie_decoder(encoder: BlipTextModel, decoder: BlipTextLMHeadModel) -> None:
-    """Let the decoder use the encoder's own modules for all but self-attention (BLIP §3.2)."""
-    decoder.bert.embeddings = encoder.embeddings
-    for mine, theirs in zip(decoder.bert.encoder.layer, encoder.encoder.layer, strict=True):
-        mine.crossattention = theirs.crossattention
-        mine.intermediate = theirs.intermediate
-        mine.output = theirs.output
-    tie_output_layer(decoder)
+    predictions.decoder.bias = predictions.bias  # its two names are one parameter
+    return decoder
 
 
 def open_with(ids: torch.Tensor, token_id: int) -> torch.Tensor:

@@ -34,8 +34,9 @@ def run(config: Config) -> int:
     Raises:
         UserError: a checkpoint that cannot be had or is not whole, or an output that does not fit.
     """
-    from infogrowth.blip.checkpoint import load_blip, open_state, save_weights
+    from infogrowth.blip.checkpoint import load_blip, save_huggingface, save_official
     from infogrowth.blip.tokenizer import save_vocabulary
+    from infogrowth.blip.weights import read_weights
 
     output = Path(config.output)
     is_file = config.to == "official"
@@ -44,13 +45,14 @@ def run(config: Config) -> int:
         raise UserError(f"the {config.to} layout is {wanted}, which {output} is not by its name")
     if output.resolve() == Path(config.input).resolve():
         raise UserError(f"{output} would be written over what is read; give another output")
-    build, momentum = _whole(open_state(config.input).tensors)
+    build, momentum = _whole(read_weights(config.input).tensors)
     model, tokenizer, report = load_blip(config.input, build, vocabulary=config.vocabulary)
     logger.info("%s", report)
-    task = None if config.task == "auto" else config.task
-    save_weights(model, output, config.to, tokenizer, task, momentum)
     if is_file:
+        save_official(model, output, momentum)
         save_vocabulary(tokenizer, output.parent)
+    else:
+        save_huggingface(model, output, tokenizer, None if config.task == "auto" else config.task)
     print(f"wrote {output}")
     return 0
 

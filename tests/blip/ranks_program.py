@@ -1,5 +1,6 @@
 """Run by test_blip_ranks.py on two ranks: what each rank computed, saved for comparison."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def pretraining_under_ddp(config, golden, batch):
 
 if __name__ == "__main__":
     golden, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    config = BlipConfig.from_folder(folder)
+    config = BlipConfig.from_dict(json.loads((folder / "config.json").read_text()), "config.json")
     with distributed.process_group("cpu"):
         rank = distributed.rank()
         for name, program in (

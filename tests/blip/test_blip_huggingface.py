@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from infogrowth.blip.captioning import BlipCaptioner
-from infogrowth.blip.checkpoint import load_blip, load_weights, save_folder, save_weights
-from infogrowth.blip.config import BlipConfig, to_huggingface
+from infogrowth.blip.checkpoint import load_blip, load_weights, save_folder, save_huggingface
 from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.text import open_with
+from infogrowth.blip.weights import read_weights
 from infogrowth.errors import UserError
 
 
@@ -43,7 +43,7 @@ def same_tensors(one, two):
 def test_the_retrieval_class_scores_the_same(
     pretrained, pretrain_golden, golden_tokenizer, golden_config, tmp_path
 ):
-    save_weights(pretrained, tmp_path, layout="huggingface", tokenizer=golden_tokenizer)
+    save_huggingface(pretrained, tmp_path, golden_tokenizer)
     theirs = opened(BlipForImageTextRetrieval, tmp_path)
     images, ids, mask = pretrain_golden.batch(0)
     tokens, image = pretrained.encode_image(images)
@@ -65,7 +65,7 @@ def test_the_captioning_class_predicts_and_writes_the_same(
 ):
     save_folder(pretrained, tmp_path / "ours", golden_tokenizer)
     captioner, tokenizer, _ = load_blip(tmp_path / "ours", BlipCaptioner)
-    save_weights(captioner, tmp_path / "theirs", layout="huggingface", tokenizer=tokenizer)
+    save_huggingface(captioner, tmp_path / "theirs", tokenizer)
     theirs = opened(BlipForConditionalGeneration, tmp_path / "theirs")
     images, ids, mask = pretrain_golden.batch(0)
     opening = open_with(ids, captioner.config.bos_token_id)
@@ -84,7 +84,7 @@ def test_the_captioning_class_predicts_and_writes_the_same(
 def test_the_folder_comes_back_bit_for_bit(
     pretrained, golden_config, golden_tokenizer, tmp_path, task
 ):
-    save_weights(pretrained, tmp_path, layout="huggingface", tokenizer=golden_tokenizer, task=task)
+    save_huggingface(pretrained, tmp_path, golden_tokenizer, task)
     kind = BlipDual if task == "retrieval" else BlipCaptioner
     model, tokenizer, report = load_blip(tmp_path, kind)
     assert report.layout == "huggingface" and not report.unexpected
@@ -92,7 +92,7 @@ def test_the_folder_comes_back_bit_for_bit(
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert tokenizer.get_vocab() == golden_tokenizer.get_vocab()
     assert model.config.replace(vision_feedforward=None) == golden_config
-    save_weights(model, tmp_path / "again", layout="huggingface", tokenizer=tokenizer)
+    save_huggingface(model, tmp_path / "again", tokenizer)
     assert same_tensors(
         load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again/model.safetensors")
     )
@@ -101,18 +101,18 @@ def test_the_folder_comes_back_bit_for_bit(
 def test_older_folders_with_a_pickled_state_and_position_ids_open(
     pretrained, golden_tokenizer, tmp_path
 ):
-    save_weights(pretrained, tmp_path, layout="huggingface", tokenizer=golden_tokenizer)
+    save_huggingface(pretrained, tmp_path, golden_tokenizer)
     state = load_file(tmp_path / "model.safetensors")
     state["text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     model, _, report = load_blip(tmp_path, BlipDual)
-    assert report.dropped == ["text_encoder.embeddings.position_ids"]
+    assert report.unused == ["text_encoder.embeddings.position_ids"]
     assert torch.equal(model.itm_head.weight, pretrained.itm_head.weight)
 
 
 def test_sharded_weights_open(pretrained, golden_tokenizer, tmp_path):
-    save_weights(pretrained, tmp_path, layout="huggingface", tokenizer=golden_tokenizer)
+    save_huggingface(pretrained, tmp_path, golden_tokenizer)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     names = sorted(state)
@@ -126,7 +126,7 @@ def test_sharded_weights_open(pretrained, golden_tokenizer, tmp_path):
 
 
 def test_the_processor_of_transformers_opens_the_folder(pretrained, golden_tokenizer, tmp_path):
-    save_weights(pretrained, tmp_path, layout="huggingface", tokenizer=golden_tokenizer)
+    save_huggingface(pretrained, tmp_path, golden_tokenizer)
     processor = BlipProcessor.from_pretrained(tmp_path)
     image = torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8)
     prepared = processor(images=image, text="a dog near the tree", return_tensors="pt")
@@ -139,10 +139,10 @@ def test_the_processor_of_transformers_opens_the_folder(pretrained, golden_token
 def test_blip_model_names_and_scale_are_brought_over(golden_config, golden, tmp_path):
     from transformers import BlipConfig as HuggingFaceConfig
 
-    theirs = BlipModel(HuggingFaceConfig.from_dict(to_huggingface(golden_config))).eval()
+    theirs = BlipModel(HuggingFaceConfig(**golden_config.to_huggingface())).eval()
     theirs.save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_bytes((golden / "vocab.txt").read_bytes())
-    assert BlipConfig.from_folder(tmp_path).embed_dim == 16
+    assert read_weights(tmp_path).config.embed_dim == 16
     model = BlipPretrain(golden_config, queue_size=4)
     with pytest.raises(UserError, match="itm_head"):  # BlipModel has no matching head
         load_weights(model, tmp_path)
@@ -163,6 +163,9 @@ def test_blip_model_names_and_scale_are_brought_over(golden_config, golden, tmp_
     )
 
 
-def test_a_task_that_the_model_lacks_parts_for_is_refused(golden_config, tmp_path):
+def test_a_task_that_the_model_has_no_parts_for_is_refused(
+    golden_config, golden_tokenizer, tmp_path
+):
     with pytest.raises(UserError, match="captioning"):
-        save_weights(BlipDual(golden_config), tmp_path, layout="huggingface", task="captioning")
+        save_huggingface(BlipDual(golden_config), tmp_path, golden_tokenizer, "captioning")
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from infogrowth.annotations import save_annotations
-from infogrowth.blip import dual, momentum, vision, weights_files
+from infogrowth.blip import dual, momentum, vision, weights
 from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.config import _PRESETS
 from infogrowth.blip.dual import BlipDual
@@ -304,18 +304,18 @@ def test_evaluation_reads_the_checkpoint_once_and_builds_no_momentum_encoder(
     tmp_path, retrieval_options, monkeypatch
 ):
     opened, built = [], []
-    read, build = weights_files.safe_open, vision.build_vision
+    read, build = weights.safe_open, vision.build_vision
 
     def opening(path, *rest):
         opened.append(path)
         return read(path, *rest)
 
-    monkeypatch.setattr(weights_files, "safe_open", opening)
+    monkeypatch.setattr(weights, "safe_open", opening)
     for module in (dual, momentum):
         monkeypatch.setattr(
             module, "build_vision", lambda *a, **k: built.append("vision") or build(*a, **k)
         )
-    monkeypatch.setattr(momentum, "register_queues", lambda *_: built.append("queue"))
+    monkeypatch.setattr(momentum, "random_feature_queue", lambda *_: built.append("queue"))
     values = {**retrieval_options, "evaluate": True, "output_dir": str(tmp_path)}
     assert train_or_evaluate(RetrievalConfig(**values)) == 0
     assert len(opened) == 1 and built == ["vision"]

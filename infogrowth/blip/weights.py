@@ -1,0 +1,286 @@
+"""Files of weights: every kind is read as one dictionary of tensors under BLIP's official names,
+never unpickling code; and how those names relate to Hugging Face's and to each other."""
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from infogrowth.blip.config import CONFIG_FILE, STEM_PATCH, BlipConfig, is_blip_config
+from infogrowth.blip.hub import download
+from infogrowth.errors import UserError, refusing
+from infogrowth.files import read_json
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_EXTENSIONS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+# Under what training programs keep a model's weights, and what wrappers do to the names.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_PREFIXES = ("module.", "model.")
+_INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Parts of official names and what Hugging Face calls them; text and heads are called alike.
+_HUGGINGFACE_NAMES = {
+    "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
+    "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
+    "visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+    "visual_encoder.norm.": "vision_model.post_layernorm.",
+    "visual_encoder.blocks.": "vision_model.encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+}
+# BlipModel's own names for what the retrieval class calls otherwise.
+_BLIP_MODEL_NAMES = {
+    "text_encoder.": "text_model.",
+    "vision_proj.": "visual_projection.",
+    "text_proj.": "text_projection.",
+}
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+_DECODER = "text_decoder.bert."
+_OUTPUT = "text_decoder.cls.predictions."
+_PARTS = ("visual_encoder", "text_encoder", "text_decoder", "vision_proj", "text_proj", "itm_head")
+_QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue", "class_vectors")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights as read: tensors under official names, where from, and how they were laid out."""
+
+    tensors: dict[str, torch.Tensor]
+    source: str
+    layout: str  # "official" or "huggingface"
+    config: BlipConfig | None = None  # when the file or a config.json beside it has one
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read weights under official names, and the configuration in the file or beside it.
+
+    Args:
+        path: an official ``.pth`` (tensors under the key ``model``), a checkpoint of ours, a
+            ``.safetensors`` file, a BLIP folder of ours or of Hugging Face, or a name on the
+            Hugging Face hub.
+
+    Raises:
+        UserError: nothing there, no network for a name, or a file that is not plain weights.
+    """
+    file = locate(path)
+    tensors, config = read_file(file)
+    if not Path(path).exists():  # a name on the hub: its configuration lands beside the weights
+        download(str(path), CONFIG_FILE)
+    source, beside = file, file.parent / CONFIG_FILE
+    if not is_blip_config(config) and beside.is_file():
+        # A run's folder may keep some other config.json beside its checkpoints.
+        source, config = beside, read_json(beside, "the model configuration")
+    known = BlipConfig.from_dict(config, str(source)) if is_blip_config(config) else None
+    layout = "official"
+    if any(name.startswith("vision_model.") for name in tensors):
+        tensors, layout = _from_huggingface(tensors), "huggingface"
+    return Weights(tensors, str(file), layout, known)
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The weight file that ``path`` means; names that are no local path are asked of the hub."""
+    local = Path(path)
+    if local.is_dir():
+        found = [local / name for name in _FOLDER_FILES if (local / name).is_file()]
+        if not found:
+            raise UserError(f"the folder {local} holds none of {', '.join(_FOLDER_FILES)}")
+        return found[0]
+    is_path = local.is_absolute() or local.suffix in _EXTENSIONS or len(local.parts) > 2
+    if local.is_file() or is_path:
+        return local
+    return download(str(path), "model.safetensors", "pytorch_model.bin")
+
+
+def read_file(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """The named tensors of one file, on the CPU, under the names that it has; and the model
+    configuration in it, if any.
+
+    Raises:
+        UserError: not a weight file, damaged, or a pickle that holds more than tensors.
+    """
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(read_json(file, "the weight index")["weight_map"].values()))
+        parts = [read_file(file.parent / shard)[0] for shard in shards]
+        return {name: tensor for part in parts for name, tensor in part.items()}, None
+    if file.suffix not in _EXTENSIONS:
+        known = ", ".join(_EXTENSIONS)
+        raise UserError(f"{file} is not a weight file by its extension (known: {known})")
+    if file.suffix != ".safetensors":
+        return _named_tensors(read_plain(file), file)
+    with (
+        refusing(file, "the checkpoint", SafetensorError, ValueError),
+        safe_open(file, "pt") as opened,
+    ):
+        config = json.loads((opened.metadata() or {}).get("config", "null"))
+        return _unwrapped({k: opened.get_tensor(k) for k in opened.keys()}), config  # noqa: SIM118
+
+
+def read_plain(file: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote, tensors on the CPU; nothing in it is executed.
+
+    Raises:
+        UserError: no such file, damaged, or more than tensors and plain values.
+    """
+    with refusing(file, "the checkpoint", RuntimeError, EOFError, ValueError, KeyError):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"the checkpoint {file} cannot be read: it is damaged, or holds more than plain "
+                "weights, which are never unpickled"
+            ) from error
+
+
+def _named_tensors(content: Any, file: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    config = content.get("config") if isinstance(content, dict) else None
+    while isinstance(content, dict):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {name: tensor for name, tensor in named if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        keys = ", ".join(map(repr, _WRAPPERS))
+        raise UserError(f"{file} holds no named weights, neither at its top nor under {keys}")
+    return _unwrapped(tensors), config
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights without what torch.compile, FSDP and activation checkpointing put into names, and
+    without what DistributedDataParallel and Lightning put before all of them."""
+    names = {name: _INSERTED.sub("", name) for name in tensors}
+    for prefix in _PREFIXES * 2:
+        dotted = [name for name in names.values() if "." in name]
+        if dotted and all(name.startswith(prefix) for name in dotted):
+            names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def to_huggingface_name(name: str) -> str:
+    """Hugging Face's name of an official one."""
+    return _renamed(name, "visual_encoder.", _HUGGINGFACE_NAMES.items())
+
+
+def _from_huggingface(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under official names. ``BlipModel`` keeps a log scale where BLIP keeps a temperature,
+    and its projections have no bias; both are brought over."""
+    official = [(theirs, ours) for ours, theirs in _HUGGINGFACE_NAMES.items()]
+    state = {_renamed(name, "vision_model.", official): t for name, t in tensors.items()}
+    for ours, theirs in _BLIP_MODEL_NAMES.items():
+        state = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+            for name, tensor in state.items()
+        }
+    if "logit_scale" in state:
+        state["temp"] = torch.exp(-state.pop("logit_scale").float())
+        for head in ("vision_proj", "text_proj"):
+            if f"{head}.weight" in state:
+                weight = state[f"{head}.weight"]
+                state.setdefault(f"{head}.bias", weight.new_zeros(len(weight)))
+    return state
+
+
+def _renamed(name: str, prefix: str, parts: Any) -> str:
+    if name.startswith(prefix):
+        for old, new in parts:
+            name = name.replace(old, new)
+    return name
+
+
+def tied_name(name: str) -> str:
+    """The first of the official names that share a parameter with ``name`` in BLIP pretraining: its
+    decoder is the text encoder but for self-attention, its output layer the word embeddings."""
+    if name == f"{_OUTPUT}decoder.bias":
+        return f"{_OUTPUT}bias"
+    if name == f"{_OUTPUT}decoder.weight":
+        name = f"{_DECODER}{WORD_EMBEDDINGS}"
+    if name.startswith(_DECODER) and ".attention." not in name:
+        return f"text_encoder.{name.removeprefix(_DECODER)}"
+    return name
+
+
+def is_momentum(name: str) -> bool:
+    """Whether ``name`` belongs to a momentum encoder."""
+    return name.split(".")[0].endswith("_m")
+
+
+def is_queue(name: str) -> bool:
+    """Whether ``name`` is a queue, the pointer of one, or the class vectors: only training's."""
+    return name in _QUEUES
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` belongs to a part that some BLIP has, needed by a model here or not."""
+    part = name.split(".")[0].removesuffix("_m")
+    return not name.startswith("text_encoder.pooler.") and part in (*_PARTS, "temp", *_QUEUES)
+
+
+def infer_config(tensors: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
+    """A BLIP's configuration from its weights (an official ``.pth`` comes without one).
+
+    Heads leave no trace in the weights. 64 channels a head are assumed, as in all of BLIP's
+    published ones, with a warning where the width is not one of theirs.
+
+    Args:
+        changes: fields to set instead of inferring, for example ``vision_heads``.
+
+    Raises:
+        UserError: the names are not a BLIP's, or the width is no multiple of 64.
+    """
+    try:
+        inferred = _sizes(tensors)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"these weights are not a BLIP's: no usable {error}") from error
+    for side in ("vision", "text"):
+        heads, width = f"{side}_heads", inferred[f"{side}_width"]
+        if heads not in changes:
+            unknown = f"weights do not show the number of {side} attention heads"
+            if width % 64:
+                raise UserError(f"{unknown}; put the model's {CONFIG_FILE} beside them")
+            if width not in (768, 1024):
+                logger.warning("%s: assuming %d (no %s)", unknown, width // 64, CONFIG_FILE)
+            inferred[heads] = width // 64
+    return BlipConfig(**{**inferred, **changes})
+
+
+def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The fields of a configuration that show in the shapes of weights."""
+    text = "text_encoder." if f"text_encoder.{WORD_EMBEDDINGS}" in tensors else _DECODER
+
+    def count(prefix: str) -> int:
+        return len({n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix)})
+
+    stem, patch = "conv", STEM_PATCH
+    if "visual_encoder.patch_embed.proj.0.0.weight" not in tensors:
+        stem, (_, _, patch, _) = "patch", tensors["visual_encoder.patch_embed.proj.weight"].shape
+    _, positions, vision_width = tensors["visual_encoder.pos_embed"].shape
+    vocabulary, text_width = tensors[f"{text}{WORD_EMBEDDINGS}"].shape
+    sizes = {
+        "image_size": round((positions - 1) ** 0.5) * patch,
+        "patch_size": patch,
+        "vision_stem": stem,
+        "vision_width": vision_width,
+        "vision_depth": count("visual_encoder.blocks."),
+        "vision_feedforward": len(tensors["visual_encoder.blocks.0.mlp.fc1.weight"]),
+        "text_width": text_width,
+        "text_depth": count(f"{text}encoder.layer."),
+        "text_feedforward": len(tensors[f"{text}encoder.layer.0.intermediate.dense.weight"]),
+        "text_positions": len(tensors[f"{text}embeddings.position_embeddings.weight"]),
+        "vocab_size": vocabulary,
+    }
+    if "vision_proj.weight" in tensors:
+        sizes["embed_dim"] = len(tensors["vision_proj.weight"])
+    return sizes
