@@ -132,7 +132,7 @@ def model_rate(
     table: PairTable, encoder: DualEncoder, batch_size: int, device: torch.device
 ) -> float:
     """Images and texts through the encoder, already decoded, as many as half of the dataset."""
-    first = [(0, range(min(8 * batch_size, len(table))))]
+    first = [(0, range(min(2 * batch_size, len(table))))]
     parts = decoded_batches(table, encoder.preprocess, encoder.tokenize, first, batch_size, 0)
     decoded = list(parts)
 
