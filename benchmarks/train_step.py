@@ -213,11 +213,15 @@ def profiled(step: Callable[[], Any], device: torch.device) -> tuple[dict[str, f
     with profile(activities=supported_activities()) as profiler:
         seconds = timed(step, 1, device)
     events = profiler.key_averages()
-    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    launched = [
+        event
+        for event in events
+        if event.device_type != DeviceType.CPU and not event.is_user_annotation  # named blocks
+    ]
     figures = {
         "seconds": seconds,
-        "kernels": sum(event.count for event in on_device),
-        "device_seconds": sum(event.self_device_time_total for event in on_device) / 1e6,
+        "kernels": sum(event.count for event in launched),
+        "device_seconds": sum(event.self_device_time_total for event in launched) / 1e6,
         "operators": sum(e.count for e in events if e.key.startswith("aten::")),
     }
     order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
