@@ -27,13 +27,13 @@ class Config:
 def run(config: Config) -> int:
     """Print the explanation; exit status 2 when there is no such sample."""
     from infogrowth.report.dataset import open_growth
-    from infogrowth.report.explaining import as_text, explain, image_strip
+    from infogrowth.report.explain import as_text, explain, image_strip
     from infogrowth.report.galleries import open_thumbnails
 
     table = open_growth(config.growth)
     found = explain(table, config.id)
     if config.image is not None:
-        thumbnails, note = open_thumbnails(config.lmdb, table.images)
+        thumbnails, note = open_thumbnails(config.lmdb, table.settings.get("images"))
         if note:
             raise UserError(note[:1].lower() + note[1:].rstrip("."))
         with atomic_write(config.image, "wb") as file:

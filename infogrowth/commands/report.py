@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from infogrowth.annotations import load_annotations
 from infogrowth.config import option
 from infogrowth.errors import UserError
@@ -46,21 +44,16 @@ class Config:
 def run(config: Config) -> int:
     """Write the page; says where it is and how large."""
     # Drawing libraries take a second to load: only once it is clear that there is work to do.
-    from infogrowth.report.page import render
-
     _check(config)
-    context: dict[str, Any] = {"dataset": False, "training": None, "map": None, "reasons": None}
-    context["groups"] = {"shown": []}
-    title = "Training"
-    if config.growth or config.annotations:
-        name, shown = _dataset(config)
-        title = name
-        context |= shown
-    if config.training:
-        from infogrowth.report.training_runs import read_runs, training_context
+    from infogrowth.report.page import render
+    from infogrowth.report.training_runs import read_runs, training_context
 
+    context: dict[str, Any] = {"title": "Training", "table": None, "training": None}
+    if config.growth or config.annotations:
+        context |= _dataset(config)
+    if config.training:
         context |= training_context(read_runs(config.training))
-    page = render("report.html.j2", title=config.title or title, **context).encode("utf-8")
+    page = render("report.html.j2", **context | ({"title": config.title} if config.title else {}))
     with atomic_write(config.output, "wb") as file:
         file.write(page)
     log.info("wrote %s (%.1f MB)", config.output, len(page) / 1e6)
@@ -75,10 +68,9 @@ def _check(config: Config) -> None:
             "nothing to report on: give a growth folder, --annotations FILE.json, "
             "or --training RUN_DIR …"
         )
-    if config.truth and not config.growth:
-        raise UserError("--truth is held against the decisions of a growth folder: give one")
-    if config.atlas and not config.growth:
-        raise UserError("--atlas shows the decisions of a growth folder: give one")
+    for name in ("truth", "atlas"):
+        if getattr(config, name) and not config.growth:
+            raise UserError(f"--{name} is about the decisions of a growth folder: give one")
     if config.atlas and not config.atlas.endswith(".parquet"):
         raise UserError(f"--atlas {config.atlas} must end in .parquet")
     distance = config.duplicate_distance
@@ -86,25 +78,25 @@ def _check(config: Config) -> None:
         raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2, or auto")
 
 
-def _dataset(config: Config) -> tuple[str, dict[str, Any]]:
+def _dataset(config: Config) -> dict[str, Any]:
     from infogrowth.report.dataset import open_annotations, open_growth
     from infogrowth.report.galleries import open_thumbnails
     from infogrowth.report.page import dataset_context
+    from infogrowth.report.projection import ATLAS_COMMAND, write_atlas
 
     table = (
         open_growth(config.growth) if config.growth else open_annotations(str(config.annotations))
     )
-    if not table.ids:
+    if not len(table.rows):
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
-    thumbnails, note = open_thumbnails(config.lmdb, table.images)
-    if config.atlas:
-        from infogrowth.report.atlas import COMMAND, write_atlas
-
-        write_atlas(config.atlas, table, thumbnails)
-        log.info("wrote %s; look at it with: %s", config.atlas, COMMAND.format(path=config.atlas))
+    thumbnails, note = open_thumbnails(config.lmdb, table.settings.get("images"))
+    if path := config.atlas:
+        write_atlas(path, table, thumbnails)
+        log.info("wrote %s; look at it with: %s", path, ATLAS_COMMAND.format(path=path))
     distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
     context = dataset_context(table, thumbnails, [note] if note else [], distance)
-    return table.name, context | {"truth": _score(config.truth, table) if config.truth else None}
+    truth = _score(config.truth, table) if config.truth else None
+    return {"title": table.name, **context, "truth": truth}
 
 
 def _score(path: str, table: "GrowthTable") -> "CaptionScore":
@@ -113,14 +105,14 @@ def _score(path: str, table: "GrowthTable") -> "CaptionScore":
 
     captions = {entry["image"]: entry["caption"] for entry in load_annotations(path)}
     right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
-    came = np.flatnonzero(~table.seeds)
-    if not any(table.ids[row] in right for row in came):
+    stream = table.rows[table.rows.reason != "seed"]
+    if not stream.id.isin(right).any():
         raise UserError(f"{path} knows none of the samples of {table.name}; are the ids the same?")
     return score_captions(
-        [table.ids[row] for row in came],
-        [table.original_captions[row] for row in came],
-        [table.captions[row] for row in came],
-        table.kept[came],
-        table.recaptioned[came],
+        stream.id.tolist(),
+        stream.original_caption.tolist(),
+        stream.caption.tolist(),
+        stream.verdict != "dropped",
+        stream.verdict == "recaptioned",
         right,
     )

@@ -1,8 +1,9 @@
-"""The figures behind the report: pure functions of arrays, no files, no drawing."""
+"""The figures behind the report: pure functions of a table, no files, no drawing."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from infogrowth.growth.sampling import REVERSE_FLOOR, normalized_gains
@@ -27,55 +28,22 @@ class Headline:
     effective_size: float  # sum of the normalized gains: draws of one gain-weighted pass
 
 
-@dataclass(frozen=True)
-class GrowthCurve:
-    """The stream in blocks: ``B`` blocks of equal length (the last may be shorter)."""
-
-    seen: np.ndarray  # (B,) int: samples seen at the end of the block
-    kept: np.ndarray  # (B,) int: kept so far, without the recaptioned
-    recaptioned: np.ndarray  # (B,) int, so far
-    dropped: np.ndarray  # (B,) int, so far
-    gain_image: np.ndarray  # (B,) float64: mean over the block's kept samples, NaN if none
-    gain_text: np.ndarray  # (B,) float64
-    source_starts: list[tuple[int, str]]  # (samples seen before it, name) of every source
-
-
-@dataclass(frozen=True)
-class SourceShare:
-    """What one source brought to the table."""
-
-    name: str
-    seen: int
-    kept: int
-    mean_gain: float  # of its kept samples, mean of image and text
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Expected visits of each kept sample in one training epoch (K,), and epoch lengths."""
-
-    gains: np.ndarray  # (K,) normalized gain
-    per_epoch: dict[str, np.ndarray]  # sampler -> (K,)
-    phases: dict[str, np.ndarray]  # "even" and "odd" epochs of two_phase -> (K,)
-    epoch_length: dict[str, float]  # sampler (and phase) -> expected draws
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DuplicateGroups:
     """Kept samples that hang together through images that are nearly the same to the encoder."""
 
     groups: list[list[int]]  # at least two rows each
     distance: float  # up to which two images count as near-duplicates
     usual: float  # median distance of a kept image to the nearest one before it
-    table: GrowthTable
-    nearest: np.ndarray  # (N,) distance to the nearest kept image at arrival, inf without one
+    nearest: np.ndarray  # (N,) distance to the nearest image at arrival, inf without one
+    captions: pd.Series  # (N,)
 
     def why(self, number: int) -> str:
         """Why the samples of a group count as near-duplicates, in one sentence."""
         rows = self.groups[number]
         linked = self.nearest[rows][self.nearest[rows] <= self.distance]
         widest = float(linked.max()) if len(linked) else 0.0
-        captions = len({self.table.captions[row] for row in rows})
+        captions = self.captions[rows].nunique()
         words = "the same caption" if captions == 1 else f"{captions} captions"
         if widest < ROUNDING:
             return f"The same image to the encoder, under {len(rows)} ids with {words}."
@@ -85,91 +53,78 @@ class DuplicateGroups:
 
 def headline(table: GrowthTable) -> Headline:
     """Count the verdicts and average the gains."""
-    kept = table.kept
-    gains = table.gains[kept]
-    means = np.nanmean(gains, axis=0) if np.isfinite(gains).any() else np.full(2, np.nan)
+    gains = table.gains[table.kept]
+    image, text = pd.DataFrame(gains).mean()
     return Headline(
-        seen=len(kept),
-        seeds=int(table.seeds.sum()),
-        kept=int(kept.sum()),
-        recaptioned=int(table.recaptioned.sum()),
-        dropped=int((~kept).sum()),
+        seen=len(table.rows),
+        seeds=int((table.rows.reason == "seed").sum()),
+        kept=len(gains),
+        recaptioned=int((table.rows.verdict == "recaptioned").sum()),
+        dropped=len(table.rows) - len(gains),
         skipped=sum(table.skipped.values()),
-        gain_image=float(means[0]),
-        gain_text=float(means[1]),
+        gain_image=float(image),
+        gain_text=float(text),
         effective_size=float(_safe_normalized(gains).sum()),
     )
 
 
-def growth_curve(table: GrowthTable, blocks: int = 120) -> GrowthCurve:
-    """Cumulative counts and the mean gain of each block of the stream.
+def growth_curve(table: GrowthTable, blocks: int = 120) -> pd.DataFrame:
+    """The stream in blocks of equal length (the last may be shorter), a row each.
 
     The block means flatten when new samples bring less that is new; a block holds at least five
     samples, so that one sample does not make a spike.
+
+    Returns:
+        columns ``seen`` (samples at the end of the block), ``kept`` (without the recaptioned),
+        ``recaptioned`` and ``dropped`` so far; ``gain_image`` and ``gain_text``, means over the
+        block's kept samples, NaN if it has none.
     """
-    count = len(table.ids)
-    length = max(5, -(-count // blocks))
-    starts = np.arange(0, count, length)
-    ends = np.minimum(starts + length, count)
-    kept = table.kept
+    count = len(table.rows)
+    block = np.arange(count) // max(5, -(-count // blocks))
+    verdicts = ("kept", "recaptioned", "dropped")
+    each = pd.DataFrame({verdict: table.rows.verdict == verdict for verdict in verdicts})
+    so_far = each.groupby(block).sum().cumsum()
+    gains = pd.DataFrame(table.gains, columns=["gain_image", "gain_text"])
+    means = gains.where(pd.Series(table.kept), axis=0).groupby(block).mean()
+    return pd.concat([so_far.sum(axis=1).rename("seen"), so_far, means], axis=1)
 
-    def so_far(mask: np.ndarray) -> np.ndarray:
-        return np.cumsum(mask)[ends - 1]
 
-    image, text = (_block_means(table.gains[:, i], kept, starts) for i in (0, 1))
-    return GrowthCurve(
-        seen=ends,
-        kept=so_far(kept & ~table.recaptioned),
-        recaptioned=so_far(table.recaptioned),
-        dropped=so_far(~kept),
-        gain_image=image,
-        gain_text=text,
-        source_starts=_source_starts(table.sources),
+def source_starts(table: GrowthTable) -> list[tuple[int, str]]:
+    """Of every source the number of samples seen before it, and its name."""
+    sources = table.rows.source
+    return list(sources[sources != sources.shift()].items())
+
+
+def by_source(table: GrowthTable) -> pd.DataFrame:
+    """What each source brought, in the order in which the sources were read: columns ``source``,
+    ``seen``, ``kept`` and ``gain``, the mean of its kept samples."""
+    rows = table.rows.assign(kept=table.kept, gain=table.rows.gain.where(table.kept))
+    return rows.groupby("source", sort=False, as_index=False).agg(
+        seen=("id", "size"), kept=("kept", "sum"), gain=("gain", "mean")
     )
 
 
-def by_source(table: GrowthTable) -> list[SourceShare]:
-    """What each source brought, in the order in which the sources were read."""
-    gain = table.mean_gain
-    shares = []
-    for name in dict.fromkeys(table.sources.tolist()):
-        of_source = table.sources == name
-        kept = of_source & table.kept
-        known = gain[kept & np.isfinite(gain)]
-        mean = float(known.mean()) if len(known) else float("nan")
-        shares.append(SourceShare(name, int(of_source.sum()), int(kept.sum()), mean))
-    return shares
-
-
-def expected_visits(gains: np.ndarray) -> Visits:
-    """How often each sampler is expected to draw each sample in an epoch (spec §2).
+def expected_visits(gains: np.ndarray) -> pd.DataFrame:
+    """How often each sampler is expected to draw each kept sample in an epoch (spec §2).
 
     * ``uniform``: once.
     * ``proportional``: N draws in repeated passes of Bernoulli(gain), so N · gain / sum(gain).
-    * ``two_phase``: the mean of an even epoch, Bernoulli(gain), and an odd one,
+    * ``two_phase``: the mean of an ``even`` epoch, Bernoulli(gain), and an ``odd`` one,
       Bernoulli(max(1 − gain, 0.1)).
 
     Args:
         gains: (K, 2) image and text gains of the kept samples.
+
+    Returns:
+        K rows, a column for each word above; ``even`` is the normalized gain. The sum of a column
+        is the length of an epoch.
     """
-    normalized = _safe_normalized(gains)
-    count, total = len(normalized), normalized.sum()
-    reverse = np.maximum(1 - normalized, REVERSE_FLOOR)
-    proportional = normalized * (count / total) if total > 0 else np.zeros(count)
-    return Visits(
-        gains=normalized,
-        per_epoch={
-            "uniform": np.ones(count),
-            "proportional": proportional,
-            "two_phase": (normalized + reverse) / 2,
-        },
-        phases={"even": normalized, "odd": reverse},
-        epoch_length={
-            "uniform": float(count),
-            "proportional": float(count) if total > 0 else 0.0,
-            "two_phase, even epochs": float(total),
-            "two_phase, odd epochs": float(reverse.sum()),
-        },
+    even = _safe_normalized(gains)
+    odd = np.maximum(1 - even, REVERSE_FLOOR)
+    proportional = even * (len(even) / even.sum()) if even.any() else even
+    return pd.DataFrame(
+        {"uniform": np.ones(len(even)), "proportional": proportional}
+        | {"two_phase": (even + odd) / 2, "even": even, "odd": odd}
     )
 
 
@@ -184,54 +139,39 @@ def duplicate_groups(table: GrowthTable, distance: float | None = None) -> Dupli
             distance at which a kept image usually finds its nearest, so that an encoder whose
             features lie close together calls no more duplicates than another.
     """
-    if table.neighbor_table is None:
-        return DuplicateGroups([], distance or 0.0, float("nan"), table, np.zeros(0))
-    kept = table.kept
-    rows, names, distances = _links(table)
-    nearest = np.full(len(kept), np.inf)
+    captions = table.rows.caption
+    if table.neighbors is None:
+        return DuplicateGroups([], distance or 0.0, float("nan"), np.zeros(0), captions)
+    names = table.neighbors["image_neighbors"].combine_chunks()
+    distances = table.neighbors["image_distances"].combine_chunks().flatten().to_numpy(False)
+    rows = names.value_parent_indices().to_numpy()
+    nearest = np.full(len(captions), np.inf)
     np.minimum.at(nearest, rows, distances)
-    known = nearest[kept & np.isfinite(nearest)]
+    known = nearest[table.kept & np.isfinite(nearest)]
     usual = float(np.median(known)) if len(known) else float("nan")
     if distance is None:
         distance = max(NEAR_DUPLICATE * usual, ROUNDING) if len(known) else 0.0
-    row_of = {table.ids[row]: row for row in np.flatnonzero(kept).tolist()}
-    parent = list(range(len(kept)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    close = (distances <= distance) & kept[rows]
-    for row, name in zip(
-        rows[close].tolist(), names.filter(pa.array(close)).to_pylist(), strict=True
-    ):
-        if name in row_of:
-            first, second = sorted((root(row), root(row_of[name])))
-            parent[second] = first
-    members: dict[int, list[int]] = {}
-    for row in row_of.values():
-        members.setdefault(root(row), []).append(row)
-    groups = [sorted(rows) for rows in members.values() if len(rows) > 1]
-    groups.sort(key=lambda rows: (-len(rows), rows[0]))
-    return DuplicateGroups(groups, distance, usual, table, nearest)
+    close = (distances <= distance) & table.kept[rows]
+    row_of = {name: row for row, name in table.rows.id[table.kept].items()}
+    near = [row_of.get(name, -1) for name in names.flatten().filter(pa.array(close)).to_pylist()]
+    links = np.stack([rows[close], np.array(near, np.int64)])
+    leader = _connected(len(captions), links[:, links[1] >= 0])
+    members = pd.Series(np.arange(len(leader))).groupby(leader).agg(list)
+    groups = sorted((m for m in members if len(m) > 1), key=lambda rows: (-len(rows), rows[0]))
+    return DuplicateGroups(groups, distance, usual, nearest, captions)
 
 
 def reason_counts(table: GrowthTable) -> list[tuple[str, int]]:
     """Why samples are not in the grown set: dropped and skipped ones by reason, most first."""
-    reasons, counts = np.unique(table.reasons[~table.kept], return_counts=True)
-    merged = dict(zip(reasons.tolist(), counts.tolist(), strict=True))
-    for reason, count in table.skipped.items():
-        merged[reason] = merged.get(reason, 0) + count
-    return sorted(merged.items(), key=lambda item: (-item[1], item[0]))
+    dropped = table.rows.reason[~table.kept].value_counts()
+    total = dropped.add(pd.Series(table.skipped, dtype=float), fill_value=0)
+    counts = [(str(reason), int(count)) for reason, count in total.items()]
+    return sorted(counts, key=lambda item: (-item[1], item[0]))
 
 
-def ranks_in_percent(values: np.ndarray) -> np.ndarray:
-    """(N,) the share of finite values that are smaller, in percent; NaN stays NaN."""
-    finite = np.sort(values[np.isfinite(values)])
-    shares = 100 * np.searchsorted(finite, values, side="left") / max(len(finite), 1)
-    return np.where(np.isfinite(values), shares, np.nan)
+def ranks_in_percent(values: pd.Series) -> pd.Series:
+    """(N,) the share of known values that are smaller, in percent; NaN stays NaN."""
+    return 100 * (values.rank(method="min") - 1) / values.count()
 
 
 def _safe_normalized(gains: np.ndarray) -> np.ndarray:
@@ -242,24 +182,15 @@ def _safe_normalized(gains: np.ndarray) -> np.ndarray:
     return normalized_gains(gains)
 
 
-def _block_means(values: np.ndarray, kept: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    valid = kept & np.isfinite(values)
-    sums = np.add.reduceat(np.where(valid, values, 0.0), starts) if len(starts) else np.zeros(0)
-    counts = np.add.reduceat(valid.astype(np.float64), starts) if len(starts) else np.zeros(0)
-    return np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
-
-
-def _source_starts(sources: np.ndarray) -> list[tuple[int, str]]:
-    if len(sources) == 0:
-        return []
-    changes = np.flatnonzero(sources[1:] != sources[:-1]) + 1
-    return [(int(row), str(sources[row])) for row in [0, *changes.tolist()]]
-
-
-def _links(table: GrowthTable) -> tuple[np.ndarray, pa.Array, np.ndarray]:
-    """Every recorded image neighbor: the row it belongs to, the neighbor's id, the distance."""
-    assert table.neighbor_table is not None
-    names = table.neighbor_table["image_neighbors"].combine_chunks()
-    distances = table.neighbor_table["image_distances"].combine_chunks()
-    rows = names.value_parent_indices().to_numpy()
-    return rows, names.flatten(), distances.flatten().to_numpy(zero_copy_only=False)
+def _connected(count: int, links: np.ndarray) -> np.ndarray:
+    """The smallest number (count,) that each number hangs together with, by links (2, L)."""
+    leader = np.arange(count)
+    while True:
+        smaller = leader[links].min(axis=0)
+        found = leader.copy()
+        for end in links:
+            np.minimum.at(found, leader[end], smaller)
+        found = found[found]
+        if (found == leader).all():
+            return leader
+        leader = found

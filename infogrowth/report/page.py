@@ -1,4 +1,4 @@
-"""From numbers, charts and cards to one HTML file that needs nothing else.
+"""From numbers, charts and samples to one HTML file that needs nothing else.
 
 Captions and ids are text from the web: the templates escape everything (autoescape), and a content
 security policy lets the browser run this package's own script and nothing else, should a mistake
@@ -7,39 +7,49 @@ ever slip through. No address in the page leads outside it.
 
 import base64
 import hashlib
-from importlib import resources
 from typing import Any
 
 import jinja2
+import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
+from infogrowth.growth.thresholds import StreamEstimate
 from infogrowth.report import formatting, numbers
+from infogrowth.report.charts import (
+    NARROW,
+    SMALL,
+    draw_alignment,
+    draw_gain,
+    draw_growth,
+    draw_purity,
+    draw_visits,
+    svg,
+    wide_and_narrow,
+)
 from infogrowth.report.dataset import GrowthTable
-from infogrowth.report.figures import dataset_charts
-from infogrowth.report.galleries import CardMaker, Thumbnails, galleries, groups
-from infogrowth.report.map import kept_map
+from infogrowth.report.formatting import compact, decimal
+from infogrowth.report.galleries import Thumbnails, galleries, groups
+from infogrowth.report.projection import kept_map
 
-_TEMPLATES = resources.files("infogrowth.report") / "templates"
 _FILTERS = ("count", "decimal", "percent", "plain", "share", "shown", "compact")
 
 
-def render(template: str, **context: Any) -> str:
-    """Fill ``template`` (a name in report/templates) and return a whole page."""
-    script = _asset("script.js")
+def render(template: str, **context: Any) -> bytes:
+    """Fill ``template`` (a name in report/templates); returns a whole page in UTF-8."""
+    files = jinja2.PackageLoader("infogrowth.report", "templates")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("infogrowth.report", "templates"),
+        loader=files,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
-    return environment.get_template(template).render(
-        style=Markup(_asset("style.css")),
-        script=Markup(script),
-        script_digest=Markup(_digest(script)),
-        **context,
-    )
+    style, script = (files.get_source(environment, name)[0] for name in ("style.css", "script.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    own = {"style": Markup(style), "script": Markup(script), "script_digest": Markup(digest)}
+    return environment.get_template(template).render(**own, **context).encode()
 
 
 def dataset_context(
@@ -49,38 +59,94 @@ def dataset_context(
     duplicate_distance: float | None = None,
 ) -> dict[str, Any]:
     """Everything that dataset.html.j2 shows."""
-    maker = CardMaker(table, thumbnails)
-    found = numbers.duplicate_groups(table, duplicate_distance)
-    curve = numbers.growth_curve(table)
+    duplicates = numbers.duplicate_groups(table, duplicate_distance)
+    head = numbers.headline(table)
     visits = numbers.expected_visits(table.gains[table.kept])
     return {
-        "dataset": True,
-        "has_decisions": table.has_decisions,
-        "has_text": table.has_text,
-        "headline": numbers.headline(table),
+        "table": table,
+        "address": thumbnails.address,
+        "headline": head,
         "settings_line": settings_line(table),
-        "settings_table": sorted((key, str(value)) for key, value in table.settings.items()),
-        "k": table.settings.get("k"),
         "notes": notes,
-        "sources": numbers.by_source(table),
-        "figures": dataset_charts(table, curve, visits),
-        "epoch_lengths": visits.epoch_length,
-        "galleries": galleries(maker),
-        "groups": {
-            "shown": groups(maker, found),
-            "total": len(found.groups),
-            "samples": sum(map(len, found.groups)),
-            "distance": found.distance,
-            "usual": found.usual,
-        },
-        "map": kept_map(table, maker),
+        "sources": list(numbers.by_source(table).itertuples()),
+        "figures": dataset_charts(table, head, visits),
+        "purity_note": purity_note(table.estimate) if table.estimate else None,
+        "epoch_lengths": visits.sum(),
+        "galleries": galleries(table),
+        "groups": groups(table, duplicates),
+        "duplicates": duplicates,
+        "map": kept_map(table, thumbnails),
         "reasons": numbers.reason_counts(table),
     }
 
 
+def dataset_charts(
+    table: GrowthTable, head: numbers.Headline, visits: pd.DataFrame
+) -> dict[str, Markup]:
+    """The charts of dataset.html.j2 by name; without those for which the table has no numbers."""
+    gains = dict(zip(("image", "text"), table.gains[table.kept].T, strict=True))
+    if not table.has_text:
+        del gains["text"]
+    means = f"{decimal(head.gain_image)} image and {decimal(head.gain_text)} text"
+    charts = {
+        "gain": svg(
+            "gains",
+            f"Histogram of gains of the kept samples; means {means}.",
+            SMALL,
+            draw_gain,
+            gains,
+        ),
+        "visits": svg(
+            "visits",
+            "Expected visits per epoch of the kept samples, ordered by gain, under the uniform, "
+            "proportional and two-phase samplers.",
+            SMALL,
+            draw_visits,
+            visits,
+        ),
+    }
+    if table.neighbors is not None:
+        curve = numbers.growth_curve(table)
+        charts["growth"] = wide_and_narrow(
+            "growth",
+            f"Of {head.seen} samples seen, {head.kept} were kept, {head.recaptioned} of them with "
+            f"a new caption, and {head.dropped} dropped. {_flattening(curve)}",
+            (680, 380),
+            (NARROW, 380),
+            draw_growth,
+            curve,
+            numbers.source_starts(table),
+        )
+    alignment, verdicts = table.rows.alignment, table.rows.verdict
+    if alignment.notna().any():
+        under = compact((alignment < (table.min_align or 0)).sum())
+        charts["alignment"] = svg(
+            "alignment",
+            f"Histogram of alignment; {under} samples lie under the threshold.",
+            SMALL,
+            draw_alignment,
+            alignment.to_numpy(),
+            verdicts.to_numpy(),
+            table.min_align,
+        )
+    if table.estimate is not None:
+        text = purity_note(table.estimate)
+        charts["purity"] = svg("purity", text, SMALL, draw_purity, table.estimate, table.min_align)
+    return charts
+
+
+def purity_note(estimate: StreamEstimate) -> str:
+    """What the estimate rests on, in one sentence."""
+    low, high = (f"{100 * share:.1f}" for share in estimate.noise_interval)
+    return (
+        f"Estimated from {estimate.seeds} seeds: {100 * estimate.noise:.1f} % "
+        f"of the stream's captions are wrong ({low} to {high} %)."
+    )
+
+
 def settings_line(table: GrowthTable) -> str:
     """The settings that matter in one line."""
-    if not table.has_decisions:
+    if table.neighbors is None:
         return "A result JSON: kept samples with their gains. A growth folder tells more."
     settings = table.settings
     # An encoder from a folder is named by its path: the last part says enough.
@@ -94,9 +160,14 @@ def settings_line(table: GrowthTable) -> str:
     return line[:1].upper() + line[1:] + "."
 
 
-def _asset(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+def _flattening(curve: pd.DataFrame) -> str:
+    """First against last fifth of the stream, for readers who cannot see the curve."""
+    gain = (curve.gain_image + curve.gain_text) / 2
+    fifth = max(1, len(gain) // 5)
+    first, last = gain[:fifth].mean(), gain[-fifth:].mean()
+    if not np.isfinite(first + last):
+        return ""
+    return (
+        f"The mean gain went from {decimal(first)} in the first fifth of the "
+        f"stream to {decimal(last)} in the last."
+    )

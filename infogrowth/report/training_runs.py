@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing
 from infogrowth.report.charts import (
-    PAGE,
-    Palette,
-    chart_style,
+    COLORS,
+    NARROW,
     compact_counts,
+    is_narrow,
     legend_above,
-    new_figure,
-    to_page,
+    wide_and_narrow,
 )
 
+RUN_COLORS = ["image", "run2", "kept", "dropped", "text", "run6"]  # those of --run1 … in style.css
 DASHES = ["solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))]
-
 RECALLS = {  # the keys of an evaluation's record, as they are shown
     "r_mean": "mean recall",
     "txt_r_mean": "text mean",
@@ -32,37 +32,40 @@ RECALLS = {  # the keys of an evaluation's record, as they are shown
 }
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One measured quantity along a run: (n,) samples seen, (n,) values."""
-
-    seen: np.ndarray
-    values: np.ndarray
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """What the log of a run holds."""
+    """What the log of a run holds.
+
+    Attributes:
+        loss, recall: values by the number of samples seen (index), ascending; recall is the mean
+            recall in percent, empty for a run that was not evaluated.
+        recall_table: of the best evaluation, in percent.
+        samples_per_second: median; NaN when the log does not say.
+        hours: from the first to the last record; NaN when unknown.
+    """
 
     name: str
-    loss: Curve
-    recall: Curve  # mean recall in percent; empty for a run that was not evaluated
-    recall_table: dict[str, float]  # recall of the best evaluation
-    samples_seen: int
-    samples_per_second: float  # median; NaN when the log does not say
-    hours: float  # from the first to the last record; NaN when unknown
+    loss: pd.Series
+    recall: pd.Series
+    recall_table: dict[str, float]
+    samples_per_second: float
+    hours: float
+
+    @property
+    def samples_seen(self) -> int:
+        """At the last loss or evaluation."""
+        return int(max(curve.index[-1] for curve in (self.loss, self.recall) if len(curve)))
 
     @property
     def last_loss(self) -> float:
         """Mean of the last twentieth of the losses (at least one), NaN without losses."""
-        tail = self.loss.values[-max(1, len(self.loss.values) // 20) :]
-        return float(tail.mean()) if len(tail) else float("nan")
+        return float(self.loss.iloc[-max(1, len(self.loss) // 20) :].mean())
 
 
 def read_run(directory: str | os.PathLike[str], name: str | None = None) -> TrainingRun:
     """Read ``directory``/log.jsonl, or a log file itself.
 
-    A last line that was cut off by a kill is left out; a resumed run's repeated steps count once,
+    A last line that a kill left unfinished is ignored; a resumed run's repeated steps count once,
     the later record winning.
 
     Raises:
@@ -72,21 +75,22 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
     path = path / "log.jsonl" if path.is_dir() else path
     records = _records(path)
     with_loss = [r for r in records if _is_number(r.get("loss"))]
-    # An epoch's record has the mean of its steps: it speaks only where no step was logged.
-    losses = _one_per_step([r for r in with_loss if r.get("kind") != "epoch"] or with_loss)
-    recalls = _one_per_step([r for r in records if "r_mean" in _recalls(r)])
+    # An epoch's record has the mean of its steps: it counts only where no step was logged.
+    losses = [r for r in with_loss if r.get("kind") != "epoch"] or with_loss
+    recalls = [(_position(r), table) for r in records if "r_mean" in (table := _recalls(r))]
     if not losses and not recalls:
         raise UserError(f"{path} has neither losses nor recalls; is it the log of a training run?")
-    best = max((_recalls(r) for r in recalls), key=lambda table: table["r_mean"], default={})
+    tables = dict(recalls)  # one per position: the last
+    best = max((tables[at] for at in sorted(tables)), key=lambda t: t["r_mean"], default={})
     speeds = [r["samples_per_s"] for r in records if _is_number(r.get("samples_per_s"))]
+    times = [r["time"] for r in records if _is_number(r.get("time"))]
     return TrainingRun(
         name=name or path.resolve().parent.name,
-        loss=Curve(_seen(losses), np.array([r["loss"] for r in losses], dtype=np.float64)),
-        recall=Curve(_seen(recalls), np.array([_recalls(r)["r_mean"] for r in recalls])),
+        loss=_curve({_position(record): record["loss"] for record in losses}),
+        recall=_curve({at: table["r_mean"] for at, table in tables.items()}),
         recall_table=best,
-        samples_seen=int(max((_position(r) for r in [*losses, *recalls]), default=0)),
         samples_per_second=float(np.median(speeds)) if speeds else float("nan"),
-        hours=_hours(records),
+        hours=(times[-1] - times[0]) / 3600 if len(times) > 1 else float("nan"),
     )
 
 
@@ -101,39 +105,26 @@ def read_runs(directories: list[str]) -> list[TrainingRun]:
     return runs
 
 
-def smoothed(values: np.ndarray, limit: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Means of consecutive stretches, at most ``limit`` of them, and where each one's middle is.
-
-    Returns:
-        (m,) positions as indexes into ``values``, (m,) means.
-    """
-    length = max(1, -(-len(values) // limit))
-    starts = np.arange(0, len(values), length)
-    lengths = np.minimum(length, len(values) - starts)
-    means = np.add.reduceat(values, starts) / lengths if len(values) else values
-    return (starts + lengths // 2).astype(int), means
+def smoothed(curve: pd.Series, limit: int = 200) -> pd.Series:
+    """Means of consecutive stretches, at most ``limit`` of them, each at its middle."""
+    length = max(1, -(-len(curve) // limit))
+    stretches = curve.groupby(np.arange(len(curve)) // length)
+    middles = [stretch.index[len(stretch) // 2] for _, stretch in stretches]
+    return pd.Series(stretches.mean().to_numpy(), middles, dtype=float)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    try:
+    with refusing(path, "the log of a training run", UnicodeDecodeError, fault="is not UTF-8 text"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read; give the OUTPUT_DIR of a training run") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
+            records.append(json.loads(line.strip() or "null"))
         except json.JSONDecodeError as error:
             if number == len(lines):  # the writer was killed in the middle of it
                 continue
             raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _is_number(value: object) -> bool:
@@ -154,72 +145,58 @@ def _recalls(record: dict[str, Any]) -> dict[str, float]:
 
 def _position(record: dict[str, Any]) -> float:
     """Where in the run a record lies: samples seen, else the step, else the epoch."""
-    for key in ("samples_seen", "step", "epoch"):
-        if _is_number(record.get(key)):
-            return float(record[key])
-    return 0.0
+    keys = ("samples_seen", "step", "epoch")
+    return next((float(record[key]) for key in keys if _is_number(record.get(key))), 0.0)
 
 
-def _seen(records: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([_position(record) for record in records], dtype=np.float64)
-
-
-def _one_per_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_position = {_position(record): record for record in records}
-    return [by_position[position] for position in sorted(by_position)]
-
-
-def _hours(records: list[dict[str, Any]]) -> float:
-    times = [r["time"] for r in records if _is_number(r.get("time"))]
-    return (times[-1] - times[0]) / 3600 if len(times) > 1 else float("nan")
+def _curve(values: dict[float, float]) -> pd.Series:
+    return pd.Series(values, dtype=float).sort_index()
 
 
 def training_context(runs: list[TrainingRun]) -> dict[str, Any]:
     """Everything that training.html.j2 shows."""
-    charts: dict[str, Any] = {"recall": None, "recall_narrow": None}
-    names = ", ".join(run.name for run in runs)
-    for what in ("loss", "recall"):
-        if any(len(getattr(run, what).values) for run in runs):
-            description = f"{what.capitalize()} over samples seen of the runs {names}."
-            for key, width in ((what, 480), (f"{what}_narrow", 350)):
-                figure = runs_figure(runs, what, PAGE, width)
-                charts[key] = to_page(figure, f"run-{key}", description)
+    names = [run.name for run in runs]
+    curves = {
+        "loss": ("loss", [smoothed(run.loss) for run in runs]),
+        "recall": ("mean recall (percent)", [run.recall for run in runs]),
+    }
+    charts = {
+        what: wide_and_narrow(
+            f"run-{what}",
+            f"{what.capitalize()} over samples seen of the runs {', '.join(names)}.",
+            (480, 300),
+            (NARROW, 300),
+            draw_runs,
+            ylabel,
+            names,
+            of_runs,
+        )
+        for what, (ylabel, of_runs) in curves.items()
+        if any(map(len, of_runs))
+    }
     found = {key for run in runs for key in run.recall_table}
     labels = {key: label for key, label in RECALLS.items() if key in found}
-    return {
-        "training": {"loss": None, "loss_narrow": None, "runs": runs, "recall_keys": labels}
-        | charts
-    }
+    return {"training": {"charts": charts, "runs": runs, "recall_keys": labels}}
 
 
-def runs_figure(
-    runs: Sequence[TrainingRun], what: str, palette: Palette, width: float = 570
-) -> Figure:
-    """``what`` ("loss" or "recall") of each run over the samples it has seen."""
-    with chart_style(palette):
-        figure = new_figure(width, 300)
-        axes = figure.subplots()
-        colors = palette.runs()
-        for number, run in enumerate(runs):
-            curve = run.loss if what == "loss" else run.recall
-            if len(curve.values) == 0:
-                continue
-            at, means = smoothed(curve.values) if what == "loss" else (slice(None), curve.values)
+def draw_runs(
+    figure: Figure, ylabel: str, names: Sequence[str], curves: Sequence[pd.Series]
+) -> None:
+    """A curve of each run over the samples it has seen."""
+    axes = figure.subplots()
+    for number, (name, curve) in enumerate(zip(names, curves, strict=True)):
+        if len(curve):
             axes.plot(
-                curve.seen[at],
-                means,
-                color=colors[number % len(colors)],
-                linestyle=DASHES[number // len(colors) % len(DASHES)],
-                marker="o" if len(means) <= 30 else "",
+                curve,
+                color=COLORS[RUN_COLORS[number % len(RUN_COLORS)]],
+                linestyle=DASHES[number // len(RUN_COLORS) % len(DASHES)],
+                marker="o" if len(curve) <= 30 else "",
                 markersize=4,
-                label=_short(run.name),
+                label=_short(name),
             )
-        axes.set_xlabel("samples seen")
-        axes.set_ylabel("loss" if what == "loss" else "mean recall (percent)")
-        axes.set_xlim(left=0)
-        compact_counts(axes, "x")
-        legend_above(axes, columns=2 if width < 450 else 4)
-        return figure
+    axes.set(xlabel="samples seen", ylabel=ylabel, xlim=(0, None))
+    compact_counts(axes, "x")
+    legend_above(axes, columns=2 if is_narrow(figure) else 4)
 
 
 def _short(name: str) -> str:

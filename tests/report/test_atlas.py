@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from infogrowth.growth.ledger import read_growth
-from infogrowth.report.atlas import write_atlas
 from infogrowth.report.dataset import open_growth
 from infogrowth.report.galleries import Thumbnails
+from infogrowth.report.projection import write_atlas
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_rows_hold_images_verdicts_and_neighbors(grown, tmp_path):
     features = read_growth(grown / "growth").kept_features("image").astype(np.float64)
     singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)[:2]
     np.testing.assert_allclose(np.linalg.norm(points, axis=0), singular, rtol=1e-4)
-    place = {row["id"]: row["projection_x"] for row in rows}
+    position = {row["id"]: row["projection_x"] for row in rows}
     for row, decision in zip(rows, decisions, strict=True):
         if row["verdict"] == "dropped" and decision["image_neighbors"]:
-            around = [place[name] for name in decision["image_neighbors"]]
+            around = [position[name] for name in decision["image_neighbors"]]
             assert row["projection_x"] == pytest.approx(np.mean(around))
 
 

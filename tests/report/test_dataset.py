@@ -35,15 +35,14 @@ def features(count):
 
 def test_columns_come_in_stream_order_with_their_neighbors(made):
     grown = open_growth(made.growth)
-    assert grown.ids == [r["id"] for r in made.rows]
-    assert grown.verdicts.tolist() == [r["verdict"] for r in made.rows]
+    for column in ("id", "verdict", "alignment", "original_caption"):
+        assert grown.rows[column].tolist() == [r[column] for r in made.rows]
     assert grown.gains[:, 0].tolist() == [r["gain_image"] for r in made.rows]
-    expected = list(
-        zip(made.rows[50]["text_neighbors"], made.rows[50]["text_distances"], strict=True)
-    )
-    assert grown.decision(50).text_neighbors == expected
-    assert grown.sources[0] == "seeds from seeds"
-    assert grown.sources[-1] == "a$b_{1}"
+    near = grown.near(50, "text")
+    assert [neighbor.id for neighbor in near] == made.rows[50]["text_neighbors"]
+    assert [neighbor.distance for neighbor in near] == made.rows[50]["text_distances"]
+    assert grown.rows.source.iloc[0] == "seeds from seeds"
+    assert grown.rows.source.iloc[-1] == "a$b_{1}"
 
 
 def test_absent_numbers_are_nan_and_absent_texts_empty(tmp_path, write_folder):
@@ -51,12 +50,12 @@ def test_absent_numbers_are_nan_and_absent_texts_empty(tmp_path, write_folder):
     rows = [row(0), row(1, "dropped", **absent, caption=None, original_caption=None)]
     write_folder(tmp_path / "g", rows, features(1), features(1))
     grown = open_growth(tmp_path / "g")
-    assert np.isnan(grown.alignment[1])
-    assert np.isnan(grown.mean_gain[1])
-    assert grown.captions == ["words", ""]
+    assert np.isnan(grown.rows.alignment[1])
+    assert np.isnan(grown.rows.gain[1])
+    assert grown.rows.caption.tolist() == ["words", ""]
 
 
-def test_a_sample_that_was_offered_again_counts_once_by_its_last_decision(tmp_path, write_folder):
+def test_a_sample_that_was_processed_again_counts_once_by_its_last_decision(tmp_path, write_folder):
     rows = [
         row(0),
         row(1, "dropped"),
@@ -69,9 +68,9 @@ def test_a_sample_that_was_offered_again_counts_once_by_its_last_decision(tmp_pa
     manifest["sources"].append({"kind": "retry", "features": "features/a", "retries": 0})
     (tmp_path / "g/manifest.json").write_text(json.dumps(manifest))
     grown = open_growth(tmp_path / "g")
-    assert grown.ids == ["s0", "s2", "s1", "s4"]
-    assert grown.verdicts.tolist() == ["kept", "kept", "recaptioned", "dropped"]
-    assert grown.sources[2] == "processed again from a"
+    assert grown.rows.id.tolist() == ["s0", "s2", "s1", "s4"]
+    assert grown.rows.verdict.tolist() == ["kept", "kept", "recaptioned", "dropped"]
+    assert grown.rows.source[2] == "processed again from a"
 
 
 def test_skipped_samples_of_features_that_were_read_twice_count_once(tmp_path, write_folder):
@@ -104,11 +103,10 @@ def test_a_result_json_has_kept_samples_and_gains_only(tmp_path):
         )
     )
     grown = open_annotations(path)
-    assert grown.captions == ["one / two", "three"]
-    assert grown.mean_gain.tolist() == [0.75, 0.2]
+    assert grown.rows.caption.tolist() == ["one / two", "three"]
+    assert grown.rows.gain.tolist() == [0.75, 0.2]
     assert grown.kept.all()
-    assert not grown.has_decisions
-    assert grown.neighbors(0, "image") == []
+    assert grown.near(0, "image") == []
 
 
 def test_an_empty_result_json_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import re
 import pytest
 from markupsafe import Markup
 
-from infogrowth.report.charts import PAGE, chart_style, new_figure, to_page
+from infogrowth.report.charts import COLORS, legend_above, svg
 from infogrowth.report.formatting import compact, count, decimal, percent, shown
 from infogrowth.report.page import render
 
@@ -40,7 +40,7 @@ def test_shown_text_has_no_controls_no_direction_overrides_and_no_lone_surrogate
 
 
 def test_the_policy_lets_the_browser_run_the_page_s_own_script_only():
-    page = render("report.html.j2", title="t", dataset=False, training=None)
+    page = render("report.html.j2", title="t", table=None, training=None).decode()
     script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
@@ -51,33 +51,31 @@ def test_the_policy_lets_the_browser_run_the_page_s_own_script_only():
 
 
 def test_texts_are_escaped_in_titles():
-    page = render("report.html.j2", title="</title><script>", dataset=False, training=None)
+    page = render("report.html.j2", title="</title><script>", table=None, training=None).decode()
     assert page.count("<script") == 1
     assert "&lt;/title&gt;&lt;script&gt;" in page
 
 
 def test_a_chart_follows_the_theme_and_names_what_it_shows():
-    with chart_style(PAGE):
-        figure = new_figure(200, 100)
-        figure.subplots().plot([1, 2], color=PAGE.kept, label="a $b_1$ <i>")
-        figure.axes[0].legend()
-    svg = to_page(figure, "one", 'says "what" <it> shows')
-    assert isinstance(svg, Markup)
-    assert "var(--kept)" in svg
-    assert "#fe" not in svg  # no placeholder is left
-    assert 'aria-label="says &quot;what&quot; &lt;it&gt; shows"' in svg
-    assert "a $b_1$ &lt;i&gt;" in svg
-    assert "<metadata" not in svg
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot([1, 2], color=COLORS["kept"], label="a $b_1$ <i>")
+        legend_above(axes)
+
+    drawn = svg("one", 'says "what" <it> shows', (200, 100), draw)
+    assert isinstance(drawn, Markup)
+    assert "var(--kept)" in drawn
+    assert not [color for color in COLORS.values() if color in drawn]
+    assert 'aria-label="says &quot;what&quot; &lt;it&gt; shows"' in drawn
+    assert "a $b_1$ &lt;i&gt;" in drawn
+    assert "<metadata" not in drawn
 
 
 def test_charts_on_one_page_share_no_ids_and_every_reference_is_met():
-    def drawn(name):
-        with chart_style(PAGE):
-            figure = new_figure(200, 100)
-            figure.subplots().plot([1, 2, 3], marker="o")
-        return to_page(figure, name, "d")
+    def draw(figure):
+        figure.subplots().plot([1, 2, 3], marker="o")
 
-    page = drawn("one") + drawn("two")
+    page = svg("one", "d", (200, 100), draw) + svg("two", "d", (200, 100), draw)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     references = set(re.findall(r'href="#([^"]+)"', page)) | set(

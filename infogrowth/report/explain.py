@@ -1,11 +1,11 @@
 """Why one sample was kept, recaptioned or dropped, in words, numbers and images."""
 
 import difflib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from infogrowth.data.names import image_key, strip_extension
@@ -13,17 +13,15 @@ from infogrowth.errors import UserError
 from infogrowth.growth.decisions import Decision
 from infogrowth.report.dataset import GrowthTable, Neighbor
 from infogrowth.report.formatting import decimal, percent, shown
-from infogrowth.report.galleries import Thumbnails
+from infogrowth.report.galleries import Thumbnails, samples
 from infogrowth.report.numbers import expected_visits, ranks_in_percent
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known of one decision. Numbers are None where they were not computed."""
+    """What is known of one decision."""
 
-    sample: Decision
-    row: int  # position in the stream, from 0
-    source: str
+    sample: Any  # a row of the table; its Index is the position in the stream, from 0
     why: str
     min_align: float | None
     gain_rank: float | None  # percent of the kept samples with a smaller mean gain
@@ -31,10 +29,17 @@ class Explanation:
     neighbors: dict[str, list[Neighbor]]  # by space, nearest first
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``."""
-        found = asdict(self)
-        neighbors = {f"{space}_neighbors": near for space, near in found.pop("neighbors").items()}
-        return {**found.pop("sample"), **found, **neighbors}
+        """Plain values for ``--json``: a `Decision` and what is said of it; None is unknown."""
+        near = {f"{space}_neighbors": found for space, found in self.neighbors.items()}
+        decision = {
+            field.name: [asdict(neighbor) for neighbor in near[field.name]]
+            if field.name in near
+            else _plain(getattr(self.sample, field.name))
+            for field in fields(Decision)
+        }
+        about = {"row": self.sample.Index, "source": self.sample.source, "why": self.why}
+        about |= {"min_align": self.min_align, "gain_rank": self.gain_rank, "visits": self.visits}
+        return decision | about
 
 
 def explain(table: GrowthTable, sample_id: str) -> list[Explanation]:
@@ -45,37 +50,32 @@ def explain(table: GrowthTable, sample_id: str) -> list[Explanation]:
     Raises:
         UserError: no such sample, with the nearest ids.
     """
-    rows = [row for row, name in enumerate(table.ids) if name == sample_id]
-    if not rows:
-        stem = strip_extension(sample_id)
-        rows = [row for row, name in enumerate(table.ids) if strip_extension(name) == stem]
-    if not rows:
-        key = image_key(sample_id)
-        rows = [row for row, name in enumerate(table.ids) if image_key(name) == key]
-    if not rows:
+    ids = table.rows.id
+    ways: list[Callable[[str], str]] = [str, strip_extension, image_key]
+    matches = (table.rows[ids.map(way) == way(sample_id)] for way in ways)
+    found = next((rows for rows in matches if len(rows)), None)
+    if found is None:
         # difflib looks at every id; the first hundred thousand are enough for a hint
-        close = difflib.get_close_matches(sample_id, table.ids[:100_000], n=3)
+        close = difflib.get_close_matches(sample_id, ids[:100_000].tolist(), n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UserError(
             f"sample {sample_id!r} was never processed in {table.name!r}"
             f"{hint or '; samples without features are counted by reason in the report'}"
         )
-    kept_rows = np.flatnonzero(table.kept)
-    visits = expected_visits(table.gains[kept_rows]).per_epoch
-    ranks = ranks_in_percent(table.mean_gain[kept_rows])
-    at = {row: index for index, row in enumerate(kept_rows.tolist()) if row in rows}
+    kept = table.rows[table.kept]
+    visits = expected_visits(table.gains[table.kept]).set_index(kept.index)
+    ranks = ranks_in_percent(kept.gain)
+    samplers = ["uniform", "proportional", "two_phase"]
     return [
         Explanation(
-            sample=table.decision(row),
-            row=row,
-            source=str(table.sources[row]),
-            why=_why(table.decision(row), table.min_align),
+            sample=sample,
+            why=_why(sample, table.min_align),
             min_align=table.min_align,
-            gain_rank=float(ranks[at[row]]) if row in at else None,
-            visits={name: float(v[at[row]]) for name, v in visits.items()} if row in at else None,
-            neighbors={space: table.neighbors(row, space) for space in ("image", "text")},
+            gain_rank=float(ranks[sample.Index]) if sample.Index in ranks else None,
+            visits=visits.loc[sample.Index, samplers].to_dict() if sample.Index in ranks else None,
+            neighbors={space: table.near(sample.Index, space) for space in ("image", "text")},
         )
-        for row in rows
+        for sample in samples(found)
     ]
 
 
@@ -94,7 +94,7 @@ def as_text(found: Explanation) -> str:
     lines.append(f"caption     {shown(sample.caption)}")
     if sample.original_caption != sample.caption:
         lines.append(f"was         {shown(sample.original_caption)}")
-    if sample.recaption_alignment is not None:
+    if _plain(sample.recaption_alignment) is not None:
         by = f"by {shown(sample.captioner)}, " if sample.captioner else ""
         rule = f", taken by {sample.recaption_rule}" if sample.recaption_rule else ", not taken"
         lines.append(f"recaption   {by}alignment {decimal(sample.recaption_alignment)}{rule}")
@@ -102,13 +102,13 @@ def as_text(found: Explanation) -> str:
     if found.visits:
         each = (f"{name.replace('_', '-')} {value:.2f}" for name, value in found.visits.items())
         lines.append(f"visits      per epoch: {', '.join(each)}")
-    source = f", from {shown(found.source)}" if found.source else ""
-    lines.append(f"arrived     as number {found.row + 1:,}{source}")
+    source = f", from {shown(sample.source)}" if sample.source else ""
+    lines.append(f"arrived     as number {sample.Index + 1:,}{source}")
     for space, neighbors in found.neighbors.items():
         if neighbors:
             lines += ["", f"nearest in {space} space when it arrived (cosine distance)"]
             lines += [
-                f"  {decimal(near.distance)}  {shown(near.id)}  {_cut(near.caption)}"
+                f"  {decimal(near.distance)}  {shown(near.id)}  {_shortened(near.caption)}"
                 for near in neighbors
             ]
     return "\n".join(lines)
@@ -116,7 +116,7 @@ def as_text(found: Explanation) -> str:
 
 def image_strip(found: Explanation, thumbnails: Thumbnails, side: int = 224) -> Image.Image:
     """The sample and its nearest images in a row, with captions and distances under them."""
-    entries = [(found.sample.id, str(found.sample.verdict), found.sample.caption)]
+    entries = [(found.sample.id, found.sample.verdict, found.sample.caption)]
     entries += [(n.id, f"distance {n.distance:.3f}", n.caption) for n in found.neighbors["image"]]
     margin, words = 16, 84
     width = margin + len(entries) * (side + margin)
@@ -140,11 +140,11 @@ def image_strip(found: Explanation, thumbnails: Thumbnails, side: int = 224) -> 
     return strip
 
 
-def _why(sample: Decision, min_align: float | None) -> str:
+def _why(sample: Any, min_align: float | None) -> str:
     """One sentence for the reader."""
     before, after = decimal(sample.original_alignment), decimal(sample.alignment)
     threshold = f"{min_align:g}" if min_align is not None else "the threshold"
-    match str(sample.verdict), str(sample.reason):
+    match sample.verdict, sample.reason:
         case _, "seed":
             return "It belongs to the trusted start set, which is never filtered."
         case "recaptioned", _:
@@ -161,10 +161,15 @@ def _why(sample: Decision, min_align: float | None) -> str:
                 f"Image and caption do not fit ({before} is under {threshold}), "
                 "and neither does the new caption."
             )
-    return f"{str(sample.verdict).capitalize()}: {sample.reason}."
+    return f"{sample.verdict.capitalize()}: {sample.reason}."
 
 
-def _cut(text: str, limit: int = 90) -> str:
+def _plain(value: Any) -> Any:
+    """A value of the table; None for what is unknown."""
+    return None if value != value or value == "" else value
+
+
+def _shortened(text: str, limit: int = 90) -> str:
     text = shown(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

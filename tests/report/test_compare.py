@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from infogrowth.report.comparing import compare
+from infogrowth.report.compare import compare
 from infogrowth.report.dataset import open_annotations, open_growth
 
 

@@ -5,7 +5,7 @@ import pytest
 from infogrowth.annotations import save_annotations
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import open_annotations, open_growth
-from infogrowth.report.explaining import as_text, explain, image_strip
+from infogrowth.report.explain import as_text, explain, image_strip
 from infogrowth.report.galleries import Thumbnails
 
 
@@ -36,11 +36,11 @@ def test_a_new_caption_tells_who_wrote_it_and_what_let_it_in(made, grown):
     found = one(grown, made.ids("recaptioned")[0])
     assert "captioner" not in as_text(found)  # folders of earlier versions did not record it
     record = {"captioner": "nearest:list.json", "recaption_alignment": 0.7125}
-    taken = replace(found.sample, **record, recaption_rule="auto 0.62")
+    taken = found.sample._replace(**record, recaption_rule="auto 0.62")
     assert "by nearest:list.json, alignment 0.713, taken by auto 0.62" in as_text(
         replace(found, sample=taken)
     )
-    tried = replace(found.sample, **record)
+    tried = found.sample._replace(**record)
     assert "alignment 0.713, not taken" in as_text(replace(found, sample=tried))
 
 
