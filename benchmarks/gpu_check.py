@@ -543,14 +543,13 @@ def resume(machine: Machine) -> Iterator[Row]:
     # Dropout and negatives are drawn by the device, so these steps do without both.
     cpu, alike = torch.device("cpu"), {"text_dropout": 0.0, "objectives": ["ita", "lm"]}
     with deterministic(cpu):
-        stayed = runs.train("stayed", full, cpu, **alike)
+        runs.train("stayed", full, cpu, **alike)
         runs.train("moved", half, cpu, **alike)
         runs.train("moved", half + half // 2, machine.device, **alike)
-        moved = runs.train("moved", full, cpu, **alike)
+        runs.train("moved", full, cpu, **alike)
+    # Rounding moves a loss by 1e-6, an optimizer that lost its state by 0.2.
     error = float((runs.losses("stayed") - runs.losses("moved")).abs().max())
     yield machine.within("CPU, then the device, then CPU: losses", error, 1e-3)
-    share = float((stayed - moved).norm() / (stayed - runs.train("new", 1, cpu, **alike)).norm())
-    yield machine.within("the same: weights, of what training moved", share, 5e-2)
 
 
 class TrainingRuns:
