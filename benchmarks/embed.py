@@ -32,7 +32,7 @@ from infogrowth.config import option
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source
 from infogrowth.encoders.embedding import Timing, computed, embed_pairs, threads_for, workers_for
 from infogrowth.encoders.loading import load_encoder
-from infogrowth.encoders.protocols import DualEncoder
+from infogrowth.encoders.models import DualEncoder
 from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.files import atomic_write_json
 from infogrowth.randomness import generator

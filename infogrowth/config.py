@@ -23,17 +23,20 @@ C = TypeVar("C")
 
 
 def option(
-    default: Any = dataclasses.MISSING, help: str = "", flag: bool = True, short: str | None = None
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    min: float | None = None,
+    short: str | None = None,
 ) -> Any:
     """A configuration field.
 
     Args:
         default: the value when neither file nor flag gives one; without it the key is required.
         help: one line for ``--help``.
-        flag: whether the command line has a flag for it (else only the YAML has).
+        min: the least that a number may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
     """
-    metadata = {"help": help, "flag": flag, "short": short}
+    metadata = {"help": help, "min": min, "short": short}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -76,6 +79,10 @@ def build_config(
             raise UserError(f"unknown {where}{nearest(str(key), list(fields))}")
     hints = typing.get_type_hints(cls)
     values = {key: _coerce(value, hints[key], where) for key, (value, where) in given.items()}
+    for key, value in values.items():
+        least = fields[key].metadata.get("min")
+        if least is not None and isinstance(value, int | float) and not value >= least:
+            raise UserError(f"{given[key][1]} must be at least {least}, not {value}")
     for name, field in fields.items():
         if name not in values and _is_required(field):
             how = f"--{_flag(name)}"
@@ -97,8 +104,6 @@ def add_flags(
         common: dict[str, Any] = {"help": _help(field, hint), "default": argparse.SUPPRESS}
         if field.name in positional:
             parser.add_argument(field.name, nargs="*" if many else "?", **common)
-            continue
-        if not field.metadata.get("flag", True):
             continue
         common["dest"] = field.name
         # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.

@@ -1,6 +1,6 @@
 """`infogrowth embed`: image and text features of a dataset, as clip-retrieval shards."""
 
-import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +11,9 @@ from infogrowth.remote import retry_summary
 
 if TYPE_CHECKING:
     from infogrowth.encoders.embedding import Summary
-    from infogrowth.encoders.protocols import DualEncoder
+    from infogrowth.encoders.models import DualEncoder
 
 HELP = "compute image and text features of all pairs"
-
-logger = logging.getLogger(__name__)
 
 COMPARED = {
     "kind": "command",
@@ -48,10 +46,10 @@ class Config:
         None, help="vocab.txt for a BLIP checkpoint that has none beside it"
     )
     batch_size: int | Literal["auto"] = option(
-        "auto", help="pairs per batch; auto: 64 on a CPU, 256 on a GPU"
+        "auto", help="pairs per batch; auto: 64 on a CPU, 256 on a GPU", min=1
     )
-    workers: int | Literal["auto"] = option("auto", help="processes that decode images")
-    shard_size: int | Literal["auto"] = option("auto", help="pairs per shard")
+    workers: int | Literal["auto"] = option("auto", help="processes that decode images", min=0)
+    shard_size: int | Literal["auto"] = option("auto", help="pairs per shard", min=1)
     part: str | None = option(
         None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
     )
@@ -60,41 +58,52 @@ class Config:
 
 def run(config: Config) -> int:
     """Embed the dataset; under the launcher each rank takes the next shard when it is free."""
-    _refuse_nonsense(config)
+    part = parse_part(config.part)
+    if config.source is None:
+        if config.lmdb is None or config.annotations is None:
+            raise UserError("give --lmdb DIR with --annotations FILE.json, or --source PATH")
+    elif config.lmdb is not None or config.annotations is not None:
+        raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
     from infogrowth import distributed
-    from infogrowth.encoders import dataset
+    from infogrowth.encoders.dataset import pairs_of_lmdb, pairs_of_source
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
-    from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size
+    from infogrowth.encoders.shards import ShardedOutput
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         if config.source is not None:
-            pairs = dataset.pairs_of_source(config.source)
+            table = pairs_of_source(config.source)
         else:
-            assert config.lmdb is not None and config.annotations is not None
-            pairs = dataset.pairs_of_lmdb(config.lmdb, config.annotations)
-        if not len(pairs):
+            table = pairs_of_lmdb(str(config.lmdb), str(config.annotations))
+        if not len(table):
             raise UserError(f"{config.annotations or config.source} holds no samples to embed")
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(config.encoder, device, config.vocabulary)
-        size = config.shard_size
-        size = automatic_shard_size(len(pairs)) if size == "auto" else size
-        identity = {"kind": "features", "encoder": encoder_identity(encoder), **pairs.origin}
-        captions: Sequence[str | None] = pairs.captions or [None] * len(pairs)
-        samples = list(zip(pairs.ids, captions, strict=True))
+        identity = {"kind": "features", "encoder": encoder_identity(encoder), **table.origin}
+        captions: Sequence[str | None] = table.captions or [None] * len(table)
         output = ShardedOutput(
-            config.output, identity, COMPARED, len(pairs), size, config.part, samples
-        )
-        if output.finished:
-            logger.info("%s is finished already: nothing to do", config.output)
-        result = embed_pairs(
-            pairs, encoder, output, device,
-            automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type]),
-            automatic(config.workers, None),
+            config.output, identity, COMPARED, len(table), automatic(config.shard_size, None), part,
+            samples=list(zip(table.ids, captions, strict=True)),
         )  # fmt: skip
+        batch_size = automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type])
+        workers = automatic(config.workers, None)
+        result = embed_pairs(table, encoder, output, device, batch_size, workers)
         if distributed.is_main():
             print_summary(config.output, result)
     return 0
+
+
+def parse_part(part: str | None) -> tuple[int, int]:
+    """``"3/16"`` as (2, 16): the third of 16 jobs takes shards 2, 18, 34, …; None is all of them.
+
+    Raises:
+        UserError: no such part.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if part is None else part)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--part must be one of 1/N … N/N, for example 3/16, not {part!r}")
+    return number - 1, count
 
 
 def automatic(value: Any, default: Any) -> Any:
@@ -103,59 +112,32 @@ def automatic(value: Any, default: Any) -> Any:
 
 
 def encoder_identity(encoder: "DualEncoder") -> dict[str, Any]:
-    """How features.json names the encoder, and `grow` tells whether two folders go together."""
-    return {
-        "name": encoder.name,
-        "fingerprint": encoder.fingerprint,
-        "dimension": encoder.dimension,
-    }
+    """How features.json names the encoder, and `grow` knows whether two folders go together."""
+    return {name: getattr(encoder, name) for name in ("name", "fingerprint", "dimension")}
 
 
 def print_summary(output: str, result: "Summary") -> None:
     """The table at the end: what is in the folder, and how this run went."""
-    description = result.description
-    skipped: dict[str, int] = description.get("skipped", {})
-    rows = [("samples", description["rows"])]
-    if description["finished"]:
-        rows += [("embedded", description["pairs"]), ("skipped", sum(skipped.values()))]
-        rows += [(f"  {reason}", count) for reason, count in sorted(skipped.items())]
-    rows += [("dimension", description["encoder"]["dimension"]), ("shards", description["shards"])]
-    width = max(len(name) for name, _ in rows)
-    for name, count in rows:
+    about = result.description
+    rows = {"samples": about["rows"]}
+    if about["finished"]:
+        skipped: dict[str, int] = about.get("skipped", {})
+        rows |= {"embedded": about["pairs"], "skipped": sum(skipped.values())}
+        rows |= {f"  {reason}": count for reason, count in sorted(skipped.items())}
+    rows |= {"dimension": about["encoder"]["dimension"], "shards": about["shards"]}
+    width = max(map(len, rows))
+    for name, count in rows.items():
         print(f"{name:<{width}}  {count:>12,}")
     if result.pairs:
-        timing = result.timing
+        waited = ", ".join(f"{time:.1f} s for {what}" for what, time in result.timing.items())
         print(
             f"{result.pairs:,} pairs in {result.seconds:.1f} s: "
-            f"{result.pairs / result.seconds:,.0f} pairs/s, bound by {timing.bound()} "
-            f"(waited {timing.decoding:.1f} s for decoding, {timing.computing:.1f} s for the "
-            f"model, {timing.writing:.1f} s for writing)"
+            f"{result.pairs / result.seconds:,.0f} pairs/s, bound by "
+            f"{max(result.timing, key=result.timing.__getitem__)} (waited {waited})"
         )
-    if description["finished"]:
+    if about["finished"]:
         print(f"written: {output}")
     else:
         print(f"this part is written; {output} is finished once all parts are")
     if (retried := retry_summary()) is not None:
         print(retried)
-
-
-def _refuse_nonsense(config: Config) -> None:
-    """What can be said before anything is loaded."""
-    if config.source is not None:
-        if config.lmdb is not None or config.annotations is not None:
-            raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
-    elif config.lmdb is None or config.annotations is None:
-        raise UserError("give --lmdb DIR with --annotations FILE.json, or --source PATH")
-    refuse_bad_numbers(config)
-
-
-def refuse_bad_numbers(config: Any) -> None:
-    """Batch size, shard size, workers and part that mean nothing."""
-    for name, minimum in (("batch_size", 1), ("shard_size", 1), ("workers", 0)):
-        value = getattr(config, name)
-        if value != "auto" and value < minimum:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
-    if config.part is not None:
-        from infogrowth.encoders.shards import parse_part
-
-        parse_part(config.part)

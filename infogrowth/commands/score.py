@@ -1,7 +1,7 @@
 """`infogrowth score`: other measures than the cosine of how well captions fit, as a table by id."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,8 @@ from infogrowth.neighbors.rows import row_products, unit_rows
 if TYPE_CHECKING:
     import torch
 
+    from infogrowth.encoders.blip import BlipMatcher
+
 HELP = "score pairs by cosine, normalised cosine (negCLIP) and BLIP's matching head (ITM)"
 log = logging.getLogger(__name__)
 
@@ -52,19 +54,22 @@ class Config:
         None, help="take negclip's reference of this growth folder, grown with --clean-by negclip"
     )
     temperature: float = option(TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's")
-    reference_rows: int = option(REFERENCE_ROWS, help="pairs in negclip's reference")
+    reference_rows: int = option(REFERENCE_ROWS, help="pairs in negclip's reference", min=1)
     images: str | None = option(None, help="for itm: LMDB, folder or shards [those embedded]")
     matcher: str | None = option(None, help="for itm: the BLIP that judges [the encoder]")
     vocabulary: str | None = option(None, help="vocab.txt for a BLIP that has none beside it")
     feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
-    batch_size: int = option(64, help="pairs per batch of itm")
-    workers: int | Literal["auto"] = option("auto", help="processes that decode images for itm")
+    batch_size: int = option(64, help="pairs per batch of itm", min=1)
+    workers: int | Literal["auto"] = option(
+        "auto", help="processes that decode images for itm", min=0
+    )
     device: str = option("auto", help="auto, cpu or cuda")
 
 
 def run(config: Config) -> int:
     """Score all pairs; under the launcher the parts are divided among the ranks."""
-    _check(config)
+    if not config.by:
+        raise UserError("--by is empty: give cosine, negclip or itm")
     features = open_features(config.features, ("image", "text"), config.feature_key)
     if features.rows == 0:
         raise UserError(f"the features {config.features} hold no samples")
@@ -75,23 +80,29 @@ def run(config: Config) -> int:
 
     recaptions = open_features(config.recaptions, ("text",)) if config.recaptions else None
     with distributed.process_group(config.device) as device:
-        judge = _Judge(config, features, device) if "itm" in config.by else None
-        negclip = _negclip(config, features) if "negclip" in config.by else None
-        table = RecaptionTable(recaptions) if recaptions else {}
-        scorer = _Scorer(tuple(config.by), negclip, judge, table)
+        scores: dict[str, Score] = {}
+        identity: dict[str, Any] = {"negclip": None, "itm": None}
+        for name in config.by:
+            if name == "cosine":
+                scores[name] = _of_features(row_products)
+            elif name == "negclip":
+                negclip = _negclip(config, features)
+                scores[name], identity[name] = _of_features(negclip), negclip.digest()
+            else:
+                matcher, images = _matcher(config, features, device)
+                scores[name] = _of_images(config, matcher, images)
+                identity[name] = matcher.fingerprint
         identity = {
             "features": features.fingerprint(features.rows),
             "rows": features.rows,
             "scores": list(config.by),
-            "negclip": negclip and negclip.digest(),
-            "itm": judge and judge.fingerprint,
+            **identity,
             "recaptions": recaptions and recaptions.fingerprint(recaptions.rows),
         }
         folder = Path(config.output)
-        if distributed.is_main():
-            _prepare(folder, identity)
-        distributed.barrier()
-        _write_parts(folder, features, scorer)
+        distributed.on_main(lambda: _prepare(folder, identity))
+        table = RecaptionTable(recaptions) if recaptions else {}
+        _write_parts(folder, features, lambda batch: _columns(batch, scores, table))
         distributed.barrier()
         if distributed.is_main():
             _print_summary(folder, features.rows)
@@ -99,18 +110,76 @@ def run(config: Config) -> int:
     return 0
 
 
-def _check(config: Config) -> None:
-    for name in ("batch_size", "reference_rows"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if not config.by:
-        raise UserError("--by is empty: give cosine, negclip or itm")
+Score = Callable[[list[str], list[str], np.ndarray, np.ndarray], np.ndarray]
+"""Ids, captions, image and text rows as stored -> (N,) float64, NaN where there is no score."""
+
+
+def _of_features(score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score:
+    """A score of unit rows."""
+
+    def scored(
+        ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
+    ) -> np.ndarray:
+        (image, image_faults), (text, text_faults) = unit_rows(image), unit_rows(text)
+        usable = (image_faults == 0) & (text_faults == 0)
+        values = np.full(len(ids), np.nan)
+        values[usable] = score(image[usable], text[usable])
+        return values
+
+    return scored
 
 
 def _negclip(config: Config, features: FeatureStream) -> NegClip:
     if config.growth:
         return NegClip.load(reference_path(config.growth))
     return draw_reference(features, config.temperature, config.reference_rows)
+
+
+def _matcher(
+    config: Config, features: FeatureStream, device: "torch.device"
+) -> "tuple[BlipMatcher, str]":
+    """BLIP's matching head, and where the images of the features are."""
+    from infogrowth import distributed
+    from infogrowth.encoders.loading import load_matcher
+
+    name = config.matcher or (features.encoder or {}).get("name")
+    images = config.images or features.description.get("images")
+    if name is None:
+        raise UserError(f"{config.features} does not record its encoder: give --matcher, a BLIP")
+    if images is None:
+        raise UserError(f"{config.features} does not record where its images are: give --images")
+    with distributed.main_first():  # rank 0 downloads, the others find the files
+        return load_matcher(str(name), device, config.vocabulary), str(images)
+
+
+def _of_images(config: Config, matcher: "BlipMatcher", images: str) -> Score:
+    """The matcher's probability that a caption belongs to its image."""
+
+    import torch
+
+    from infogrowth.encoders import dataset
+    from infogrowth.encoders.embedding import Timing, computed, threads_for, workers_for
+
+    def match(batch: dataset.DecodedBatch) -> np.ndarray:
+        if batch.tokens is None or not isinstance(batch.images, torch.Tensor):
+            return np.empty(0)
+        return matcher.match(batch.images, batch.tokens).numpy()
+
+    def scored(
+        ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
+    ) -> np.ndarray:
+        table = dataset.PairTable(ids, {}, dataset.pairs_by_id(images, ids, captions))
+        batches = dataset.decoded_batches(
+            table, matcher.preprocess, matcher.tokenize, [(0, range(len(ids)))], config.batch_size,
+            workers_for(matcher.device) if config.workers == "auto" else config.workers,
+            pinned=matcher.device.type == "cuda",
+        )  # fmt: skip
+        values = np.full(len(ids), np.nan)
+        for batch, found in computed(batches, match, threads_for(matcher.device), Timing()):
+            values[batch.rows] = found
+        return values
+
+    return scored
 
 
 def _prepare(folder: Path, identity: dict[str, Any]) -> None:
@@ -130,21 +199,45 @@ def _prepare(folder: Path, identity: dict[str, Any]) -> None:
         atomic_write_json(about, identity, indent=1)
 
 
-def _write_parts(folder: Path, features: FeatureStream, scorer: "_Scorer") -> None:
+def _write_parts(
+    folder: Path, features: FeatureStream, columns: Callable[[FeatureBatch], dict[str, Any]]
+) -> None:
     """Write the parts of this rank that are not there yet."""
     from infogrowth import distributed
 
     parts = range(-(-features.rows // PART_ROWS))[distributed.rank() :: distributed.world_size()]
     quiet = not (distributed.is_main() and log.isEnabledFor(logging.INFO))
-    with tqdm(desc="scoring", total=len(parts), unit="part", disable=quiet or None) as bar:
-        for part in parts:
-            path = folder / f"{part:05d}.parquet"
-            if not path.is_file():
-                start, stop = part * PART_ROWS, min((part + 1) * PART_ROWS, features.rows)
-                columns = scorer.columns(next(features.batches(stop - start, start, stop)))
-                with atomic_write(path) as file:
-                    pq.write_table(pa.table(columns), file)
-            bar.update()
+    for part in tqdm(parts, desc="scoring", unit="part", disable=quiet or None):
+        path = folder / f"{part:05d}.parquet"
+        if not path.is_file():
+            start, stop = part * PART_ROWS, min((part + 1) * PART_ROWS, features.rows)
+            table = pa.table(columns(next(features.batches(stop - start, start, stop))))
+            with atomic_write(path) as file:
+                pq.write_table(table, file)
+
+
+def _columns(
+    batch: FeatureBatch, scores: Mapping[str, Score], recaptions: Mapping[str, Recaption]
+) -> dict[str, Any]:
+    """A column per score, null where an image, a feature or a caption is missing; with recaptions
+    another one of the scores of their captions."""
+    assert batch.image is not None and batch.text is not None
+    columns: dict[str, Any] = {"id": pa.array(batch.ids, pa.string())}
+    for name, score in scores.items():
+        values = score(batch.ids, batch.captions, batch.image, batch.text)
+        columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
+    if recaptions:
+        rows = [row for row, name in enumerate(batch.ids) if name in recaptions]
+        ids = [batch.ids[row] for row in rows]
+        others = [recaptions[name] for name in ids]
+        captions = [str(other.caption or "") for other in others]
+        width = batch.image.shape[1]
+        text = np.array([other.text_feature for other in others], np.float32).reshape(-1, width)
+        for name, score in scores.items():
+            values = np.full(len(batch), np.nan)
+            values[rows] = score(ids, captions, batch.image[rows], text)
+            columns[f"recaption_{name}"] = pa.array(values, pa.float64(), mask=np.isnan(values))
+    return columns
 
 
 def _print_summary(folder: Path, rows: int) -> None:
@@ -155,107 +248,3 @@ def _print_summary(folder: Path, rows: int) -> None:
         middle = f"median {np.median(values):.4f}" if len(values) else "none"
         print(f"{name}  {len(values):,} scored, {middle}")
     print(f"written: {folder}  (select --scores {folder}, grow --scores {folder})")
-
-
-class _Scorer:
-    """The scores of batches of features.
-
-    Args:
-        kinds: which.
-        negclip, judge: what computes them, where they are wanted.
-        recaptions: other captions by id, scored in columns of their own.
-    """
-
-    def __init__(
-        self,
-        kinds: tuple[str, ...],
-        negclip: NegClip | None,
-        judge: "_Judge | None",
-        recaptions: Mapping[str, Recaption],
-    ):
-        self._judge, self._recaptions = judge, recaptions
-        scores = {"cosine": row_products, "negclip": negclip}
-        self._scores = {kind: scores.get(kind) for kind in kinds}
-
-    def columns(self, batch: FeatureBatch) -> dict[str, Any]:
-        """A column per score, null where an image, a feature or a caption is missing."""
-        assert batch.image is not None and batch.text is not None
-        columns: dict[str, Any] = {"id": pa.array(batch.ids, pa.string())}
-        columns |= self._scored(batch.ids, batch.captions, batch.image, batch.text)
-        if not self._recaptions:
-            return columns
-        rows = np.array([n for n, i in enumerate(batch.ids) if i in self._recaptions], np.int64)
-        others = [self._recaptions[batch.ids[row]] for row in rows.tolist()]
-        text = np.zeros((len(rows), batch.image.shape[1]), np.float32)
-        for number, other in enumerate(others):
-            text[number] = other.text_feature
-        captions = [str(other.caption or "") for other in others]
-        ids = [batch.ids[row] for row in rows.tolist()]
-        for name, column in self._scored(ids, captions, batch.image[rows], text).items():
-            places = np.full(len(batch), -1, np.int64)
-            places[rows] = np.arange(len(rows))
-            columns[f"recaption_{name}"] = column.take(pa.array(places, mask=places < 0))
-        return columns
-
-    def _scored(
-        self, ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
-    ) -> dict[str, pa.Array]:
-        (image, image_faults), (text, text_faults) = unit_rows(image), unit_rows(text)
-        usable = (image_faults == 0) & (text_faults == 0)
-        columns = {}
-        for name, score in self._scores.items():
-            values = np.full(len(ids), np.nan)
-            if score is not None:
-                values[usable] = score(image[usable], text[usable])
-            elif self._judge is not None:
-                values = self._judge.probabilities(ids, captions)
-            columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
-        return columns
-
-
-class _Judge:
-    """BLIP's matching head over the images of a features folder."""
-
-    def __init__(self, config: Config, features: FeatureStream, device: "torch.device"):
-        from infogrowth import distributed
-        from infogrowth.encoders.embedding import workers_for
-        from infogrowth.encoders.loading import load_matcher
-
-        name = config.matcher or (features.encoder or {}).get("name")
-        self._where = config.images or features.description.get("images")
-        if name is None:
-            raise UserError(f"{config.features} does not tell its encoder: give --matcher, a BLIP")
-        if self._where is None:
-            raise UserError(f"{config.features} does not tell where its images are: give --images")
-        with distributed.main_first():  # rank 0 downloads, the others find the files
-            self._matcher = load_matcher(str(name), device, config.vocabulary)
-        self._device, self._batch_size = device, config.batch_size
-        self._workers = workers_for(device) if config.workers == "auto" else config.workers
-        self.fingerprint = self._matcher.fingerprint
-
-    def probabilities(self, ids: list[str], captions: list[str]) -> np.ndarray:
-        """(N,) float64, NaN where the image cannot be had."""
-        from infogrowth.encoders.dataset import (
-            DecodedBatch,
-            PairTable,
-            decoded_batches,
-            pairs_by_id,
-        )
-        from infogrowth.encoders.embedding import Timing, computed, threads_for
-
-        def match(batch: DecodedBatch) -> np.ndarray:
-            if batch.tokens is None or not isinstance(batch.images, torch.Tensor):
-                return np.empty(0)
-            return self._matcher.match(batch.images, batch.tokens).numpy()
-
-        import torch
-
-        pairs = PairTable(ids, {}, pairs_by_id(str(self._where), ids, captions))
-        batches = decoded_batches(
-            pairs, self._matcher.preprocess, self._matcher.tokenize, [(0, range(len(ids)))],
-            self._batch_size, self._workers, pinned=self._device.type == "cuda",
-        )  # fmt: skip
-        values = np.full(len(ids), np.nan)
-        for batch, scores in computed(batches, match, threads_for(self._device), Timing()):
-            values[batch.rows] = scores
-        return values

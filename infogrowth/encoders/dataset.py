@@ -4,10 +4,11 @@ The rows of one batch always lie in one shard and never move: features are compu
 batches whoever computes them, so they are the same to the bit.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ from infogrowth.data.lmdb_store import is_lmdb
 from infogrowth.data.loading import ErrorsAsItems, check_shared_memory, checked
 from infogrowth.data.names import image_key
 from infogrowth.data.sources import Source, open_source
-from infogrowth.encoders.protocols import Preprocess, Tokenize, Tokens
-from infogrowth.encoders.shards import file_digest, list_digest
+from infogrowth.encoders.models import Preprocess, Tokenize, Tokens
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 from infogrowth.remote import is_remote
@@ -46,28 +46,16 @@ class PairTable:
         ids: the samples' names.
         problems: reason by row number for samples that are skipped without looking at them; what
             follows a colon in a reason is a detail that is recorded, not counted apart.
-        pairs: gives the caption and the encoded image of a row.
+        pairs: gives the caption and the encoded image of a row; None for captions without images.
         origin: where it all comes from, for features.json.
         captions: those of the rows, where they are at hand without reading every row.
     """
 
     ids: Sequence[str]
     problems: Mapping[int, str]
-    pairs: PairReader
+    pairs: PairReader | None
     origin: Mapping[str, Any] = field(default_factory=dict)
     captions: Sequence[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class CaptionTable:
-    """Captions without images, row by row; ``problems`` as in a :class:`PairTable`."""
-
-    ids: Sequence[str]
-    captions: Sequence[str]
-    problems: Mapping[int, str]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,14 +109,10 @@ def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
     Raises:
         UserError: a file that is missing or no list of samples, or an LMDB that cannot be opened.
     """
-    entries = read_json(annotations, "the annotation file")
-    if not isinstance(entries, list):
-        kind = type(entries).__name__
-        raise UserError(f"the annotation file {annotations} must hold a list, not a {kind}")
-    checked = [_checked(entry, row) for row, entry in enumerate(entries)]
-    ids, captions = [name for name, _, _ in checked], [caption for _, caption, _ in checked]
-    problems = {row: problem for row, (_, _, problem) in enumerate(checked) if problem}
-    origin = {"images": lmdb, "annotations": annotations, "samples": file_digest(annotations)}
+    ids, captions, problems = _columns(_entries(annotations, "the annotation file"))
+    with open(annotations, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    origin = {"images": lmdb, "annotations": annotations, "samples": digest}
     return PairTable(ids, problems, StoredPairs(open_images(lmdb), ids, captions), origin, captions)
 
 
@@ -174,8 +158,8 @@ def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> PairR
     return StoredPairs(open_images(path), ids, captions)
 
 
-def table_of_captions(path: str, wanted: Sequence[str] | None) -> CaptionTable:
-    """Captions made elsewhere, ``[{"image", "caption"}]``.
+def captions_of_file(path: str, wanted: Sequence[str] | None) -> PairTable:
+    """Captions made elsewhere, ``[{"image", "caption"}]``, without images.
 
     Args:
         wanted: the ids to take, in the order to take them (a file extension more or less makes no
@@ -184,26 +168,53 @@ def table_of_captions(path: str, wanted: Sequence[str] | None) -> CaptionTable:
     Raises:
         UserError: not such a list.
     """
-    entries = read_json(path, "the file of captions")
-    if not isinstance(entries, list):
-        raise UserError(f"the file of captions {path} must hold a list of image and caption")
     found: dict[str, tuple[str, str, str | None]] = {}
-    for row, entry in enumerate(entries):
-        name, caption, problem = _checked(entry, row)
+    for name, caption, problem in _entries(path, "the file of captions"):
         key = image_key(name)
         if key not in found or found[key][2]:  # of several captions the first usable one counts
             found[key] = (name, caption, problem)
-    if wanted is None:
-        chosen = list(found.values())
-    else:
-        keys = [(sample, image_key(sample)) for sample in wanted]
-        chosen = [(sample, *found[key][1:]) for sample, key in keys if key in found]
-    problems = {row: problem for row, (_, _, problem) in enumerate(chosen) if problem}
-    return CaptionTable([name for name, _, _ in chosen], [text for _, text, _ in chosen], problems)
+    chosen = list(found.values())
+    if wanted is not None:
+        keys = [(name, image_key(name)) for name in wanted]
+        chosen = [(name, *found[key][1:]) for name, key in keys if key in found]
+    ids, captions, problems = _columns(chosen)
+    digest = list_digest(f"{name}\t{text}" for name, text in zip(ids, captions, strict=True))
+    return PairTable(ids, problems, None, {"captions": path, "samples": digest}, captions)
 
 
-@dataclass(frozen=True)
-class DecodedBatch:
+def list_digest(lines: Iterable[str]) -> str:
+    """sha256 of some names or ids in their order, 32 hex digits."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _entries(path: str, what: str) -> Iterator[tuple[str, str, str | None]]:
+    """Id, caption and what is wrong of every entry; other commands refuse such a file whole, but
+    one bad line in a dataset of millions is no reason not to embed the others."""
+    entries = read_json(path, what)
+    if not isinstance(entries, list):
+        raise UserError(f"{what} {path} must hold a list, not a {type(entries).__name__}")
+    for row, entry in enumerate(entries):
+        name = as_id(entry.get("image")) if isinstance(entry, dict) else None
+        caption = first_caption(entry.get("caption")) if name is not None else None
+        if name is None:
+            yield f"entry {row}", "", "the entry has no image id"
+        else:
+            yield name, caption or "", None if caption else NO_CAPTION
+
+
+def _columns(
+    entries: Iterable[tuple[str, str, str | None]],
+) -> tuple[list[str], list[str], dict[int, str]]:
+    """Ids, captions, and problems by row."""
+    rows = list(entries)
+    problems = {row: problem for row, (_, _, problem) in enumerate(rows) if problem}
+    return [name for name, _, _ in rows], [caption for _, caption, _ in rows], problems
+
+
+class DecodedBatch(NamedTuple):
     """Some rows of one shard: ``rows``, ``captions``, ``images`` and ``tokens`` go together, bad
     samples are apart.
 
@@ -218,51 +229,47 @@ class DecodedBatch:
     tokens: Tokens | None
     skipped: dict[int, str]
 
-    def pin_memory(self) -> "DecodedBatch":
-        """Called by the DataLoader: page-locked memory, which is copied to a GPU in passing."""
-        images, tokens = self.images, self.tokens
-        if isinstance(images, torch.Tensor):
-            images = images.pin_memory()
-        if tokens is not None:
-            tokens = {name: tensor.pin_memory() for name, tensor in tokens.items()}
-        return replace(self, images=images, tokens=tokens)
 
-
-class DecodedBatches(Dataset):
+@dataclass(frozen=True)
+class _Decoder(Dataset):
     """Batches by ``(shard, rows)``, for a DataLoader whose workers decode and tokenize them."""
 
-    def __init__(
-        self, pairs: PairTable, preprocess: Preprocess, tokenize: Tokenize | None = None
-    ) -> None:
-        self._pairs, self._preprocess, self._tokenize = pairs, preprocess, tokenize
+    table: PairTable
+    preprocess: Preprocess | None
+    tokenize: Tokenize | None
 
     def __getitem__(self, wanted: tuple[int, Sequence[int]]) -> DecodedBatch:
         shard, rows = wanted
-        good, captions, images, skipped = [], [], [], {}
+        captions: dict[int, str] = {}
+        images, skipped = [], {}
         for row in rows:
-            if row in self._pairs.problems:
-                skipped[row] = self._pairs.problems[row]
-                continue
             try:
-                caption, data = self._pairs.pairs.read(row)
-                image = decode_image(data)
+                caption, image = self._pair(row)
             except BadImage as error:
                 skipped[row] = error.reason
                 continue
-            good.append(row)
-            captions.append(caption)
-            images.append(self._preprocess(image))
-        tokens = self._tokenize(captions) if self._tokenize and captions else None
+            captions[row] = caption
+            images += image
+        texts = list(captions.values())
+        tokens = self.tokenize(texts) if self.tokenize and texts else None
         check_shared_memory(images)
-        if len({image.shape for image in images}) == 1:
-            return DecodedBatch(shard, good, captions, torch.stack(images), tokens, skipped)
-        arrays = [image.numpy() for image in images]
-        return DecodedBatch(shard, good, captions, arrays, tokens, skipped)
+        one_size = len({image.shape for image in images}) == 1
+        together = torch.stack(images) if one_size else [image.numpy() for image in images]
+        return DecodedBatch(shard, list(captions), texts, together, tokens, skipped)
+
+    def _pair(self, row: int) -> tuple[str, list[torch.Tensor]]:
+        """The caption and the image, where there are images."""
+        if row in self.table.problems:
+            raise BadImage(self.table.problems[row])
+        if self.table.pairs is None or self.preprocess is None:
+            return self.table.captions[row], []  # type: ignore[index]  # there without images
+        caption, data = self.table.pairs.read(row)
+        return caption, [self.preprocess(decode_image(data))]
 
 
 def decoded_batches(
-    pairs: PairTable,
-    preprocess: Preprocess,
+    table: PairTable,
+    preprocess: Preprocess | None,
     tokenize: Tokenize | None,
     shards: Iterable[tuple[int, Sequence[int]]],
     batch_size: int,
@@ -274,6 +281,7 @@ def decoded_batches(
     Args:
         preprocess, tokenize: as the model asks for; without ``tokenize`` captions stay words.
         shards: numbers and rows; the next one is taken when the decoders have nothing left to do.
+            A shard without rows is one batch without rows.
         batch_size: rows per batch, bad ones included.
         workers: processes that decode ahead; 0 decodes when asked.
         pinned: page-locked memory, for quicker copies to a GPU.
@@ -281,11 +289,17 @@ def decoded_batches(
     Raises:
         UserError: images that can no longer be read, or no shared memory for what workers decode.
     """
+    batches = (
+        (shard, rows[start : start + batch_size])
+        for shard, rows in shards
+        for start in range(0, max(len(rows), 1), batch_size)
+    )
     return checked(
         DataLoader(
-            ErrorsAsItems(DecodedBatches(pairs, preprocess, tokenize)),
-            sampler=rows_of_batches(shards, batch_size),  # type: ignore[arg-type]  # not sized
-            batch_size=None,  # one item is one batch already
+            ErrorsAsItems(_Decoder(table, preprocess, tokenize)),
+            sampler=batches,  # type: ignore[arg-type]  # not sized
+            batch_size=None,  # one item is one batch already, to be left as it is
+            collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=pinned,
             prefetch_factor=2 if workers else None,  # what is claimed ahead, others cannot take
@@ -293,20 +307,5 @@ def decoded_batches(
     )
 
 
-def rows_of_batches(
-    shards: Iterable[tuple[int, Sequence[int]]], batch_size: int
-) -> Iterator[tuple[int, Sequence[int]]]:
-    """Each shard's rows in batches; a shard without rows is one batch without rows."""
-    for shard, rows in shards:
-        for start in range(0, max(len(rows), 1), batch_size):
-            yield shard, rows[start : start + batch_size]
-
-
-def _checked(entry: Any, row: int) -> tuple[str, str, str | None]:
-    """Id, caption and what is wrong with an entry; other commands refuse such a file whole, but
-    one bad line in a dataset of millions is no reason not to embed the others."""
-    name = as_id(entry.get("image")) if isinstance(entry, dict) else None
-    if name is None:
-        return f"entry {row}", "", "the entry has no image id"
-    caption = first_caption(entry.get("caption"))
-    return name, caption or "", None if caption else NO_CAPTION
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -11,10 +11,11 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,14 +23,8 @@ import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
-from infogrowth.encoders.dataset import (
-    CaptionTable,
-    DecodedBatch,
-    PairTable,
-    decoded_batches,
-    rows_of_batches,
-)
-from infogrowth.encoders.protocols import Captioner, DualEncoder
+from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches
+from infogrowth.encoders.models import Captioner, DualEncoder, Preprocess, Tokenize
 from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.errors import UserError
 
@@ -40,21 +35,13 @@ _MAX_WORKERS = 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Captions of a batch ("" where there are no words), its image features (or None), the text features
+# of the captions with words (or None).
+Features = tuple[list[str], torch.Tensor | None, torch.Tensor | None]
 
 
-@dataclass
-class Timing:
-    """Where the time went, in seconds of this rank.
-
-    Attributes:
-        decoding: waiting for the next decoded batch.
-        computing: waiting for the model, with all threads busy.
-        writing: writing finished shards.
-    """
-
-    decoding: float = 0.0
-    computing: float = 0.0
-    writing: float = 0.0
+class Timing(dict[str, float]):
+    """Seconds of this rank by what it waited for: "decoding", "the model", "writing"."""
 
     @contextmanager
     def of(self, activity: str) -> Iterator[None]:
@@ -63,12 +50,7 @@ class Timing:
         try:
             yield
         finally:
-            setattr(self, activity, getattr(self, activity) + time.perf_counter() - start)
-
-    def bound(self) -> str:
-        """Which activity a run would gain most from making faster."""
-        times = {"decoding": self.decoding, "the model": self.computing, "writing": self.writing}
-        return max(times, key=lambda name: times[name])
+            self[activity] = self.get(activity, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -88,34 +70,17 @@ class Summary:
     description: dict[str, Any]
 
 
-@dataclass
-class _Computed:
-    """Features of some rows of a shard: one batch's, or those of the shard so far."""
-
-    captions: dict[int, str] = field(default_factory=dict)
-    image: list[torch.Tensor] = field(default_factory=list)
-    text: list[torch.Tensor] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.captions) + len(self.skipped)
-
-    def add(self, more: "_Computed") -> None:
-        self.captions.update(more.captions)
-        self.skipped.update(more.skipped)
-        self.image += more.image
-        self.text += more.text
-
-
 def embed_pairs(
-    pairs: PairTable,
+    table: PairTable,
     encoder: DualEncoder,
     output: ShardedOutput,
     device: torch.device,
     batch_size: int,
     workers: int | None = None,
 ) -> Summary:
-    """Write image and text features of a dataset; shards that are there already are left alone.
+    """Write image and text features of a dataset (text features alone where it has no images).
+
+    Shards that are there already are left alone.
 
     Args:
         device: where ``encoder`` runs.
@@ -123,27 +88,28 @@ def embed_pairs(
         workers: decoding processes; None chooses by device.
     """
 
-    def compute(batch: DecodedBatch) -> _Computed:
-        captions = dict(zip(batch.rows, batch.captions, strict=True))
+    def compute(batch: DecodedBatch) -> Features:
         if batch.tokens is None:
-            return _Computed(captions, skipped=batch.skipped)
-        if not isinstance(batch.images, torch.Tensor):
-            raise UserError(
-                f"the preprocessing of {encoder.name} gives images of different sizes; "
-                "its processor must crop or resize to one size"
-            )
-        image, text = encoder.encode_images(batch.images), encoder.encode_tokens(batch.tokens)
-        return _Computed(captions, [image], [text], batch.skipped)
+            return [], None, None
+        image = None
+        if table.pairs is not None:
+            if not isinstance(batch.images, torch.Tensor):
+                raise UserError(
+                    f"the preprocessing of {encoder.name} gives images of different sizes; "
+                    "its processor must crop or resize to one size"
+                )
+            image = encoder.encode_images(batch.images)
+        return batch.captions, image, encoder.encode_tokens(batch.tokens)
 
-    batches = decoded_batches(
-        pairs, encoder.preprocess, encoder.tokenize, output.claim(), batch_size,
-        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
+    with_images = table.pairs is not None
+    reading = encoder.preprocess if with_images else None, encoder.tokenize
+    return _run(
+        table, output, reading, compute, encoder.dimension, device, batch_size, workers, with_images
     )  # fmt: skip
-    return _run(pairs.ids, output, batches, compute, encoder.dimension, device, images=True)
 
 
 def recaption_images(
-    pairs: PairTable,
+    table: PairTable,
     captioner: Captioner,
     encoder: DualEncoder,
     output: ShardedOutput,
@@ -158,81 +124,90 @@ def recaption_images(
         extra: more metadata columns, one value per row.
     """
 
-    def compute(batch: DecodedBatch) -> _Computed:
-        images: Sequence[torch.Tensor] | torch.Tensor
-        if isinstance(batch.images, torch.Tensor):
-            images = batch.images
-        else:
-            images = [torch.as_tensor(image) for image in batch.images]
-        texts = captioner.caption(images) if batch.rows else []
-        answers = dict(zip(batch.rows, texts, strict=True))
-        captions = {row: text for row, text in answers.items() if text}
-        empty = {row: EMPTY_CAPTION for row, text in answers.items() if not text}
-        text = [encoder.encode_texts(list(captions.values()))] if captions else []
-        return _Computed(captions, [], text, {**batch.skipped, **empty})
+    def compute(batch: DecodedBatch) -> Features:
+        captions = captions_of(batch, captioner)
+        with_words = [caption for caption in captions if caption]
+        return captions, None, encoder.encode_texts(with_words) if with_words else None
 
-    batches = decoded_batches(
-        pairs, captioner.preprocess, None, output.claim(), batch_size,
-        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
+    reading = captioner.preprocess, None
+    return _run(
+        table, output, reading, compute, encoder.dimension, device, batch_size, workers, False,
+        extra or {},
     )  # fmt: skip
-    return _run(pairs.ids, output, batches, compute, encoder.dimension, device, False, extra)
 
 
-def embed_texts(
-    table: CaptionTable,
-    encoder: DualEncoder,
-    output: ShardedOutput,
-    device: torch.device,
-    batch_size: int,
-) -> Summary:
-    """Write the text features of captions that came without images."""
+def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
+    """What a captioner says of a batch's images, one caption each."""
+    if not batch.rows:
+        return []
+    if isinstance(batch.images, torch.Tensor):
+        return captioner.caption(batch.images)
+    return captioner.caption([torch.as_tensor(image) for image in batch.images])
 
-    def batches() -> Iterator[DecodedBatch]:
-        for shard, rows in rows_of_batches(output.claim(), batch_size):
-            skipped = {row: table.problems[row] for row in rows if row in table.problems}
-            good = [row for row in rows if row not in skipped]
-            captions = [table.captions[row] for row in good]
-            yield DecodedBatch(shard, good, captions, [], None, skipped)
 
-    def compute(batch: DecodedBatch) -> _Computed:
-        captions = dict(zip(batch.rows, batch.captions, strict=True))
-        text = [encoder.encode_texts(batch.captions)] if captions else []
-        return _Computed(captions, [], text, batch.skipped)
+@dataclass
+class _Shard:
+    """The results for a shard's rows so far, in row order."""
 
-    return _run(table.ids, output, batches(), compute, encoder.dimension, device, images=False)
+    captions: dict[int, str] = field(default_factory=dict)
+    image: list[torch.Tensor] = field(default_factory=list)
+    text: list[torch.Tensor] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
 
 
 def _run(
-    ids: Sequence[str],
+    table: PairTable,
     output: ShardedOutput,
-    batches: Iterator[DecodedBatch],
-    compute: Callable[[DecodedBatch], _Computed],
+    reading: tuple[Preprocess | None, Tokenize | None],
+    compute: Callable[[DecodedBatch], Features],
     dimension: int,
     device: torch.device,
-    images: bool,
-    extra: dict[str, list[Any]] | None = None,
+    batch_size: int,
+    workers: int | None,
+    with_images: bool,
+    extra: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> Summary:
     """The one loop: decode, compute, gather into shards, write each shard when it is full."""
+
+    def joined(parts: list[torch.Tensor]) -> np.ndarray:
+        return torch.cat(parts).numpy() if parts else np.zeros((0, dimension), np.float32)
+
+    batches = decoded_batches(
+        table, *reading, output.claim(), batch_size,
+        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
+    )  # fmt: skip
     timing, started, pairs = Timing(), time.perf_counter(), 0
-    shard = _Computed()
-    with _progress(output) as bar:
-        for batch, result in computed(batches, compute, threads_for(device), timing):
-            shard.add(result)
-            bar.update(len(result))
-            if len(shard) < len(output.shards[batch.shard]):
+    shard = _Shard()
+    rows = sum(len(output.shards[number]) for number in output.pending)
+    quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
+    share = rows // distributed.world_size()  # rank 0's, likely
+    with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
+        for batch, (captions, image, text) in computed(
+            batches, compute, threads_for(device), timing
+        ):
+            for row, caption in zip(batch.rows, captions, strict=True):
+                if caption:
+                    shard.captions[row] = caption
+                else:
+                    shard.skipped[row] = EMPTY_CAPTION
+            shard.skipped |= batch.skipped
+            shard.image += [] if image is None else [image]
+            shard.text += [] if text is None else [text]
+            bar.update(len(batch.rows) + len(batch.skipped))
+            if len(shard.captions) + len(shard.skipped) < len(output.shards[batch.shard]):
                 continue
             pairs += len(shard.captions)
             with timing.of("writing"):
                 output.writer.write_shard(
                     batch.shard,
-                    [ids[row] for row in shard.captions],
+                    [table.ids[row] for row in shard.captions],
                     list(shard.captions.values()),
-                    _joined(shard.image, dimension) if images else None,
-                    _joined(shard.text, dimension),
-                    {k: [column[r] for r in shard.captions] for k, column in (extra or {}).items()},
-                    [_skipped(ids[row], shard.skipped[row]) for row in sorted(shard.skipped)],
+                    joined(shard.image) if with_images else None,
+                    joined(shard.text),
+                    {k: [column[r] for r in shard.captions] for k, column in extra.items()},
+                    [_skipped(table.ids[row], why) for row, why in sorted(shard.skipped.items())],
                 )
-            shard = _Computed()
+            shard = _Shard()
     seconds = time.perf_counter() - started
     description = output.finish()
     totals = distributed.all_gather_objects((pairs, seconds))
@@ -262,7 +237,7 @@ def computed(
             if not running:
                 return
             item, future = running.popleft()
-            with timing.of("computing"):
+            with timing.of("the model"):
                 result = future.result()
             yield item, result
     finally:
@@ -288,18 +263,3 @@ def _skipped(sample: str, problem: str) -> dict[str, str]:
     """A record of a bad sample: reasons are few and can be counted, details are all different."""
     reason, _, detail = problem.partition(": ")
     return {"id": sample, "reason": reason} | ({"detail": detail} if detail else {})
-
-
-def _joined(parts: list[torch.Tensor], dimension: int) -> np.ndarray:
-    """``(n, D) float32``, also for a shard in which every sample was bad."""
-    return torch.cat(parts).numpy() if parts else np.zeros((0, dimension), np.float32)
-
-
-@contextmanager
-def _progress(output: ShardedOutput) -> Iterator[tqdm]:
-    """A bar of rank 0's likely share, on rank 0."""
-    rows = sum(len(output.shards[number]) for number in output.pending)
-    quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
-    total = rows // distributed.world_size()
-    with tqdm(total=total, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
-        yield bar

@@ -1,18 +1,29 @@
-"""Any Hugging Face dual encoder (CLIP, SigLIP, …): a model with get_image/text_features."""
+"""Models of transformers by the files of their folder: dual encoders (CLIP, SigLIP, …) and
+image-to-text models (GIT, ViT-GPT2, BLIP-2, LLaVA, …)."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from PIL import Image
 
-from infogrowth.encoders.fingerprint import fingerprint
-from infogrowth.encoders.inference import CaptionTokenizer, UnitFeatures, moved
-from infogrowth.encoders.protocols import Tokens
-from infogrowth.errors import UserError
+from infogrowth.encoders.models import (
+    CaptionTokenizer,
+    Tokens,
+    UnitFeatures,
+    fingerprint,
+    halving,
+    moved,
+    pixels,
+)
+from infogrowth.errors import UserError, shorten
 
 # These were trained on captions padded to full length, so a shorter padding changes the feature.
 _PADDED_TO_FULL_LENGTH = ("siglip", "siglip2")
+_MAX_SIDE = 2048
+_QUESTION = "Describe this image in one short sentence."
 
 
 class HuggingFaceDualEncoder:
@@ -29,33 +40,26 @@ class HuggingFaceDualEncoder:
 
     def __init__(self, folder: Path, name: str, device: torch.device) -> None:
         self.name = name
-        self._device = device
-        model, loading = load_part("AutoModel", folder, name, "weights", output_loading_info=True)
+        model = _load_model("AutoModel", folder, name)
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(model, method):
                 raise UserError(
                     f"{name} is a {type(model).__name__}, which has no {method}; give a dual "
                     "encoder such as CLIP, SigLIP or BLIP"
                 )
-        refuse_missing_weights(loading["missing_keys"], name)
-        self.preprocess = ProcessorTransform(
-            load_part("AutoImageProcessor", folder, name, "image processor"), name
-        )
-        tokenizer = load_tokenizer(folder, name)
-        length = _max_tokens(model.config, tokenizer)
+        processor = _load("AutoImageProcessor", folder, name, "image processor")
+        self.preprocess = ProcessorTransform(processor, name)
+        tokenizer = _load_tokenizer(folder, name)
+        # Tokens per caption: what both the tokenizer and the position table allow.
+        text_config = getattr(model.config, "text_config", model.config)
+        positions = getattr(text_config, "max_position_embeddings", None) or 512
+        length = min(int(tokenizer.model_max_length), int(positions))
         full = model.config.model_type in _PADDED_TO_FULL_LENGTH
         self.tokenize = CaptionTokenizer(
             tokenizer, padding="max_length" if full else True, max_length=length
         )
-        self.fingerprint = fingerprint(
-            model.state_dict(),
-            {
-                "config": comparable_config(model.config),
-                "image_processor": comparable_config(self.preprocess.processor),
-                "vocabulary": sorted(tokenizer.get_vocab().items()),
-                "text_length": length,
-            },
-        )
+        settings = {"image_processor": _comparable(processor), "text_length": length}
+        self.fingerprint = _fingerprint(model, tokenizer, settings)
         self._features = UnitFeatures(model.float(), device)
         self.dimension = self.encode_texts(["a"]).shape[1]
 
@@ -71,24 +75,15 @@ class HuggingFaceDualEncoder:
         return self.encode_tokens(self.tokenize(captions))
 
 
-def _max_tokens(config: Any, tokenizer: Any) -> int:
-    """Tokens per caption: what both the tokenizer and the position table allow."""
-    text_config = getattr(config, "text_config", config)
-    positions = getattr(text_config, "max_position_embeddings", None) or 512
-    return min(int(tokenizer.model_max_length), int(positions))
-
-
 class ProcessorTransform:
     """One RGB image through a Hugging Face image processor, as a CHW tensor; picklable."""
 
     def __init__(self, processor: Any, name: str) -> None:
-        self.processor = processor
-        self._name = name
+        self._processor, self._name = processor, name
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        inputs = self.processor(images=image, return_tensors="pt")
-        extra = set(inputs) - {"pixel_values", "pixel_mask"}
-        if extra:
+        inputs = self._processor(images=image, return_tensors="pt")
+        if extra := set(inputs) - {"pixel_values", "pixel_mask"}:
             raise UserError(
                 f"{self._name} needs {', '.join(sorted(extra))} beside the pixels, which is not "
                 "supported; use its fixed-resolution variant"
@@ -96,7 +91,104 @@ class ProcessorTransform:
         return inputs["pixel_values"][0]
 
 
-def load_part(factory: str, folder: Path, name: str, what: str, **options: Any) -> Any:
+class HuggingFaceCaptioner:
+    """A model of transformers' image-text-to-text family with the processor beside its weights.
+
+    Beam search without sampling, so that the same image always gets the same words. On CUDA the
+    weights are bfloat16 (what such models are published in), on a CPU float32.
+
+    Args:
+        folder: config.json, weights, and processor files.
+        name: what the user called it.
+        device: where to run it.
+        prompt: what a chat model is asked, or what the others' caption continues; empty asks a
+            chat model for a sentence and lets the others begin by themselves.
+        beams: hypotheses kept by beam search.
+        max_tokens: longest caption.
+
+    Raises:
+        UserError: not an image-to-text model, or one of its files is missing or broken.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        device: torch.device,
+        prompt: str = "",
+        beams: int = 3,
+        max_tokens: int = 30,
+    ) -> None:
+        self.name = name
+        self.preprocess = ToPixels()
+        self._device = device
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = _load_model("AutoModelForImageTextToText", folder, name)
+        self._load_processor(folder)
+        self._processing = Lock()
+        self._prompt = prompt
+        self._options = {"do_sample": False, "num_beams": beams, "max_new_tokens": max_tokens}
+        self.fingerprint = _fingerprint(model, self._tokenizer, {"prompt": prompt, **self._options})
+        self._model = model.eval().to(device, self._dtype)
+
+    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+        return halving(self._caption, images)
+
+    def _caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+        with self._processing:  # the tokenizers library refuses to be shared between threads
+            inputs = self._inputs(list(images)).to(self._device, self._dtype)
+        with torch.inference_mode():
+            ids = self._model.generate(**inputs, **self._options).cpu()
+        prompt = inputs.get("input_ids")
+        if prompt is not None and torch.equal(ids[:, : prompt.shape[1]], prompt.cpu()):
+            ids = ids[:, prompt.shape[1] :]  # decoder-only models repeat it
+        with self._processing:
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(text.split()).removeprefix(self._prompt).strip() for text in texts]
+
+    def _load_processor(self, folder: Path) -> None:
+        """The processor, or where a folder has none (ViT-GPT2), its two halves."""
+        try:
+            processor = _load("AutoProcessor", folder, self.name, "processor")
+        except UserError:
+            processor = None
+        self._processor: Any = processor if hasattr(processor, "image_processor") else None
+        if self._processor is not None:
+            self._image_processor = self._processor.image_processor
+            self._tokenizer = self._processor.tokenizer
+        else:
+            what = "AutoImageProcessor", folder, self.name, "image processor"
+            self._image_processor = _load(*what)
+            self._tokenizer = _load_tokenizer(folder, self.name)
+        # New words follow the last token of the question, so padding goes before it.
+        self._tokenizer.padding_side = "left"
+
+    def _inputs(self, images: list[torch.Tensor]) -> Any:
+        if self._processor is not None and self._processor.chat_template:
+            question = {"type": "text", "text": self._prompt or _QUESTION}
+            turn = {"role": "user", "content": [{"type": "image"}, question]}
+            text = self._processor.apply_chat_template([turn], add_generation_prompt=True)
+            given: list[Any] = [[image] for image in images]
+        elif self._prompt and self._processor is not None:
+            text, given = self._prompt, list(images)
+        else:
+            return self._image_processor(images=images, return_tensors="pt")
+        return self._processor(
+            images=given, text=[text] * len(images), padding=True, return_tensors="pt"
+        )
+
+
+class ToPixels:
+    """An RGB image as uint8 ``(3, H, W)`` of its own size, at most 2048 on a side; picklable."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if max(image.size) > _MAX_SIDE:
+            image = image.copy()
+            image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
+        return pixels(image)
+
+
+def _load(factory: str, folder: Path, name: str, what: str, **options: Any) -> Any:
     """Load one part of a local Hugging Face folder with a transformers Auto class.
 
     Never runs code from the folder; weights come from safetensors, or from a .bin through
@@ -113,17 +205,29 @@ def load_part(factory: str, folder: Path, name: str, what: str, **options: Any) 
             str(folder), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # the library raises a dozen kinds for a missing or broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = shorten(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise UserError(f"cannot load the {what} of {name}: {reason}") from error
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
+def _load_model(factory: str, folder: Path, name: str) -> Any:
+    """The model; a weight missing from its file would stay random, so that is refused."""
+    model, loading = _load(factory, folder, name, "weights", output_loading_info=True)
+    if missing := loading["missing_keys"]:
+        shown = ", ".join(sorted(missing)[:3])
+        raise UserError(
+            f"{name} has {len(missing)} weights missing of its architecture ({shown}, …); "
+            "its features would be random"
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path, name: str) -> Any:
     """The tokenizer of a local folder.
 
     transformers 5 gives an empty one, without a word, where the vocabulary file is missing; every
     caption would then have the same feature.
     """
-    tokenizer = load_part("AutoTokenizer", folder, name, "tokenizer")
+    tokenizer = _load("AutoTokenizer", folder, name, "tokenizer")
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(
             f"cannot load the tokenizer of {name}: its vocabulary (tokenizer.json, vocab.txt, …) "
@@ -132,17 +236,13 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def refuse_missing_weights(missing: Any, name: str) -> None:
-    """A weight missing from the file would stay random: refuse instead of scoring with noise."""
-    if missing:
-        shown = ", ".join(sorted(missing)[:3])
-        raise UserError(
-            f"{name} has {len(missing)} weights missing of its architecture ({shown}, …); "
-            "its features would be random"
-        )
+def _fingerprint(model: Any, tokenizer: Any, settings: dict[str, Any]) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    described = {"config": _comparable(model.config), "vocabulary": vocabulary, **settings}
+    return fingerprint(model.state_dict(), described)
 
 
-def comparable_config(config: Any) -> dict[str, Any]:
+def _comparable(config: Any) -> dict[str, Any]:
     """A config or processor as a dict without what differs between copies of one model."""
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     return {k: v for k, v in config.to_dict().items() if k not in volatile}

@@ -1,4 +1,4 @@
-"""From what the user names (a path, a hub name, "tiny") to an encoder or a captioner."""
+"""From what the user names (a path, a hub name, "tiny") to an encoder, a matcher or a captioner."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from infogrowth.encoders.blip import BlipMatcher
-    from infogrowth.encoders.protocols import Captioner, DualEncoder
+    from infogrowth.encoders.models import Captioner, DualEncoder
 
 BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_blip"}
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -37,7 +37,7 @@ def load_encoder(
     """
     import torch
 
-    path = locate(name, "encoder")
+    path = find_model(name, "encoder")
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipEncoder
 
@@ -59,7 +59,7 @@ def load_matcher(
 
     from infogrowth.encoders.blip import BlipMatcher
 
-    path = locate(name, "matcher")
+    path = find_model(name, "matcher")
     if not _is_blip(path):
         raise UserError(f"{name} is no BLIP, and only a BLIP has a matching head; give --matcher")
     return BlipMatcher(path, name, torch.device(device), vocabulary)
@@ -91,45 +91,40 @@ def load_captioner(
     if name.startswith(PREFIX):
         assert encoder is not None
         return NearestCaptioner(name, encoder, min_margin)
-    path, device = locate(name, "captioner"), torch.device(device)
+    path, device = find_model(name, "captioner"), torch.device(device)
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipDescriber
 
         return BlipDescriber(path, name, device, vocabulary, prompt, beams, max_tokens)
-    from infogrowth.encoders.captioners import HuggingFaceCaptioner
+    from infogrowth.encoders.huggingface import HuggingFaceCaptioner
 
     return HuggingFaceCaptioner(path, name, device, prompt, beams, max_tokens)
 
 
-def locate(name: str, what: str) -> Path:
+def find_model(name: str, what: str) -> Path:
     """The checkpoint file or model folder that ``name`` stands for; downloads a hub name.
 
     Raises:
         UserError: nothing there, in one sentence that says where it was looked for.
     """
     path = BUNDLED.get(name, Path(name).expanduser())
-    if path.is_dir():
-        return _model_folder(path, name, what)
-    if path.is_file():
-        if path.suffix not in CHECKPOINT_SUFFIXES:
-            raise UserError(
-                f"{what} {name} is not a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}) or a folder"
-            )
-        return path
-    if name in BUNDLED or not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_SUFFIXES:
-        raise UserError(f"{what} {name} does not exist; give 'tiny', a path, or a hub name")
-    return _download(name, what)
-
-
-def _model_folder(path: Path, name: str, what: str) -> Path:
     # A training output directory keeps its exported model in `model/`.
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(
-        f"{what} {name} has no config.json; give a BLIP folder, a Hugging Face folder, "
-        "a training output with model/ in it, or a checkpoint file"
-    )
+    if path.is_dir():
+        raise UserError(
+            f"{what} {name} has no config.json; give a BLIP folder, a Hugging Face folder, "
+            "a training output with model/ in it, or a checkpoint file"
+        )
+    if path.is_file():
+        if path.suffix in CHECKPOINT_SUFFIXES:
+            return path
+        kinds = ", ".join(CHECKPOINT_SUFFIXES)
+        raise UserError(f"{what} {name} is not a checkpoint ({kinds}) or a folder")
+    if not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_SUFFIXES:
+        raise UserError(f"{what} {name} does not exist; give 'tiny', a path, or a hub name")
+    return _download(name, what)
 
 
 def _is_blip(path: Path) -> bool:

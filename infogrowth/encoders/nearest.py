@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from infogrowth.encoders.fingerprint import fingerprint
+from infogrowth.encoders.models import DualEncoder, Preprocess, fingerprint
 from infogrowth.errors import UserError, refusing
 from infogrowth.files import read_json
-
-if TYPE_CHECKING:
-    from infogrowth.encoders.protocols import DualEncoder, Preprocess
 
 PREFIX = "nearest:"
 _ROWS = 256  # captions encoded at once
@@ -36,18 +33,15 @@ class NearestCaptioner:
         UserError: the file cannot be read or holds no captions.
     """
 
-    def __init__(self, name: str, encoder: "DualEncoder", min_margin: float = 0.0) -> None:
+    def __init__(self, name: str, encoder: DualEncoder, min_margin: float = 0.0) -> None:
         self.name = name
         self._encoder, self._min_margin = encoder, min_margin
         candidates = read_candidates(Path(name.removeprefix(PREFIX)))
         self._captions = [wordings[0] for wordings in candidates]
         wordings = [wording for each in candidates for wording in each]
         owner = torch.tensor([row for row, each in enumerate(candidates) for _ in each])
-        parts = [
-            encoder.encode_texts(wordings[start : start + _ROWS])
-            for start in range(0, len(wordings), _ROWS)
-        ]
-        features_WD = torch.cat(parts)
+        starts = range(0, len(wordings), _ROWS)
+        features_WD = torch.cat([encoder.encode_texts(wordings[s : s + _ROWS]) for s in starts])
         sums_CD = torch.zeros(len(candidates), features_WD.shape[1])
         self._features_CD = functional.normalize(sums_CD.index_add(0, owner, features_WD), dim=-1)
         settings = {
@@ -56,19 +50,18 @@ class NearestCaptioner:
         self.fingerprint = fingerprint({}, settings)
 
     @property
-    def preprocess(self) -> "Preprocess":
+    def preprocess(self) -> Preprocess:
         return self._encoder.preprocess
 
     def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
         stacked = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
-        images_BD = self._encoder.encode_images(stacked)
-        count = min(2, len(self._captions))
-        products_B2, rows_B2 = (images_BD @ self._features_CD.T).topk(count, dim=1)
-        margins_B = products_B2[:, 0] - products_B2[:, -1]
-        if count == 1 or self._min_margin <= 0:
-            margins_B = torch.full_like(margins_B, torch.inf)
-        pairs = zip(rows_B2[:, 0].tolist(), margins_B.tolist(), strict=True)
-        return [self._captions[row] if margin >= self._min_margin else "" for row, margin in pairs]
+        cosines_BC = self._encoder.encode_images(stacked) @ self._features_CD.T
+        best_B2, rows_B2 = cosines_BC.topk(min(2, len(self._captions)), dim=1)
+        decided = (best_B2[:, 0] - best_B2[:, -1] >= self._min_margin).tolist()
+        if len(self._captions) == 1 or self._min_margin <= 0:
+            decided = [True] * len(stacked)
+        chosen = zip(rows_B2[:, 0].tolist(), decided, strict=True)
+        return [self._captions[row] if sure else "" for row, sure in chosen]
 
 
 def read_candidates(path: Path) -> list[list[str]]:
@@ -79,9 +72,8 @@ def read_candidates(path: Path) -> list[list[str]]:
     """
     if path.suffix == ".json":
         entries = read_json(path, "the list of captions")
-        if not isinstance(entries, list):
-            raise UserError(f"the list of captions {path} must hold a list of entries")
-        found = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
+        found = entries if isinstance(entries, list) else []
+        found = [entry.get("caption") if isinstance(entry, dict) else entry for entry in found]
     else:
         with refusing(path, "the list of captions", UnicodeDecodeError, fault="is not UTF-8 text"):
             found = list(path.read_text(encoding="utf-8").split("\n"))

@@ -1,16 +1,14 @@
-"""Which samples want a new caption: those that growth drops, or would drop, for their alignment."""
+"""Which samples want a new caption: those that growth drops, or would drop, for their alignment;
+and what the seeds say of thresholds and of a captioner."""
 
-import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
 
-from infogrowth.annotations import read_ids
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
-from infogrowth.data.images import BadImage, decode_image
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import Reason, validate
@@ -20,9 +18,7 @@ from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
 if TYPE_CHECKING:
-    from infogrowth.encoders.protocols import Captioner, DualEncoder
-
-logger = logging.getLogger(__name__)
+    from infogrowth.encoders.models import Captioner, DualEncoder
 
 _ROWS = 16_384
 _CHECKED_AT_ONCE = 16
@@ -45,9 +41,15 @@ class PendingRecaptions:
     alignments: list[float] = field(default_factory=list)
     examined: int = 0
 
+    def add(self, sample: str, caption: str, alignment: float) -> None:
+        """One more."""
+        self.ids.append(sample)
+        self.captions.append(caption)
+        self.alignments.append(alignment)
+
 
 def pending_in_features(
-    features: FeatureStream, min_align: float | None, seeds: frozenset[str] = frozenset()
+    features: FeatureStream, min_align: float | None, seeds: Collection[str] = ()
 ) -> PendingRecaptions:
     """Samples of a features folder with an alignment under ``min_align`` (None: all of them).
 
@@ -59,16 +61,13 @@ def pending_in_features(
     """
     pending = PendingRecaptions(min_align)
     for batch in features.batches(_ROWS):
-        image, text, usable = _unit_rows(batch)
+        image, text, wanted = _unit_rows(batch)
         alignment = row_products(image, text)
-        wanted = usable.copy()
         if min_align is not None:
-            wanted &= is_below(alignment, min_align)
+            wanted = wanted & is_below(alignment, min_align)
         for row in np.flatnonzero(wanted).tolist():
             if batch.ids[row] not in seeds:
-                pending.ids.append(batch.ids[row])
-                pending.captions.append(batch.captions[row])
-                pending.alignments.append(float(alignment[row]))
+                pending.add(batch.ids[row], batch.captions[row], float(alignment[row]))
         pending.examined += len(batch)
     return pending
 
@@ -80,46 +79,90 @@ def pending_in_growth(directory: str) -> PendingRecaptions:
         UserError: not a growth folder.
     """
     growth = read_growth(directory)
-    wanted = growth.pending_ids()
+    wanted = set(growth.pending_ids())
     pending = PendingRecaptions(float(growth.settings["min_align"]))
-    found: dict[str, tuple[str, float]] = {}
     names = ("id", "verdict", "reason", "original_caption", "original_alignment")
     for table in growth.decision_parts(names):
-        columns = (table[name].to_pylist() for name in names)
-        for sample, verdict, reason, caption, alignment in zip(*columns, strict=True):
-            pending.examined += 1
-            if verdict == "dropped" and reason in PENDING_REASONS and sample in wanted:
-                found.setdefault(sample, (caption, alignment))
-    pending.ids = list(found)
-    pending.captions = [caption for caption, _ in found.values()]
-    pending.alignments = [alignment for _, alignment in found.values()]
+        pending.examined += len(table)
+        for row in table.filter(pc.equal(table["verdict"], "dropped")).to_pylist():
+            if row["reason"] in PENDING_REASONS and row["id"] in wanted:
+                wanted.discard(row["id"])  # its first decision counts
+                pending.add(row["id"], row["original_caption"], row["original_alignment"])
     return pending
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds with their true captions and usable features.
+
+    Attributes:
+        image, text: (N, D) float32 unit rows; ``text`` is None where only alignments are known.
+        alignment: (N,) of each with its own caption.
+        images: where their images are, if that is recorded.
+    """
+
+    ids: list[str]
+    image: np.ndarray
+    text: np.ndarray | None
+    alignment: np.ndarray
+    images: str | None
+
+
+def seeds_of_features(path: str, ids: Collection[str] | None, what: str) -> Seeds:
+    """The seeds in a features folder: the samples with these ids, in row order; None: all.
+
+    Args:
+        what: how an error calls them.
+
+    Raises:
+        UserError: there are none.
+    """
+    stream = open_pairs(path)
+    batches = []
+    for batch in stream.batches(_ROWS):
+        if ids is not None:
+            batch = batch.take(np.flatnonzero([name in ids for name in batch.ids]))
+        if len(batch):
+            batches.append(batch)
+    if not batches:
+        raise UserError(f"no sample of the features is in {what}")
+    joined = FeatureBatch.join(batches)
+    image, text, usable = _unit_rows(joined)
+    names = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
+    image, text = image[usable], text[usable]
+    return Seeds(names, image, text, row_products(image, text), stream.description.get("images"))
+
+
+def seeds_of_growth(directory: str) -> Seeds | None:
+    """The seeds of a growth folder, None if it has none."""
+    growth = read_growth(directory)
+    ids: list[str] = []
+    alignment: list[float] = []
+    for table in growth.decision_parts(("id", "reason", "original_alignment")):
+        seeds = table.filter(pc.equal(table["reason"], Reason.SEED))
+        ids += seeds["id"].to_pylist()
+        alignment += seeds["original_alignment"].to_pylist()
+    if not ids:
+        return None
+    image = growth.first_kept_features("image", len(ids))
+    return Seeds(ids, image, None, np.array(alignment), growth.settings.get("images"))
+
+
 def thresholds_of_seeds(
-    requested: Thresholds,
-    seeds: Iterable[FeatureBatch],
-    what: str,
-    features: FeatureStream,
-    seed_ids: Collection[str] = (),
+    requested: Thresholds, seeds: Seeds, features: FeatureStream, seed_ids: Collection[str] = ()
 ) -> Thresholds:
     """What ``auto`` means with these seeds and features; the very rules of growth.
 
     Args:
-        seeds: batches that hold nothing but seeds, in order.
-        what: how an error calls them.
         features: the stream.
         seed_ids: its samples that are seeds.
 
     Raises:
-        UserError: there are none, or too few.
+        UserError: too few seeds.
     """
-    batches = [batch for batch in seeds if len(batch)]
-    if not batches:
-        raise UserError(f"no sample of the features is in {what}")
-    image, text, usable = _unit_rows(FeatureBatch.join(batches))
     stream = stream_alignments(features, seed_ids) if requested.purity else None
-    return requested.resolve(image[usable], text[usable], stream)
+    assert seeds.text is not None
+    return requested.resolve(seeds.image, seeds.text, stream)
 
 
 def stream_alignments(
@@ -142,94 +185,33 @@ def stream_alignments(
     return np.concatenate(parts)
 
 
-def seeds_in_features(features: FeatureStream, ids: frozenset[str]) -> Iterable[FeatureBatch]:
-    """The rows of a features folder whose ids are in the seed list, in row order."""
-    for batch in features.batches(_ROWS):
-        yield batch.take(np.flatnonzero([sample in ids for sample in batch.ids]))
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """Seeds with their true captions: ids, image rows (N, D), own alignments (N,), and where their
-    images are, if that is recorded."""
-
-    ids: list[str]
-    image: np.ndarray
-    alignment: np.ndarray
-    images: str | None
-
-
-def seeds_of(
-    features: str | None, growth: str | None, seed_ids: str | None, seed_features: str | None
-) -> Seeds | None:
-    """The seeds that a run knows of, those with usable features; None if it knows of none.
-
-    Raises:
-        UserError: files that cannot be read.
-    """
-    if growth is not None:
-        return _seeds_of_growth(growth)
-    source = seed_features or (features if seed_ids else None)
-    if source is None:
-        return None
-    stream = open_pairs(source)
-    batches = stream.batches(_ROWS)
-    if seed_features is None and seed_ids is not None:
-        batches = iter(seeds_in_features(stream, read_ids(seed_ids)))
-    joined = FeatureBatch.join([batch for batch in batches if len(batch)])
-    image, text, usable = _unit_rows(joined)
-    ids = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
-    alignment = row_products(image[usable], text[usable])
-    return Seeds(ids, image[usable], alignment, stream.description.get("images"))
-
-
 def check_captioner(
     seeds: Seeds, images: str, captioner: "Captioner", encoder: "DualEncoder", limit: int
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """How often a captioner's caption aligns better than the true one; evenly spaced seeds.
 
     A captioner that often beats the truth picks what the encoder likes: alignment says little
     about its captions.
     """
-    from infogrowth.encoders.dataset import pairs_by_id
+    from infogrowth.encoders.dataset import PairTable, decoded_batches, pairs_by_id
+    from infogrowth.encoders.embedding import captions_of
 
     rows = np.unique(np.linspace(0, len(seeds.ids) - 1, min(limit, len(seeds.ids))).astype(int))
     ids = [seeds.ids[row] for row in rows.tolist()]
-    pairs = pairs_by_id(images, ids, [""] * len(ids))
-    better, found, written = 0, 0, 0
-    for start in range(0, len(ids), _CHECKED_AT_ONCE):
-        prepared, owners = [], []
-        for number in range(start, min(start + _CHECKED_AT_ONCE, len(ids))):
-            try:
-                prepared.append(captioner.preprocess(decode_image(pairs.read(number)[1])))
-            except BadImage:
-                continue
-            owners.append(rows[number])
-        if not prepared:
-            continue
-        found += len(owners)
-        captions = captioner.caption(prepared)
-        said = [number for number, caption in enumerate(captions) if caption]
-        if said:
-            owned = np.array(owners)[said]
-            text = encoder.encode_texts([captions[number] for number in said]).numpy()
-            better += int((row_products(seeds.image[owned], text) > seeds.alignment[owned]).sum())
-            written += len(said)
-    return {"seeds": found, "captioned": written, "better_than_true": better}
-
-
-def _seeds_of_growth(directory: str) -> Seeds | None:
-    growth = read_growth(directory)
-    ids: list[str] = []
-    alignment: list[float] = []
-    for table in growth.decision_parts(("id", "reason", "original_alignment")):
-        seeds = table.filter(pc.equal(table["reason"], Reason.SEED))
-        ids += seeds["id"].to_pylist()
-        alignment += seeds["original_alignment"].to_pylist()
-    if not ids:
-        return None
-    image = growth.first_kept_features("image", len(ids))
-    return Seeds(ids, image, np.array(alignment), growth.settings.get("images"))
+    table = PairTable(ids, {}, pairs_by_id(images, ids, [""] * len(ids)))
+    whole = [(0, range(len(ids)))]
+    check = {"seeds": 0, "captioned": 0, "better_than_true": 0}
+    for batch in decoded_batches(table, captioner.preprocess, None, whole, _CHECKED_AT_ONCE, 0):
+        captions = captions_of(batch, captioner)
+        check["seeds"] += len(captions)
+        written = [number for number, caption in enumerate(captions) if caption]
+        if written:
+            own = rows[np.array(batch.rows)[written]]
+            text = encoder.encode_texts([captions[number] for number in written]).numpy()
+            better = row_products(seeds.image[own], text) > seeds.alignment[own]
+            check["captioned"] += len(written)
+            check["better_than_true"] += int(better.sum())
+    return check
 
 
 def open_pairs(path: str) -> FeatureStream:

@@ -2,13 +2,11 @@
 
 The split depends on the dataset alone, never on the number of ranks or jobs, so the files are the
 same bytes however many made them and however often they were interrupted. Ranks claim the next
-shard when they are free; a shard that is finished is never made again.
+shard when they are free; a shard that is marked as finished is never made again.
 """
 
-import hashlib
 import logging
 import os
-import re
 import secrets
 import socket
 import time
@@ -19,7 +17,7 @@ from typing import Any
 
 from infogrowth import distributed
 from infogrowth.data.feature_writer import FeatureWriter
-from infogrowth.errors import UserError, shorten
+from infogrowth.errors import UserError
 from infogrowth.files import TEMPORARY_MARK, atomic_write_json, read_json
 
 logger = logging.getLogger(__name__)
@@ -38,25 +36,9 @@ def automatic_shard_size(rows: int) -> int:
     return max(_MIN_ROWS, min(_MAX_ROWS, -(-rows // _WANTED_SHARDS)))
 
 
-def split(rows: int, size: int) -> list[range]:
-    """Row numbers of each shard; nothing at all is one empty shard."""
-    starts = range(0, max(rows, 1), size)
-    return [range(start, min(start + size, rows)) for start in starts]
-
-
-def parse_part(part: str | None) -> tuple[int, int]:
-    """``"3/16"`` as (2, 16): the third of 16 jobs takes shards 2, 18, 34, …; None is all of them.
-
-    Raises:
-        UserError: no such part.
-    """
-    if part is None:
-        return 0, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", part)
-    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise UserError(f"--part must be one of 1/N … N/N, for example 3/16, not {part!r}")
-    return number - 1, count
+def split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Rows of each shard; nothing at all is one empty shard."""
+    return [rows[start : start + size] for start in range(0, max(len(rows), 1), size)]
 
 
 class ShardedOutput:
@@ -68,10 +50,16 @@ class ShardedOutput:
             is a mapping with a ``fingerprint`` is compared by that alone.
         compared: the keys of ``identity`` that may not differ between runs, with what each is
             called when it does.
-        rows, shard_size: how many samples, and how many to a shard.
-        part: ``"3/16"`` where independent jobs share the folder, see :func:`parse_part`.
+        rows: how many samples.
+        shard_size: how many to a shard; None chooses.
+        part: (2, 16) for the third of 16 independent jobs that share the folder.
         samples: (id, caption) of every row, or (id, None), where the folder may have been made
             from fewer of them: shards for the new ones are added to it, the others stay.
+
+    Attributes:
+        finished: whether there was nothing left to do.
+        shards: the rows of every shard; none for shards of an earlier run on fewer samples.
+        pending: the shards that this job has to make.
 
     Raises:
         UserError: the folder was made from something else, with the difference named; a node of
@@ -84,18 +72,22 @@ class ShardedOutput:
         identity: Mapping[str, Any],
         compared: Mapping[str, str],
         rows: int,
-        shard_size: int,
-        part: str | None = None,
+        shard_size: int | None = None,
+        part: tuple[int, int] = (0, 1),
         samples: Sequence[tuple[str, str | None]] | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.identity = {**identity, "rows": rows, "shard_size": shard_size}
-        self._compared, self._samples = compared, samples
-        self._part = parse_part(part)
-        self.finished, self.shards, self.pending, self._claims = distributed.on_main(self._open)
-        self.identity["shards"] = len(self.shards)
+        size = shard_size or automatic_shard_size(rows)
+        self.identity = {**identity, "rows": rows, "shard_size": size}
+        self._compared, self._samples, self._part = compared, samples, part
+        token = distributed.broadcast_object(secrets.token_hex(8))
+        self._claims = f"shards {token}"
+        self.finished, self.shards, self.pending = distributed.on_main(self._open)
+        if self.finished:
+            logger.info("%s is finished already: nothing to do", self.directory)
         self.writer = FeatureWriter(self.directory, len(self.shards))
-        self._refuse_separate_disks()
+        if distributed.world_size() > 1:
+            self._refuse_separate_disks(self.directory / f"seen-by-all{TEMPORARY_MARK}{token}")
 
     def claim(self) -> Iterator[tuple[int, Sequence[int]]]:
         """Pending shards, number and rows, one by one; no other rank of the launch gets the same.
@@ -118,41 +110,45 @@ class ShardedOutput:
         distributed.barrier()
         return distributed.on_main(self._complete)
 
-    def _open(self) -> tuple[bool, list[Sequence[int]], list[int], str]:
-        """Whether all is done, every shard's rows, this job's pending shards, and the name of
-        their counter."""
+    def _open(self) -> tuple[bool, list[Sequence[int]], list[int]]:
+        """What is finished and what is left, and features.json brought up to that (rank 0)."""
         existing = self._existing()
-        earlier: list[int] = []
-        grown = False
-        if existing is not None:
-            earlier = existing.get("earlier_shards", [])
-            if grown := self._has_grown(existing):
-                earlier = sorted(FeatureWriter(self.directory).finished_shards())
-                logger.info("%s: embedding what is new", self.directory)
-        self.shards = self._split(earlier)
-        self.identity["shards"] = len(self.shards)
+        earlier: list[int] = existing.get("earlier_shards", [])
+        if grown := self._has_grown(existing):
+            earlier = sorted(FeatureWriter(self.directory).finished_shards())
+            logger.info("%s: embedding what is new", self.directory)
+        shards = self._split(earlier)
+        self.identity["shards"] = len(shards)
         if earlier:
             self.identity["earlier_shards"] = earlier
-        if existing is not None and not grown:
+        if existing and not grown:
             self._refuse_difference(existing)
-        writer = FeatureWriter(self.directory, len(self.shards))
+        writer = FeatureWriter(self.directory, len(shards))
         done = writer.finished_shards()
-        finished = existing is not None and existing.get("finished") is True
-        finished = finished and len(done) == len(self.shards)
         first, step = self._part
-        own = range(first, len(self.shards), step)
+        own = range(first, len(shards), step)
+        finished = existing.get("finished") is True and len(done) == len(shards)
         if not finished:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Other jobs that share the folder are perhaps writing: only this one's are left over.
             writer.remove_leftovers(None if step == 1 else own)
             if existing != {**self.identity, "finished": False}:
-                self._describe({"finished": False})
-        pending = [number for number in own if number not in done]
-        return finished, self.shards, pending, f"shards {secrets.token_hex(8)}"
+                self._describe(finished=False)
+        return finished, shards, [number for number in own if number not in done]
+
+    def _existing(self) -> dict[str, Any]:
+        """What features.json says; empty for a new folder."""
+        path = self.directory / DESCRIPTION
+        description = read_json(path, "the description of the features") if path.is_file() else {}
+        strange = self.directory.is_file() or any(self.directory.glob("*_emb"))
+        if not isinstance(description, dict) or (strange and not description):
+            raise UserError(f"{self.directory} holds something else; give --output another folder")
+        return description
 
     def _has_grown(self, existing: Mapping[str, Any]) -> bool:
         """Whether the folder was made from other samples, and more may be added to it."""
-        if self._samples is None or existing.get("samples") == self.identity["samples"]:
+        same = existing.get("samples") == self.identity.get("samples")
+        if not existing or self._samples is None or same:
             return False
         self._refuse_difference(existing, but=("samples", "rows", "shard_size", "shards"))
         here = self.identity.get("containers", {})
@@ -168,18 +164,16 @@ class ShardedOutput:
         """Rows by shard; those of earlier shards are theirs already, so they get none."""
         rows, size = self.identity["rows"], self.identity["shard_size"]
         if not earlier:
-            return list(split(rows, size))
+            return split(range(rows), size)
         new = self._new_rows(earlier)
-        parts = iter([new[start : start + size] for start in range(0, len(new), size)])
-        shards: list[Sequence[int]] = []
-        taken = set(earlier)
-        while True:
-            if len(shards) in taken:
-                shards.append(())
-            elif (part := next(parts, None)) is not None:
-                shards.append(part)
+        shards: list[Sequence[int]] = [()] * (max(earlier) + 1)
+        free = [number for number in range(len(shards)) if number not in earlier]
+        for part in split(new, size) if new else []:
+            if free:
+                shards[free.pop(0)] = part
             else:
-                return shards
+                shards.append(part)
+        return shards
 
     def _new_rows(self, earlier: Sequence[int]) -> list[int]:
         """Rows that no earlier shard holds.
@@ -200,114 +194,70 @@ class ShardedOutput:
                 unused[sample[0]] -= 1
             else:
                 new.append(row)
-        if gone := next((name for (name, _), count in embedded.items() if count > 0), None):
+        for name, _ in embedded.elements():
             raise UserError(
                 f"{self.directory} was made with another {self._compared['samples']}: its sample "
-                f"{gone!r} is gone or has another caption now; give --output another folder"
+                f"{name!r} is gone or has another caption now; give --output another folder"
             )
         return new
 
-    def _complete(self) -> dict[str, Any]:
-        if not self.finished:
-            missing = self._missing()
-            own = [number for number in missing if number % self._part[1] == self._part[0]]
-            if own:
-                shown = ", ".join(map(str, own[:5])) + (", …" if len(own) > 5 else "")
+    def _refuse_difference(self, existing: Mapping[str, Any], but: Sequence[str] = ()) -> None:
+        for key, name in {**self._compared, "shards": "split into shards"}.items():
+            there, here = existing.get(key), self.identity.get(key)
+            if key not in but and _identity(there) != _identity(here):
                 raise UserError(
-                    f"{self.directory} lacks {len(own)} of its {len(self.shards)} shards ({shown}) "
-                    f"as seen from {socket.gethostname()}, though all ranks are done: all nodes "
-                    "must write into one shared folder; run the command again once they do"
+                    f"{self.directory} was made with another {name}: {_readable(there)} there, "
+                    f"{_readable(here)} now; give --output another folder"
                 )
-            if missing:  # the shards of other jobs; the last job finishes the folder
-                logger.info(
-                    "%d shards of other parts are missing; whichever part ends last finishes the "
-                    "folder, else run the command once without --part", len(missing)
-                )  # fmt: skip
-            else:
-                skipped = self.writer.merge_skipped()
-                self._describe({"finished": True, "pairs": self.writer.rows(), "skipped": skipped})
-        return read_json(self.directory / DESCRIPTION, "the description of the features")
+
+    def _refuse_separate_disks(self, probe: Path) -> None:
+        """Every rank must find what rank 0 writes, or shards would be missing in the end."""
+        distributed.on_main(probe.touch)
+        ranks = distributed.all_gather_objects((socket.gethostname(), probe.exists()))
+
+        def check() -> None:
+            probe.unlink()
+            for number, (node, sees) in enumerate(ranks):
+                if not sees:
+                    raise UserError(
+                        f"rank {number} on {node} does not see the folder {self.directory} that "
+                        f"rank 0 on {ranks[0][0]} writes: give --output a path that all nodes share"
+                    )
+
+        distributed.on_main(check)
+
+    def _complete(self) -> dict[str, Any]:
+        """Mark the folder as finished if it is (rank 0)."""
+        missing = [] if self.finished else self._missing()
+        own = [number for number in missing if number % self._part[1] == self._part[0]]
+        if own:
+            shown = ", ".join(map(str, own[:5])) + (", …" if len(own) > 5 else "")
+            raise UserError(
+                f"{self.directory} lacks {len(own)} of its {len(self.shards)} shards ({shown}) "
+                f"as seen from {socket.gethostname()}, though all ranks are done: all nodes "
+                "must write into one shared folder; run the command again once they do"
+            )
+        if missing:  # the shards of other jobs; the last job finishes the folder
+            logger.info(
+                "%d shards of other parts are missing; whichever part ends last finishes the "
+                "folder, else run the command once without --part", len(missing)
+            )  # fmt: skip
+        elif not self.finished:
+            skipped = self.writer.merge_skipped()
+            self._describe(finished=True, pairs=self.writer.rows(), skipped=skipped)
+        return self._existing()
 
     def _missing(self) -> list[int]:
         """Shards that are not there, once the file system has had time to show them."""
         deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
         while True:
-            done = self.writer.finished_shards()
-            missing = [number for number in range(len(self.shards)) if number not in done]
+            missing = sorted(set(range(len(self.shards))) - self.writer.finished_shards())
             if not set(missing) & set(self.pending) or time.monotonic() >= deadline:
                 return missing
             time.sleep(1)
 
-    def _refuse_separate_disks(self) -> None:
-        """Every rank must find what rank 0 writes, or shards would be missing in the end."""
-        if distributed.world_size() == 1:
-            return
-        name = f"seen-by-all{TEMPORARY_MARK}{distributed.broadcast_object(secrets.token_hex(8))}"
-        probe = self.directory / name
-        distributed.on_main(lambda: _touch(probe))
-        sees = distributed.all_gather_objects((socket.gethostname(), probe.exists()))
-        distributed.on_main(lambda: probe.unlink(missing_ok=True))
-        blind = [(number, node) for number, (node, seen) in enumerate(sees) if not seen]
-        if blind:
-            number, node = blind[0]
-            if distributed.is_main():
-                raise UserError(
-                    f"rank {number} on {node} does not see the folder {self.directory} that rank 0 "
-                    f"on {sees[0][0]} writes: give --output a path that all nodes share"
-                )
-            raise SystemExit(2)
-
-    def _existing(self) -> dict[str, Any] | None:
-        path = self.directory / DESCRIPTION
-        if path.is_file():
-            description = read_json(path, "the description of the features")
-            if not isinstance(description, dict):
-                raise UserError(f"{path} must hold an object; give --output another folder")
-            return description
-        if self.directory.is_file() or any(self.directory.glob("*_emb")):
-            raise UserError(f"{self.directory} holds something else; give --output another folder")
-        return None
-
-    def _refuse_difference(self, existing: Mapping[str, Any], but: Sequence[str] = ()) -> None:
-        for key, name in {**self._compared, "shards": "a split into shards"}.items():
-            there, here = existing.get(key), self.identity.get(key)
-            if key not in but and _identity(there) != _identity(here):
-                raise UserError(
-                    f"{self.directory} was made with another {name.removeprefix('a ')}: "
-                    f"{_readable(there)} there, {_readable(here)} now; give --output another folder"
-                )
-
-    def _describe(self, state: dict[str, Any]) -> None:
-        description = {**self.identity, **state}
-        atomic_write_json(self.directory / DESCRIPTION, description, indent=2)
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's content, 32 hex digits.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {shorten(error)}") from error
-
-
-def list_digest(lines: list[str]) -> str:
-    """sha256 of some names or ids in their order, 32 hex digits."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _touch(path: Path) -> None:
-    try:
-        path.touch()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {shorten(error)}") from error
+    def _describe(self, **state: Any) -> None:
+        atomic_write_json(self.directory / DESCRIPTION, {**self.identity, **state}, indent=2)
 
 
 def _identity(value: Any) -> Any:

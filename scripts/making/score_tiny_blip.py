@@ -26,7 +26,7 @@ from infogrowth.config import option
 from infogrowth.data.images import decode_image
 from infogrowth.data.sources import open_source
 from infogrowth.encoders.loading import load_captioner, load_encoder
-from infogrowth.encoders.protocols import DualEncoder
+from infogrowth.encoders.models import DualEncoder
 from infogrowth.evaluation.truth import auroc, detection
 from infogrowth.files import read_json
 from infogrowth.growth.thresholds import choose_min_align

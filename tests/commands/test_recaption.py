@@ -394,7 +394,7 @@ def test_another_encoder_than_that_of_the_images_is_refused(
         (["--features", "F", "--growth", "G"], "not both"),
         (["--growth", "G", "--all"], "--all goes with --features"),
         (["--features", "F", "--min-align", "auto"], "needs seeds"),
-        (["--features", "F", "--beams", "0"], "--beams and --max-tokens"),
+        (["--features", "F", "--beams", "0"], "--beams"),
         (["--features", "/nowhere"], "/nowhere do not exist"),
         (["--growth", "/nowhere"], "/nowhere"),
         (["--captions", "/nowhere.json"], "/nowhere.json does not exist"),

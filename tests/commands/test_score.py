@@ -138,7 +138,7 @@ def test_the_matching_head_scores_images_with_captions(repository, infogrowth, t
         (["--by", "cosin"], "did you mean 'cosine'"),
         (["--by", "itm"], "--matcher"),
         (["--temperature", "0"], "temperature"),
-        (["--reference-rows", "0"], "reference_rows"),
+        (["--reference-rows", "0"], "--reference-rows"),
         (["--growth", "nowhere"], "reference.npz"),
     ],
 )

@@ -13,7 +13,7 @@ from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import evaluation_transform
 from infogrowth.encoders.blip import Normalize
 from infogrowth.encoders.loading import load_captioner, load_encoder
-from infogrowth.encoders.protocols import Captioner, DualEncoder
+from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
 
 CPU = torch.device("cpu")

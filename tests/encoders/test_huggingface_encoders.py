@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infogrowth.encoders.loading import load_captioner, load_encoder
-from infogrowth.encoders.protocols import Captioner, DualEncoder
+from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from infogrowth.encoders.dataset import PairTable, decoded_batches
 from infogrowth.encoders.embedding import threads_for, workers_for
-from infogrowth.encoders.inference import UnitFeatures, half_products, halving
 from infogrowth.encoders.loading import load_captioner, load_encoder
+from infogrowth.encoders.models import UnitFeatures, half_products, halving
 from infogrowth.errors import UserError
 
 CPU = torch.device("cpu")

@@ -1,0 +1,202 @@
+"""What the commands ask of a model (two protocols), and how every model is run and told apart.
+
+Shape letters: B batch, C channels, H height, W width, D feature dimension.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+Preprocess = Callable[[Image.Image], torch.Tensor]
+"""An RGB image to one CHW tensor, the way the model is evaluated. It travels to the workers that
+decode, so it is picklable and does not hold the model; uint8 (normalised later, on the device)
+costs a quarter of the memory traffic of float32."""
+
+Tokens = dict[str, torch.Tensor]
+Tokenize = Callable[[list[str]], Tokens]
+"""Captions as people wrote them to what the text encoder reads, in the same workers."""
+
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class DualEncoder(Protocol):
+    """An image encoder and a text encoder that share one feature space.
+
+    Implementations are in evaluation mode (no dropout), never augment, and give one sample the
+    same feature wherever it stands in the dataset. They are called from several threads.
+    """
+
+    name: str
+    """What the user called it: "tiny", a path, a hub name."""
+    fingerprint: str
+    """Of the weights, configuration and vocabulary that the features depend on, the same on every
+    device; an official .pth and the Hugging Face folder of the same model may share it."""
+    dimension: int
+    """D, the length of a feature."""
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    @property
+    def tokenize(self) -> Tokenize: ...
+
+    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """A stack of preprocessed images to ``(B, D) float32`` unit rows, on the CPU."""
+        ...
+
+    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
+        """Tokenized captions to ``(B, D) float32`` unit rows, on the CPU."""
+        ...
+
+    def encode_texts(self, captions: list[str]) -> torch.Tensor:
+        """``encode_tokens(tokenize(captions))``."""
+        ...
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """A model that describes an image; the same image always gets the same words."""
+
+    name: str
+    fingerprint: str
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+        """What ``preprocess`` gave for some images (sizes may differ) to one caption each; an empty
+        string where the model had nothing to say."""
+        ...
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> str:
+    """Hash weights and settings into 32 hex digits, so that a changed model is noticed.
+
+    The tensors are hashed, not the files that held them: a momentum copy, an optimizer state or
+    another file layout makes no difference, one changed weight does. Nor does the device: what the
+    weights are in float32 is hashed, so hash them before they are rounded for a GPU. It costs one
+    pass over the weights (about a second for a billion bytes), less than loading them did.
+
+    Args:
+        weights: every tensor that takes part, by name; the order of the mapping does not matter.
+        settings: what else the feature depends on (sizes, vocabulary, preprocessing), as JSON.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+class UnitFeatures:
+    """A model that gives features, normalised to length one, on its device.
+
+    On CUDA it computes in float16 (its rounding is that of the feature files); a batch in which
+    float16 overflowed is computed again in float32, so that a sample is never lost to the
+    precision. On a CPU everything is float32.
+
+    Args:
+        model: any; its parameters will not be trained any more.
+        device: where it runs.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.model = model.eval().requires_grad_(False).to(device)
+        on_cuda = device.type == "cuda"
+        self._fast = half_products(copy.deepcopy(self.model)) if on_cuda else self.model
+
+    def __call__(self, compute: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """``(B, D) float32`` unit rows on the CPU; a zero or non-finite row stays what it is.
+
+        Args:
+            compute: runs the model that it is given, to ``(B, D)``.
+        """
+        with torch.inference_mode():
+            with half_on_cuda(self.device):
+                rows = _unit_rows(compute(self._fast))
+            if self._fast is not self.model and not torch.isfinite(rows).all():
+                rows = _unit_rows(compute(self.model))
+            return rows
+
+
+def _unit_rows(features_BD: torch.Tensor) -> torch.Tensor:
+    return functional.normalize(features_BD.float(), dim=-1).cpu()
+
+
+def half_products(model: nn.Module) -> nn.Module:
+    """Store as float16 what autocast would convert in every call: the weights of matrix products.
+
+    Under autocast the results are the same to the bit; norms and sums stay float32.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.half()
+    return model
+
+
+def half_on_cuda(device: torch.device) -> torch.autocast:
+    """float16 autocast on CUDA, nothing on a CPU (where half precision is slower)."""
+    return torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda")
+
+
+def halving(compute: Callable[[Any], list[Result]], items: Sequence[Any] | torch.Tensor) -> Any:
+    """``compute`` of all items, by halves where the device has no memory for all at once."""
+    try:
+        return compute(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(items) // 2
+    return halving(compute, items[:middle]) + halving(compute, items[middle:])
+
+
+class CaptionTokenizer:
+    """A tokenizer of transformers for many threads and processes.
+
+    Args:
+        tokenizer: refuses to be shared between threads, so one at a time uses it.
+        prepare: what is done to a caption first.
+        options: how it is called, as padding and truncation.
+    """
+
+    def __init__(self, tokenizer: Any, prepare: Callable[[str], str] = str, **options: Any) -> None:
+        self._tokenizer, self._prepare, self._options = tokenizer, prepare, options
+        self._lock = Lock()
+
+    def __call__(self, captions: list[str]) -> Tokens:
+        texts = [self._prepare(caption) for caption in captions]
+        with self._lock:
+            return dict(
+                self._tokenizer(texts, truncation=True, return_tensors="pt", **self._options)
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
+
+def moved(tokens: Tokens, device: torch.device) -> Tokens:
+    """Tokens on the device; from page-locked memory they are copied in passing."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tokens.items()}
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """An RGB image as uint8 ``(3, H, W)``."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()
