@@ -131,6 +131,8 @@ def test_any_mixture_has_an_estimate_that_makes_sense(noise, wrong, seeds, strea
     thresholds = np.linspace(-1, 1, 21)
     lost = estimate.right_lost(thresholds)
     assert lost[0] == pytest.approx(0) and lost[-1] == 1
+    everywhere = estimate.right_lost(np.linspace(-1.1, 1.1, 2001))
+    assert (np.diff(everywhere) >= 0).all()  # as true losses are
     purity = estimate.purity(thresholds)
     assert ((purity >= 0) & (purity <= 1) | np.isnan(purity)).all()
     assert purity[0] == pytest.approx(1 - estimate.noise)
