@@ -2,7 +2,7 @@
 
 A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options),
 ``run(config)`` and, when some options are given by position, ``POSITIONAL``. The programs in
-``scripts/`` and ``train/`` go through the same door, :func:`run_script`.
+``scripts/`` and ``train/`` go through the same entry, :func:`run_script`.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from typing import Any
 
 from infogrowth import __version__
 from infogrowth.config import add_flags, config_from_args
-from infogrowth.errors import UserError, exit_status
-from infogrowth.extras import missing_package
+from infogrowth.errors import exit_status, sentence
 from infogrowth.remote import retry_summary
 
 VERBS = (
@@ -28,7 +27,7 @@ SHARED_WORK = ("run", "embed", "recaption", "score", "grow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (2 for bad input, told in one sentence)."""
+    """Run one command; returns its exit status (2 for bad input, reported in one sentence)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser(arguments).parse_args(arguments)
     if args.verb not in SHARED_WORK and not _on_rank_zero():
@@ -60,16 +59,12 @@ def _run(
         if again := retry_summary():
             logging.getLogger(__name__).warning("%s", again)
         return status
-    except ModuleNotFoundError as error:
-        if (sentence := missing_package(error)) is None:
-            raise
-        return exit_status(UserError(sentence))
     except BrokenPipeError:  # `infogrowth explain … | head` is not an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
         return 0
-    except (UserError, KeyboardInterrupt, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # no file is to blame, so it is no matter of input
+    except (Exception, KeyboardInterrupt) as error:
+        if sentence(error) is None and not isinstance(error, KeyboardInterrupt):
+            raise
         return exit_status(error)
 
 
@@ -102,15 +97,10 @@ def _configure_logging(quiet: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
     )
-    for chatty in (
-        "httpx",
-        "aiobotocore",
-        "botocore",
-        "werkzeug",
-    ):  # libraries that tell at INFO what only they care about
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for library in ("httpx", "aiobotocore", "botocore", "werkzeug"):  # chatty at INFO
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _on_rank_zero() -> bool:
-    """What distributed.is_main tells, without importing torch for it."""
+    """As distributed.is_main, without importing torch for it."""
     return os.environ.get("RANK", "0") == "0"

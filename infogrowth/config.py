@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass per command, filled from YAML and flags, checked at the door.
+"""Configuration: one frozen dataclass per command, filled from YAML and flags, checked first.
 
 Every field is an :func:`option`; its help text is the flag's help. Unknown keys are refused with
 the nearest valid name, values are coerced to the field's type (a safe YAML loader reads ``3e-4`` as
@@ -11,7 +11,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -126,11 +126,6 @@ def config_from_args(cls: type[C], args: argparse.Namespace, positional: tuple[s
     return load_config(cls, getattr(args, "config", None), overrides, positional)
 
 
-def config_as_dict(config: Any) -> dict[str, Any]:
-    """The effective configuration as plain values, to be saved beside what it produced."""
-    return dataclasses.asdict(config)
-
-
 def read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The keys of a YAML file, none for no file.
 
@@ -152,7 +147,8 @@ def read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, except that a key given twice is an error, not a silent last-one-wins.
 
-    What the safe loader stumbles over (a date of month 13) is a YAMLError here, with its place.
+    A value that the safe loader cannot convert (a date of month 13) is a YAMLError here, with its
+    line.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -168,14 +164,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            fault = None
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a single value", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
+                fault = "a key must be a single value"
+            elif key in seen:
+                fault = f"key {key!r} is given twice"
+            if fault:
+                raise yaml.constructor.ConstructorError(None, None, fault, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -193,10 +188,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, arguments[0], where) for item in items]
-    coerced = _SCALARS[hint](value)
-    if coerced is None:
-        raise UserError(f"{where} must be {_NAMES[hint]}, not {value!r}")
-    return coerced
+    name, convert = _SCALARS[hint]
+    try:
+        return convert(value)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where} must be {name}, not {value!r}") from error
 
 
 def _coerce_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
@@ -216,36 +212,35 @@ def _coerce_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
     raise UserError(f"{where} must be {' or '.join(errors)}")
 
 
-def _as_bool(value: Any) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
+def _as_bool(value: Any) -> bool:
+    return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
 
 
-def _as_int(value: Any) -> int | None:
+def _as_int(value: Any) -> int:
     number = _as_float(value)
-    if number is None or not number.is_integer():  # infinities and NaN are no integers either
-        return None
+    if not number.is_integer():  # infinities and NaN are no integers either
+        raise ValueError(value)
     return int(value) if isinstance(value, int) else int(number)
 
 
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
+def _as_float(value: Any) -> float:
+    if isinstance(value, bool | bytes):
+        raise TypeError(value)
+    return float(value)
 
 
-def _as_text(value: Any) -> str | None:
+def _as_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
-        return None
+        raise TypeError(value)
     return str(value)
 
 
-_SCALARS: dict[Any, Any] = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_SCALARS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    bool: ("true or false", _as_bool),
+    int: ("a whole number", _as_int),
+    float: ("a number", _as_float),
+    str: ("text", _as_text),
+}
 
 
 def _is_required(field: dataclasses.Field) -> bool:

@@ -1,10 +1,11 @@
 """The one error that is meant for the person at the keyboard, and how others become it."""
 
-import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 
 class UserError(Exception):
@@ -17,22 +18,51 @@ class UserError(Exception):
 def exit_status(error: BaseException) -> int:
     """Print an error that ends a command; returns the exit status it stands for.
 
-    Bad input and files that cannot be used are one sentence and 2, an interruption is 130; any
-    other error is a fault of the program: its traceback, and 1.
+    What :func:`sentence` has words for is one sentence and 2, an interruption is 130; any other
+    error is a fault of the program: its traceback, and 1.
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; what was committed is safe, run the command again", file=sys.stderr)
         return 130
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if isinstance(error, OSError) and error.filename is not None:
-        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+    if (text := sentence(error)) is not None:
+        print(f"error: {text}", file=sys.stderr)
         return 2
     traceback.print_exception(error)
     return 1
+
+
+def sentence(error: BaseException) -> str | None:
+    """What a user can mend, in one sentence: bad input, a file that cannot be used, a package that
+    is not installed; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        if module and module != "infogrowth":
+            package = _DISTRIBUTIONS.get(module, module)
+            extra = _extra_of(package)
+            wanted = f"'infogrowth[{extra}]'" if extra else package
+            return f"this needs the package {package}: pip install {wanted}"
+    return None
+
+
+# Where the module has another name than what is installed.
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+
+
+def _extra_of(package: str) -> str | None:
+    """The extra of this project that brings a package, as its own metadata says."""
+    try:
+        requirements = metadata.requires("infogrowth") or []
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
+        return None
+    name = "[-_.]+".join(map(re.escape, re.split("[-_.]+", package)))
+    of_extra = re.compile(rf"""{name}(?![\w.-]).*extra == ['"]([\w-]+)['"]""", re.IGNORECASE)
+    return next((found[1] for found in map(of_extra.match, requirements) if found), None)
 
 
 def shorten(error: object, limit: int = 200) -> str:
@@ -45,7 +75,7 @@ def shorten(error: object, limit: int = 200) -> str:
 
 @contextmanager
 def refusing(
-    path: str | os.PathLike[str],
+    path: object,
     what: str,
     *errors: type[Exception],
     fault: str = "cannot be read",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON whose errors name the place."""
+"""Files that are written whole or not at all, and JSON whose errors name file and line."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing, shorten
 from infogrowth.remote import RemotePath, as_path
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {shorten(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def read_json(path: str | os.PathLike[str] | RemotePath, what: str = "the JSON f
     Raises:
         UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
     """
-    try:
+    with refusing(path, what, ValueError, fault="is not valid JSON"):
         text = as_path(path).read_text(encoding="utf-8-sig")
         try:
             return json.loads(text)
@@ -115,17 +115,6 @@ def read_json(path: str | os.PathLike[str] | RemotePath, what: str = "the JSON f
             raise
         except ValueError:  # a whole number of more digits than Python converts
             return json.loads(text, parse_int=_int_or_infinity)
-    except FileNotFoundError as error:
-        raise UserError(f"{what} {path} does not exist; check the path") from error
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{what} {path} is not valid JSON: {error.msg} at {where}") from error
-    except RecursionError as error:
-        raise UserError(f"{what} {path} is not valid: its JSON is nested too deeply") from error
 
 
 def _int_or_infinity(digits: str) -> int | float:

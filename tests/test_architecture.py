@@ -10,11 +10,9 @@ import pytest
 
 GROUND = {
     "errors",
-    "extras",
     "files",
     "remote",
     "annotations",
-    "annotation_table",
     "config",
     "randomness",
     "distributed",

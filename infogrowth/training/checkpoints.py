@@ -8,13 +8,13 @@ weights under ``model`` by their official names, so it also loads as an official
 import logging
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from infogrowth import distributed
-from infogrowth.config import config_as_dict
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, remove_leftovers
 
@@ -157,7 +157,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _report_changes(before: dict[str, Any], config: "RunOptions") -> None:
-    now = config_as_dict(config)
+    now = asdict(config)
     changed = [key for key in now if key not in _FREE and before.get(key, now[key]) != now[key]]
     for key in changed:
         logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])

@@ -23,7 +23,6 @@ from torch import nn
 
 from infogrowth import distributed
 from infogrowth.blip.momentum import MomentumBlip
-from infogrowth.config import config_as_dict
 from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import normalized
 from infogrowth.errors import UserError
@@ -121,7 +120,7 @@ class TrainingState:
             "scaler": self.precision.scaler.state_dict(),
             "sampler": self.loader.state_dict(self.progress.batch),
             "progress": asdict(self.progress),
-            "run": config_as_dict(self.config),
+            "run": asdict(self.config),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ import yaml
 from tqdm import tqdm
 
 from infogrowth import __version__, distributed
-from infogrowth.config import config_as_dict
 from infogrowth.files import atomic_write, atomic_write_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Logger:
         if not self._main:
             return
         with atomic_write(directory / "config.yaml", "w") as file:
-            file.write(yaml.safe_dump(config_as_dict(config), sort_keys=False, allow_unicode=True))
+            file.write(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
         atomic_write_json(directory / "versions.json", versions(state.device), indent=2)
         _drop_after(directory / "log.jsonl", step)
         self._file = open(directory / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115

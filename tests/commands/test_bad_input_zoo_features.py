@@ -141,7 +141,7 @@ BROKEN_FOLDERS = {
     ),
     "description is no JSON": (
         lambda f: (f / "features.json").write_text("{"),
-        r"features\.json is not valid JSON: .* at line 1, column 2",
+        r"features\.json .*line 1",
     ),
     "description is a list": (
         lambda f: (f / "features.json").write_text("[]"),

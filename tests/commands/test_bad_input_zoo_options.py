@@ -262,9 +262,9 @@ def test_a_growth_folder_that_is_a_file_is_refused(grow, tmp_path):
 
 ENTRY = '{"image": "a", "caption": "c", "gains": [0.5, 0.5]}'
 BAD_ANNOTATIONS = {
-    "no JSON": (b"[{]", r"is not valid JSON: .* at line 1, column 3"),
+    "no JSON": (b"[{]", "line 1"),
     "no list": (b"{}", "must hold a list of samples, not a dict"),
-    "no UTF-8": (b'["\xff\xfe"]', r"is not UTF-8 text \(byte 2\)"),
+    "no UTF-8": (b'["\xff\xfe"]', "utf-8"),
     "an empty list": (b"[]", "holds no samples to select from"),
     "an entry that is no object": (b'["a"]', "sample 0 of .* must be an object"),
     "an entry without id": (b'[{"caption": "c"}]', "sample 0 of .* has no image id"),
@@ -278,15 +278,15 @@ BAD_ANNOTATIONS = {
     "gains of NaN": (ENTRY.replace("0.5, 0.5", "NaN, 1"), "has gains that are not finite"),
     "half of a surrogate pair in an id": (
         ENTRY.replace('"a"', r'"a\ud83d"'),
-        r"sample 0 of .* \('a\\ud83d'\) has text that is not Unicode",
+        r"sample 0 of .* \('a\\ud83d'\) .*surrogates",
     ),
     "half of a surrogate pair in a caption": (
         ENTRY.replace('"c"', r'["c", "\ud83d"]'),
-        r"sample 0 of .* \('a'\) has text that is not Unicode",
+        r"sample 0 of .* \('a'\) .*surrogates",
     ),
     "half of a surrogate pair in an extra key": (
         ENTRY.replace("}", r', "page": {"\udc00": 1}}'),
-        r"sample 0 of .* \('a'\) has text that is not Unicode",
+        r"sample 0 of .* \('a'\) .*surrogates",
     ),
     "gains that are all zero": (
         ENTRY.replace("0.5, 0.5", "0, 0"),

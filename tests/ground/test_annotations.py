@@ -46,7 +46,9 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(st.lists(entries, max_size=4))
 def test_the_bytes_are_those_of_the_json_module(tmp_path, annotations):
     save_annotations(tmp_path / "a.json", annotations)
@@ -110,9 +112,9 @@ def test_a_broken_file_is_one_sentence_that_names_the_place(tmp_path, content, m
         ("[-5, 1]", "negative gains"),
         ('["-1", "1"]', "negative gains"),
         ("null", "not two numbers"),
-        ('[1, 1], "score": NaN', "a number that is not finite"),
-        ('[1, 1], "scores": {"a": [1, -Infinity]}', "a number that is not finite"),
-        ('[1, 1], "views": 1' + "0" * 5000, "a number that is not finite"),
+        ('[1, 1], "score": NaN', "JSON compliant"),
+        ('[1, 1], "scores": {"a": [1, -Infinity]}', "JSON compliant"),
+        ('[1, 1], "views": 1' + "0" * 5000, "JSON compliant"),
     ],
 )
 def test_what_is_no_gain_or_no_json_number_is_refused(tmp_path, gains, message):

@@ -1,12 +1,12 @@
 """Configuration: YAML and flags meet in one checked dataclass."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pytest
 
-from infogrowth.config import add_flags, config_as_dict, config_from_args, load_config, option
+from infogrowth.config import add_flags, config_from_args, load_config, option
 from infogrowth.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_both_spellings_of_a_flag_and_short_flags_work():
 def test_lists_and_optionals():
     config = from_flags("--features", "f", "--shards", "3", "4", "--seeds", "none")
     assert config.shards == [3, 4] and config.seeds is None
-    assert config_as_dict(config)["shards"] == [3, 4]
+    assert asdict(config)["shards"] == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"[1,\n 2", "line 2"), (b"\xff\xfe\x00", "not UTF-8"), (b"[" * 100_000, "nested")],
+    [(b"[1,\n 2", "line 2"), (b"\xff\xfe\x00", "utf-8"), (b"[" * 100_000, "nested")],
 )
 def test_a_broken_json_file_is_named_with_the_place(tmp_path, content, message):
     path = tmp_path / "b.json"

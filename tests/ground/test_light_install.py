@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 
 from infogrowth.cli import main
-from infogrowth.extras import missing_package
+from infogrowth.errors import sentence
 
 # Runs commands one after the other with some packages hidden, as if they were not installed.
 HIDING = """
@@ -99,14 +99,14 @@ def test_a_missing_package_names_its_extra(project, monkeypatch, module, extra):
         for package in packages
     ]
     monkeypatch.setattr(metadata, "requires", lambda name: requires)
-    sentence = missing_package(ModuleNotFoundError("…", name=module))
-    assert f"'infogrowth[{extra}]'" in sentence
-    assert module.partition(".")[0] in sentence
+    printed = sentence(ModuleNotFoundError("…", name=module))
+    assert f"'infogrowth[{extra}]'" in printed
+    assert module.partition(".")[0] in printed
 
 
 def test_a_missing_module_of_the_project_is_no_matter_of_installing(monkeypatch, capsys):
-    assert missing_package(ModuleNotFoundError("…", name="infogrowth.nothing")) is None
-    assert "pip install pillow" in missing_package(ModuleNotFoundError("…", name="PIL.Image"))
+    assert sentence(ModuleNotFoundError("…", name="infogrowth.nothing")) is None
+    assert "pip install pillow" in sentence(ModuleNotFoundError("…", name="PIL.Image"))
 
     def broken(config):
         import infogrowth.nothing  # noqa: F401
