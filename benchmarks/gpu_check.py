@@ -395,9 +395,7 @@ def breakdown(
     from train_step import profiled
 
     python = cProfile.Profile()
-    python.enable()
-    figures, table = profiled(action, machine.device)
-    python.disable()
+    figures, table = profiled(lambda: python.runcall(action), machine.device)
     print(table, flush=True)
     pstats.Stats(python).strip_dirs().sort_stats("tottime").print_stats(20)
     rows = [
