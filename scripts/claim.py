@@ -61,7 +61,7 @@ class ClaimConfig:
     test_names: int = option(1000, "names in the test set")
     image_size: int = option(64, "pixels a side")
     encoder_epochs: int = option(11, "epochs of the scoring encoder on its pretraining part")
-    min_align: str = option("auto:0.98", "threshold of the growth")
+    min_align: str = option("auto:0.9", "threshold of the growth")
     k: int = option(4, "neighbors of the gain")
     static_size: int = option(16_000, "pairs of every static subset")
     batch_size: int = option(128, "pairs per step, all arms")

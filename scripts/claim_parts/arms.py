@@ -78,10 +78,6 @@ def _top_alignment(scored: Scored, size: int, seed: int) -> list[int]:
     return sorted(np.argsort(-scored.alignment, kind="stable")[:size].tolist())
 
 
-def _aligned(scored: Scored, size: int, seed: int) -> list[int]:
-    return np.flatnonzero(scored.alignment >= scored.min_align).tolist()
-
-
 def _oracle(scored: Scored, size: int, seed: int) -> list[int]:
     return np.flatnonzero(~scored.swapped).tolist()
 
@@ -133,7 +129,6 @@ ARMS: dict[str, Arm] = {
     "full": Arm("uniform", _all, "the whole source"),
     "random": Arm("uniform", _random, "a random subset"),
     "alignment": Arm("uniform", _top_alignment, "the best aligned (as DataComp filters)"),
-    "aligned_all": Arm("uniform", _aligned, "all that the growth's threshold lets in"),
     "semdedup": Arm("uniform", _semantic_deduplication, "alignment filter + SemDeDup"),
     "grown_static": Arm("uniform", _top_gain, "grown, the largest gains"),
     "grown_uniform": Arm("uniform", _kept, "grown, all kept, drawn evenly"),

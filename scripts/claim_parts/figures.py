@@ -18,7 +18,6 @@ _COLOURS = {
     "full": "#444444",
     "random": "#999999",
     "alignment": "#0072b2",
-    "aligned_all": "#004070",
     "semdedup": "#56b4e9",
     "grown_static": "#e69f00",
     "grown_uniform": "#f0c070",
