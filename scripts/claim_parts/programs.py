@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -78,7 +79,15 @@ def _finished(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["infogrowth", "infogrowth.cli", "infogrowth.blip.pretrain"])
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _begin_worker, (threads,)) as pool:
         waiting = {pool.submit(run_program, program, *map(str, a)): n for n, a in enumerate(lines)}
         for future in as_completed(waiting):
             yield waiting[future], future.exception() or future.result()
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Nobody else ends a training whose parent was killed, and the next start would train it too.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
