@@ -206,7 +206,7 @@ class Experiment:
         kept = [pair["image"] for pair in load_annotations(grown) if pair["image"] in offered]
         estimate = read_growth(self.folder / "growth").estimate()
         record = {
-            "kind": "portion",
+            **self._key("portion"),
             "portion": number,
             "pairs": len(offered),
             "kept": len(kept),
@@ -214,7 +214,7 @@ class Experiment:
             "noise_true": sum(image in truth for image in offered) / len(offered),
             "noise_so_far": estimate and estimate.noise,
         }
-        self.results.add([record], kind="portion", portion=number)
+        self.results.add([record], **self._key("portion"), portion=number)
 
     def choose(self, runs: Sequence[Run]) -> None:
         """Write the pairs of every run; what they are goes into the results."""
@@ -222,11 +222,12 @@ class Experiment:
         if not missing:
             return
         scored = self.scored()
-        self.results.add([quality(scored)], kind="scores")
+        key = self._key("scores")
+        self.results.add([{**key, **quality(scored)}], **key)
         for run in missing:
             chosen = ARMS[run.arm].choose(scored, self.config.static_size, run.seed)
-            record = {"kind": "arm", "arm": run.arm, "seed": run.seed, **scored.composition(chosen)}
-            self.results.add([record], kind="arm", arm=run.arm, seed=run.seed)
+            key = self._key("arm", arm=run.arm, seed=run.seed)
+            self.results.add([{**key, **scored.composition(chosen)}], **key)
             entries = [scored.entry(row, ARMS[run.arm]) for row in chosen]
             atomic_write_json(self._pairs(run), entries)
 
@@ -281,20 +282,32 @@ class Experiment:
         log = self._output(run) / "log.jsonl"
         if not log.exists():
             return
-        key = {"arm": run.arm, "seed": run.seed, "objectives": "+".join(self.config.objectives)}
+        key = self._evaluations(run)
         wanted = ("step", "samples_seen", "txt_r1", "img_r1", "r_mean")
         made = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         records = [
-            {"kind": "val", **key, "evaluation": number, **{name: record[name] for name in wanted}}
+            {
+                **key,
+                "device": self.config.device,
+                "evaluation": number,
+                **{n: record[n] for n in wanted},
+            }
             for number, record in enumerate(r for r in made if r["kind"] == "val")
         ]
-        if len(records) > len(self.results.find(kind="val", **key)):
-            self.results.add(records, kind="val", **key)
+        if len(records) > len(self.results.find(**key)):
+            self.results.add(records, **key)
 
     def _is_trained(self, run: Run) -> bool:
-        key = {"arm": run.arm, "seed": run.seed, "objectives": "+".join(self.config.objectives)}
-        known = self.results.find(kind="val", **key)
+        known = self.results.find(**self._evaluations(run))
         return bool(known) and known[-1]["step"] >= self._steps(run)
+
+    def _key(self, kind: str, **more: Any) -> dict[str, Any]:
+        """What a record is found by: results of several thresholds stand in one file."""
+        return {"kind": kind, "min_align": self.config.min_align, **more}
+
+    def _evaluations(self, run: Run) -> dict[str, Any]:
+        objectives = "+".join(self.config.objectives)
+        return self._key("val", arm=run.arm, seed=run.seed, objectives=objectives)
 
     def _steps(self, run: Run) -> int:
         """So many steps that the last one is evaluated."""

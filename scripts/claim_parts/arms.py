@@ -163,9 +163,8 @@ def quality(scored: Scored) -> dict[str, Any]:
     gains = pd.Series({row: float(np.mean(gains)) for row, gains in scored.gains.items()})
     wrong = pd.Series(scored.swapped[gains.index], gains.index)
     return {
-        "kind": "scores",
         "auroc": above / (right.sum() * scored.swapped.sum()),
-        "min_align": scored.min_align,
+        "threshold": scored.min_align,
         "gain_deciles": [round(float(g), 4) for g in gains.quantile(np.linspace(0, 1, 11))],
         "gain_right": float(gains[~wrong].mean()),
         "gain_wrong": float(gains[wrong].mean()),

@@ -31,17 +31,26 @@ _RESAMPLES = 2000
 
 def draw_figures(records: Sequence[Record], folder: Path) -> None:
     """Write `claim.png` and `claim_tables.md` into `folder`; nothing without evaluations."""
-    curves = pd.DataFrame([r for r in records if r["kind"] == "val"])
-    if curves.empty:
+    everything = pd.DataFrame([r for r in records if r["kind"] == "val"])
+    if everything.empty:
         return
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    main = curves[curves.objectives == curves.objectives.mode()[0]]
-    _draw_curves(figure.subplots(), main)
+    main = everything.min_align.mode()[0]  # the threshold of most runs; others are variations
+    curves = everything[everything.min_align == main]
+    by_objectives = sorted(curves.groupby("objectives"), key=lambda item: len(item[0]))
+    figure = Figure(figsize=(6.2 * len(by_objectives), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(by_objectives), sharey=True, squeeze=False)[0]
+    for axes, (objectives, part) in zip(panels, by_objectives, strict=True):
+        _draw_curves(axes, part)
+        axes.set_title(f"objectives: {objectives.replace('+', ', ')}", fontsize=10)
+    panels[0].set_ylabel("mean recall on the held-out names (%)")
+    panels[0].legend(frameon=False, fontsize=8)
     with atomic_write(folder / "claim.png") as file:
-        figure.savefig(file, format="png", dpi=120)
-    tables = [_arms_table(records, part) for _, part in curves.groupby("objectives")]
+        figure.savefig(file, format="png", dpi=110)
+    here = [r for r in records if r.get("min_align", main) == main]
+    tables = [_arms_table(here, part) for _, part in by_objectives]
+    tables += [_growth_table(here), _variations_table(records, everything), _cost_table(records)]
     with atomic_write(folder / "claim_tables.md", "w") as text:
-        text.write("\n\n".join([*tables, _growth_table(records), _cost_table(records)]) + "\n")
+        text.write("\n\n".join(tables) + "\n")
 
 
 def _draw_curves(axes: Axes, curves: pd.DataFrame) -> None:
@@ -57,14 +66,16 @@ def _draw_curves(axes: Axes, curves: pd.DataFrame) -> None:
         axes.fill_between(thousands, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
     full = curves[curves.arm == "full"]
     if not full.empty:
-        final = full[full.evaluation == full.evaluation.max()].r_mean.mean()
-        axes.axhline(final, color=_COLOURS["full"], lw=0.8, ls=":")
+        axes.axhline(final_recall(full), color=_COLOURS["full"], lw=0.8, ls=":")
     axes.set_xlabel("samples seen (thousands)")
-    axes.set_ylabel("mean recall on the held-out names (%)")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def final_recall(curves: pd.DataFrame) -> float:
+    """Mean recall over the seeds that were trained longest, at their end."""
+    return float(curves[curves.evaluation == curves.evaluation.max()].r_mean.mean())
 
 
 def samples_to_reach(curve: pd.DataFrame, recall: float) -> float:
@@ -94,9 +105,8 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
     for _ in range(_RESAMPLES):
         draws.append(tuple(list(rng.choice(list(a), len(a))) for a in (full, other)))  # type: ignore[arg-type]
     for full_seeds, other_seeds in draws:
-        ends = [full[s].sort_values("samples_seen").iloc[-1] for s in full_seeds]
-        recall = float(np.mean([end.r_mean for end in ends]))
-        seen = float(np.mean([end.samples_seen for end in ends]))
+        longest = pd.concat([full[s] for s in full_seeds])
+        recall, seen = final_recall(longest), float(longest.samples_seen.max())
         pooled = pd.concat([other[s] for s in other_seeds]).groupby("evaluation")
         ratios.append(seen / samples_to_reach(pooled[["samples_seen", "r_mean"]].mean(), recall))
     low, high = np.quantile(ratios[1:], [0.025, 0.975])
@@ -104,24 +114,55 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
 
 
 def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
-    objectives = curves.objectives.iloc[0]
+    common = int(curves.groupby("arm").evaluation.max().min())  # where every arm was evaluated
+    at_common = curves[curves.evaluation == common]
     lines = [
-        f"Objectives: {objectives}. Recall is the mean over seeds (lowest–highest).",
+        f"Objectives: {curves.objectives.iloc[0]}. Recall: mean over seeds (lowest–highest).",
         "",
-        "| arm | pairs | wrong | distinct captions | seeds | recall at its end | at samples | "
-        "full arm's final recall in fewer samples |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| arm | pairs | wrong | distinct captions | recall at {at_common.samples_seen.max():,} "
+        "(seeds) | recall at the end (seeds; samples) | full arm's final recall in fewer samples |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in (name for name in ARMS if name in set(curves.arm)):
         mine = curves[curves.arm == name]
-        end = mine[mine.evaluation == mine.evaluation.max()].r_mean
+        end = mine[mine.evaluation == mine.evaluation.max()]
         made = next(r for r in records if r["kind"] == "arm" and r["arm"] == name)
         ratio, low, high = speed_up(curves, name)
         reach = f"{ratio:.1f} × ({low:.1f}–{high:.1f})" if ratio > 0 else "not reached"
         lines.append(
             f"| {ARMS[name].says} | {made['pairs']:,} | {made['wrong']:.1%} | {made['captions']:,} "
-            f"| {mine.seed.nunique()} | {end.mean():.1f} ({end.min():.1f}–{end.max():.1f}) "
-            f"| {mine.samples_seen.max():,} | {reach if name != 'full' else '–'} |"
+            f"| {_over_seeds(at_common[at_common.arm == name])} "
+            f"| {_over_seeds(end, f'; {end.samples_seen.max():,}')} "
+            f"| {reach if name != 'full' else '–'} |"
+        )
+    return "\n".join(lines)
+
+
+def _over_seeds(rows: pd.DataFrame, more: str = "") -> str:
+    recall = rows.r_mean
+    spread = f", {recall.min():.1f}–{recall.max():.1f}" if len(rows) > 1 else ""
+    return f"{recall.mean():.1f} ({len(rows)}{spread}{more})"
+
+
+def _variations_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
+    """Grown arms at every threshold that was tried."""
+    lines = [
+        "| `--min-align` | threshold | arm | pairs | wrong | distinct captions "
+        "| recall (seeds; samples) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    grown = curves[curves.arm.str.startswith("grown") & (curves.objectives == "ita")]
+    common = grown.groupby(["min_align", "arm"]).evaluation.max().min()
+    for (threshold, name), rows in grown[grown.evaluation == common].groupby(["min_align", "arm"]):
+        scores = next(r for r in records if r["kind"] == "scores" and r["min_align"] == threshold)
+        made = next(
+            r for r in records
+            if r["kind"] == "arm" and r["min_align"] == threshold and r["arm"] == name
+        )  # fmt: skip
+        lines.append(
+            f"| {threshold} | {scores['threshold']:.3f} | {ARMS[name].says} | {made['pairs']:,} "
+            f"| {made['wrong']:.1%} | {made['captions']:,} "
+            f"| {_over_seeds(rows, f'; {rows.samples_seen.max():,}')} |"
         )
     return "\n".join(lines)
 
