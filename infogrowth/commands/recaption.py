@@ -17,6 +17,9 @@ from infogrowth.files import read_json
 from infogrowth.growth.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    import torch
+
+    from infogrowth.encoders.dataset import PairTable
     from infogrowth.encoders.models import Captioner, DualEncoder
     from infogrowth.encoders.pending import PendingRecaptions, Seeds
 
@@ -78,34 +81,22 @@ def run(config: Config) -> int:
     part = parse_part(config.part)
     _refuse_nonsense(config)
     from infogrowth import distributed
-    from infogrowth.encoders.dataset import PairTable, captions_of_file, list_digest, pairs_by_id
     from infogrowth.encoders.embedding import embed_pairs, recaption_images
-    from infogrowth.encoders.loading import load_captioner, load_encoder
+    from infogrowth.encoders.loading import load_captioner
     from infogrowth.encoders.shards import ShardedOutput
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         about = _description(config)
         pending = _pending(config)
-        if config.captions is not None:
-            table = captions_of_file(config.captions, None if pending is None else pending.ids)
-        else:
-            assert pending is not None
-            images = config.lmdb or about.get("images")
-            if images is None:
-                origin = config.features or config.growth
-                raise UserError(f"{origin} does not record where its images are: give --lmdb")
-            pairs = pairs_by_id(images, pending.ids, pending.captions)
-            digest = list_digest(pending.ids)
-            table = PairTable(pending.ids, {}, pairs, {"images": images, "samples": digest})
+        table = _table(config, about, pending)
         captioner = None
         with distributed.main_first():  # rank 0 downloads, the others find the files
-            encoder = load_encoder(_encoder_name(config, about), device, config.vocabulary)
+            encoder = _encoder(config, about, device)
             if config.captions is None:
                 captioner = load_captioner(
                     config.captioner, device, config.vocabulary,
                     config.prompt, config.beams, config.max_tokens, encoder, config.min_margin,
                 )  # fmt: skip
-        _refuse_other_encoder(config, encoder, about)
         checked = {}
         if captioner is not None:
             check = distributed.on_main(lambda: _seed_check(config, about, captioner, encoder))
@@ -139,6 +130,45 @@ def run(config: Config) -> int:
                 _print_seed_check(check)
             print_summary(config.output, result)
     return 0
+
+
+def _table(
+    config: Config, about: dict[str, Any], pending: "PendingRecaptions | None"
+) -> "PairTable":
+    """Captions from a file (of all in it, if no samples are known), or the pending images."""
+    from infogrowth.encoders.dataset import PairTable, captions_of_file, list_digest, pairs_by_id
+
+    if config.captions is not None:
+        return captions_of_file(config.captions, None if pending is None else pending.ids)
+    assert pending is not None
+    images = config.lmdb or about.get("images")
+    if images is None:
+        raise UserError(
+            f"{config.features or config.growth} does not record where its images are: give --lmdb"
+        )
+    pairs = pairs_by_id(images, pending.ids, pending.captions)
+    origin = {"images": images, "samples": list_digest(pending.ids)}
+    return PairTable(pending.ids, {}, pairs, origin)
+
+
+def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":
+    """The encoder of the images: a caption's feature must lie in their space."""
+    from infogrowth.encoders.loading import load_encoder
+
+    known = about.get("encoder") or {}
+    name = config.encoder or known.get("name")
+    if name is None:
+        raise UserError(
+            "give --encoder: a caption's feature must come from the encoder of the images"
+        )
+    encoder = load_encoder(name, device, config.vocabulary)
+    if known.get("fingerprint") not in (None, encoder.fingerprint):
+        raise UserError(
+            f"{config.features or config.growth} was made with the encoder {known['name']} "
+            f"({known['fingerprint'][:8]}), not {encoder.name} ({encoder.fingerprint[:8]}): "
+            "captions and images must share one feature space"
+        )
+    return encoder
 
 
 def _description(config: Config) -> dict[str, Any]:
@@ -216,25 +246,6 @@ def _print_seed_check(check: dict[str, int]) -> None:
         f"{check['better_than_true']} of them ({share:.0%}) align better than the true one"
         f"{warning if share > 0.5 else ''}"
     )
-
-
-def _encoder_name(config: Config, about: dict[str, Any]) -> str:
-    name = config.encoder or (about.get("encoder") or {}).get("name")
-    if name is None:
-        raise UserError(
-            "give --encoder: a caption's feature must come from the encoder of the images"
-        )
-    return name
-
-
-def _refuse_other_encoder(config: Config, encoder: "DualEncoder", about: dict[str, Any]) -> None:
-    known = about.get("encoder") or {}
-    if known.get("fingerprint") not in (None, encoder.fingerprint):
-        raise UserError(
-            f"{config.features or config.growth} was made with the encoder {known['name']} "
-            f"({known['fingerprint'][:8]}), not {encoder.name} ({encoder.fingerprint[:8]}): "
-            "captions and images must share one feature space"
-        )
 
 
 def _refuse_nonsense(config: Config) -> None:

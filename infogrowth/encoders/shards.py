@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,6 @@ def automatic_shard_size(rows: int) -> int:
     A shard is what a killed run loses, and what ranks divide among themselves.
     """
     return max(_MIN_ROWS, min(_MAX_ROWS, -(-rows // _WANTED_SHARDS)))
-
-
-def split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Rows of each shard; nothing at all is one empty shard."""
-    return [rows[start : start + size] for start in range(0, max(len(rows), 1), size)]
 
 
 class ShardedOutput:
@@ -112,17 +107,21 @@ class ShardedOutput:
 
     def _open(self) -> tuple[bool, list[Sequence[int]], list[int]]:
         """What is finished and what is left, and features.json brought up to that (rank 0)."""
-        existing = self._existing()
+        existing = self._description()
         earlier: list[int] = existing.get("earlier_shards", [])
-        if grown := self._has_grown(existing):
+        same_samples = existing.get("samples") == self.identity.get("samples")
+        if existing and (self._samples is None or same_samples):
+            self._refuse_difference(existing, self._compared)
+        elif existing:  # from other samples, to which more may be added
+            but = ("samples", "rows", "shard_size")
+            self._refuse_difference(existing, [k for k in self._compared if k not in but])
+            self._refuse_changed_containers(existing.get("containers", {}))
             earlier = sorted(FeatureWriter(self.directory).finished_shards())
             logger.info("%s: embedding what is new", self.directory)
         shards = self._split(earlier)
         self.identity["shards"] = len(shards)
         if earlier:
             self.identity["earlier_shards"] = earlier
-        if existing and not grown:
-            self._refuse_difference(existing)
         writer = FeatureWriter(self.directory, len(shards))
         done = writer.finished_shards()
         first, step = self._part
@@ -136,7 +135,7 @@ class ShardedOutput:
                 self._describe(finished=False)
         return finished, shards, [number for number in own if number not in done]
 
-    def _existing(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """What features.json says; empty for a new folder."""
         path = self.directory / DESCRIPTION
         description = read_json(path, "the description of the features") if path.is_file() else {}
@@ -145,35 +144,16 @@ class ShardedOutput:
             raise UserError(f"{self.directory} holds something else; give --output another folder")
         return description
 
-    def _has_grown(self, existing: Mapping[str, Any]) -> bool:
-        """Whether the folder was made from other samples, and more may be added to it."""
-        same = existing.get("samples") == self.identity.get("samples")
-        if not existing or self._samples is None or same:
-            return False
-        self._refuse_difference(existing, but=("samples", "rows", "shard_size", "shards"))
-        here = self.identity.get("containers", {})
-        for name, version in existing.get("containers", {}).items():
-            if here.get(name) != version:
-                raise UserError(
-                    f"{name} is not what it was when {self.directory} was made: its images may "
-                    "have changed; give --output another folder"
-                )
-        return True
-
     def _split(self, earlier: Sequence[int]) -> list[Sequence[int]]:
         """Rows by shard; those of earlier shards are theirs already, so they get none."""
-        rows, size = self.identity["rows"], self.identity["shard_size"]
-        if not earlier:
-            return split(range(rows), size)
-        new = self._new_rows(earlier)
-        shards: list[Sequence[int]] = [()] * (max(earlier) + 1)
+        size = self.identity["shard_size"]
+        new = self._new_rows(earlier) if earlier else range(self.identity["rows"])
+        parts = [new[start : start + size] for start in range(0, len(new), size)]
+        shards: list[Sequence[int]] = [()] * (max(earlier, default=0) + 1)
         free = [number for number in range(len(shards)) if number not in earlier]
-        for part in split(new, size) if new else []:
-            if free:
-                shards[free.pop(0)] = part
-            else:
-                shards.append(part)
-        return shards
+        for number, part in zip(free, parts, strict=False):
+            shards[number] = part
+        return shards + parts[len(free) :]
 
     def _new_rows(self, earlier: Sequence[int]) -> list[int]:
         """Rows that no earlier shard holds.
@@ -201,13 +181,22 @@ class ShardedOutput:
             )
         return new
 
-    def _refuse_difference(self, existing: Mapping[str, Any], but: Sequence[str] = ()) -> None:
-        for key, name in {**self._compared, "shards": "split into shards"}.items():
+    def _refuse_difference(self, existing: Mapping[str, Any], keys: Iterable[str]) -> None:
+        for key in keys:
             there, here = existing.get(key), self.identity.get(key)
-            if key not in but and _identity(there) != _identity(here):
+            if _identity(there) != _identity(here):
                 raise UserError(
-                    f"{self.directory} was made with another {name}: {_readable(there)} there, "
-                    f"{_readable(here)} now; give --output another folder"
+                    f"{self.directory} was made with another {self._compared[key]}: "
+                    f"{_readable(there)} there, {_readable(here)} now; give --output another folder"
+                )
+
+    def _refuse_changed_containers(self, before: Mapping[str, str]) -> None:
+        now = self.identity.get("containers", {})
+        for name, version in before.items():
+            if now.get(name) != version:
+                raise UserError(
+                    f"{name} is not what it was when {self.directory} was made: its images may "
+                    "have changed; give --output another folder"
                 )
 
     def _refuse_separate_disks(self, probe: Path) -> None:
@@ -228,33 +217,31 @@ class ShardedOutput:
 
     def _complete(self) -> dict[str, Any]:
         """Mark the folder as finished if it is (rank 0)."""
-        missing = [] if self.finished else self._missing()
-        own = [number for number in missing if number % self._part[1] == self._part[0]]
+        if self.finished:
+            return self._description()
+        deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
+        while True:
+            missing = set(range(len(self.shards))) - self.writer.finished_shards()
+            own = sorted(n for n in missing if n % self._part[1] == self._part[0])
+            if not own or time.monotonic() >= deadline:
+                break
+            time.sleep(1)
         if own:
             shown = ", ".join(map(str, own[:5])) + (", …" if len(own) > 5 else "")
             raise UserError(
-                f"{self.directory} lacks {len(own)} of its {len(self.shards)} shards ({shown}) "
-                f"as seen from {socket.gethostname()}, though all ranks are done: all nodes "
-                "must write into one shared folder; run the command again once they do"
+                f"{len(own)} of the {len(self.shards)} shards of {self.directory} are missing "
+                f"({shown}), as {socket.gethostname()} sees it, though all ranks are done: all "
+                "nodes must write into one shared folder; run the command again once they do"
             )
         if missing:  # the shards of other jobs; the last job finishes the folder
             logger.info(
                 "%d shards of other parts are missing; whichever part ends last finishes the "
                 "folder, else run the command once without --part", len(missing)
             )  # fmt: skip
-        elif not self.finished:
+        else:
             skipped = self.writer.merge_skipped()
             self._describe(finished=True, pairs=self.writer.rows(), skipped=skipped)
-        return self._existing()
-
-    def _missing(self) -> list[int]:
-        """Shards that are not there, once the file system has had time to show them."""
-        deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
-        while True:
-            missing = sorted(set(range(len(self.shards))) - self.writer.finished_shards())
-            if not set(missing) & set(self.pending) or time.monotonic() >= deadline:
-                return missing
-            time.sleep(1)
+        return self._description()
 
     def _describe(self, **state: Any) -> None:
         atomic_write_json(self.directory / DESCRIPTION, {**self.identity, **state}, indent=2)

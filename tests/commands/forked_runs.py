@@ -85,7 +85,7 @@ def run(request: dict) -> dict:
             "status": os.waitstatus_to_exitcode(status),
             "steps": int(steps.read() or 0),
             "seconds": time.monotonic() - started,
-            "told": output.read().decode(errors="replace"),
+            "printed": output.read().decode(errors="replace"),
         }
 
 

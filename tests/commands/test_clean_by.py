@@ -49,7 +49,7 @@ def test_negclip_decides_and_does_not_depend_on_batches_or_stops(selection, info
     assert "clean_by" in printed
 
 
-def test_a_column_of_a_table_decides_and_what_it_lacks_is_told(selection, infogrowth, tmp_path):
+def test_a_column_of_a_table_decides_and_its_gaps_are_reported(selection, infogrowth, tmp_path):
     features = selection.folder("all", range(200))
     ids = selection.told["ids"][:200]
     scores = {name: row / 200 for row, name in enumerate(ids)}

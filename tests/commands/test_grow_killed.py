@@ -68,7 +68,7 @@ def test_killed_at_every_kind_of_step_ends_with_the_same_bytes(selection, job, f
     total = 0
     for command in job("whole"):
         answer = forked(command)
-        assert answer["status"] == 0, answer["told"]
+        assert answer["status"] == 0, answer["printed"]
         total += answer["steps"]
     assert total > 60  # many commits, so many moments
 
@@ -81,7 +81,7 @@ def test_killed_at_every_kind_of_step_ends_with_the_same_bytes(selection, job, f
             answer = forked(command, kill_at_step=step, after_step=after)
             if answer["status"] == 0:
                 break
-            assert answer["status"] == -9, answer["told"]
+            assert answer["status"] == -9, answer["printed"]
             kills += 1
             assert kills < 40
     assert kills >= 8
@@ -92,7 +92,7 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(selection, job, forke
     seconds = []
     for command in job("whole"):
         answer = forked(command)
-        assert answer["status"] == 0, answer["told"]
+        assert answer["status"] == 0, answer["printed"]
         seconds.append(answer["seconds"])
 
     dice = random.Random(1)
@@ -102,7 +102,7 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(selection, job, forke
         ]
         assert set(statuses) <= {-9, 0}  # how many were in time is the machine's affair
         answer = forked(command)
-        assert answer["status"] == 0, answer["told"]
+        assert answer["status"] == 0, answer["printed"]
     check_same(selection, "killed")
 
 
@@ -113,8 +113,8 @@ def test_a_full_disk_loses_nothing_that_was_committed(selection, job, forked):
     # About 80 samples of a part join, 20 kB of features: room for some parts, not for all.
     answer = forked(first, file_limit=20_600)
     assert answer["status"] == 2
-    assert "error: cannot write" in answer["told"]
-    assert "File too large" in answer["told"]
+    assert "error: cannot write" in answer["printed"]
+    assert "File too large" in answer["printed"]
     folder = read_growth(selection.home / "full")
     committed = folder.totals["pairs"]
     assert 0 < committed < 660
@@ -129,5 +129,5 @@ def test_a_killed_run_leaves_no_lock_behind(job, forked):
     first, again = job("whole")
     assert forked(first, kill_at_step=8)["status"] == -9
     answer = forked(first)
-    assert answer["status"] == 0, answer["told"]
+    assert answer["status"] == 0, answer["printed"]
     assert forked(again)["status"] == 0

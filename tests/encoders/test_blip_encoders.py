@@ -78,7 +78,7 @@ def test_dropout_in_the_config_does_not_reach_the_features(blip_folder, captions
     assert torch.equal(encoder.encode_texts(captions), encoder.encode_texts(captions))
 
 
-def test_a_config_beside_a_checkpoint_tells_the_number_of_heads(blip_pth, own_folder, tmp_path):
+def test_a_config_beside_a_checkpoint_gives_the_number_of_heads(blip_pth, own_folder, tmp_path):
     shutil.copytree(blip_pth.parent, tmp_path / "run")
     lone = load_encoder(str(tmp_path / "run" / blip_pth.name))
     config = json.loads((own_folder / "config.json").read_text())
@@ -106,7 +106,7 @@ def test_a_vocabulary_can_be_given_for_a_lone_checkpoint(blip_pth, blip_models, 
 
 def test_a_checkpoint_that_is_no_blip_is_refused(tmp_path, blip_models):
     torch.save({"model": {"weight": torch.zeros(2, 2)}}, tmp_path / "model.pth")
-    with pytest.raises(UserError, match="not a BLIP's"):
+    with pytest.raises(UserError, match="BLIP"):
         load_encoder(str(tmp_path / "model.pth"), vocabulary=str(blip_models[2]))
 
 
@@ -127,11 +127,11 @@ def test_captions_are_those_of_transformers_own_beam_search(
 
 
 def test_a_blip_without_a_decoder_is_no_captioner(blip_folder):
-    with pytest.raises(UserError, match=r"missing.*text_decoder"):
+    with pytest.raises(UserError, match="text_decoder"):
         load_captioner(str(blip_folder))
 
 
-def test_tiny_is_bundled_and_tells_images_and_captions_apart(pil_images, captions):
+def test_tiny_is_bundled_and_its_features_differ(pil_images, captions):
     encoder, captioner = load_encoder("tiny"), load_captioner("tiny", beams=1, max_tokens=8)
     assert encoder.name == "tiny"
     images = encoder.encode_images(torch.stack([encoder.preprocess(p) for p in pil_images]))
