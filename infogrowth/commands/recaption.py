@@ -81,7 +81,7 @@ def run(config: Config) -> int:
     part = parse_part(config.part)
     _refuse_nonsense(config)
     from infogrowth import distributed
-    from infogrowth.encoders.embedding import embed_pairs, recaption_images
+    from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_captioner
     from infogrowth.encoders.shards import ShardedOutput
 
@@ -113,15 +113,11 @@ def run(config: Config) -> int:
         size = automatic(config.shard_size, None)
         output = ShardedOutput(config.output, identity, compared, len(table), size, part)
         batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
-        if captioner is None:
-            result = embed_pairs(table, encoder, output, device, batch_size, workers=0)
-        else:
-            assert pending is not None
-            result = recaption_images(
-                table, captioner, encoder, output, device, batch_size,
-                automatic(config.workers, None),
-                {"original_caption": pending.captions, "original_alignment": pending.alignments},
-            )  # fmt: skip
+        extra: dict[str, list[Any]] = {}
+        if captioner is not None and pending is not None:
+            extra = {"original_caption": pending.captions, "original_alignment": pending.alignments}
+        workers = automatic(config.workers, None) if captioner is not None else 0
+        result = embed_pairs(table, encoder, output, device, batch_size, workers, captioner, extra)
         if distributed.is_main():
             if pending is not None:
                 under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from infogrowth import distributed
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches
-from infogrowth.encoders.models import Captioner, DualEncoder, Preprocess, Tokenize
+from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.errors import UserError
 
@@ -77,8 +77,11 @@ def embed_pairs(
     device: torch.device,
     batch_size: int,
     workers: int | None = None,
+    captioner: Captioner | None = None,
+    extra: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> Summary:
-    """Write image and text features of a dataset (text features alone where it has no images).
+    """Write image and text features of a dataset, or text features alone: where there are no
+    images, and with a captioner, which describes them anew.
 
     Shards that are there already are left alone.
 
@@ -86,58 +89,51 @@ def embed_pairs(
         device: where ``encoder`` runs.
         batch_size: rows per batch; a folder's bytes may depend on it, on nothing else here.
         workers: decoding processes; None chooses by device.
-    """
-
-    def compute(batch: DecodedBatch) -> Features:
-        if batch.tokens is None:
-            return [], None, None
-        image = None
-        if table.pairs is not None:
-            if not isinstance(batch.images, torch.Tensor):
-                raise UserError(
-                    f"the preprocessing of {encoder.name} gives images of different sizes; "
-                    "its processor must crop or resize to one size"
-                )
-            image = encoder.encode_images(batch.images)
-        return batch.captions, image, encoder.encode_tokens(batch.tokens)
-
-    with_images = table.pairs is not None
-    reading = encoder.preprocess if with_images else None, encoder.tokenize
-    return _run(
-        table, output, reading, compute, encoder.dimension, device, batch_size, workers, with_images
-    )  # fmt: skip
-
-
-def recaption_images(
-    table: PairTable,
-    captioner: Captioner,
-    encoder: DualEncoder,
-    output: ShardedOutput,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None = None,
-    extra: dict[str, list[Any]] | None = None,
-) -> Summary:
-    """Describe the images of a dataset anew and write the captions with their text features.
-
-    Args:
+        captioner: whose captions take the place of the dataset's.
         extra: more metadata columns, one value per row.
     """
+    reads_images = table.pairs is not None
+    writes_images = reads_images and captioner is None
 
     def compute(batch: DecodedBatch) -> Features:
-        captions = captions_of(batch, captioner)
-        with_words = [caption for caption in captions if caption]
-        return captions, None, encoder.encode_texts(with_words) if with_words else None
+        if captioner is not None:
+            captions = captions_of(batch, captioner)
+            with_words = [caption for caption in captions if caption]
+            return captions, None, encoder.encode_texts(with_words) if with_words else None
+        if batch.tokens is None:
+            return [], None, None
+        text = encoder.encode_tokens(batch.tokens)
+        if not writes_images:
+            return batch.captions, None, text
+        if not isinstance(batch.images, torch.Tensor):
+            raise UserError(
+                f"the preprocessing of {encoder.name} gives images of different sizes; "
+                "its processor must crop or resize to one size"
+            )
+        return batch.captions, encoder.encode_images(batch.images), text
 
-    reading = captioner.preprocess, None
-    return _run(
-        table, output, reading, compute, encoder.dimension, device, batch_size, workers, False,
-        extra or {},
-    )  # fmt: skip
+    batches = decoded_batches(
+        table,
+        (captioner or encoder).preprocess if reads_images else None,
+        encoder.tokenize if captioner is None else None,
+        output.claim(),
+        batch_size,
+        workers_for(device) if workers is None else workers,
+        pinned=device.type == "cuda",
+    )
+    timing, started = Timing(), time.perf_counter()
+    results = computed(batches, compute, threads_for(device), timing)
+    pairs = _write_shards(
+        table.ids, output, results, timing, encoder.dimension, writes_images, extra
+    )
+    seconds = time.perf_counter() - started
+    description = output.finish()
+    totals = distributed.all_gather_objects((pairs, seconds))
+    return Summary(sum(p for p, _ in totals), max(s for _, s in totals), timing, description)
 
 
 def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
-    """What a captioner says of a batch's images, one caption each."""
+    """What a captioner writes for a batch's images, one caption each."""
     if not batch.rows:
         return []
     if isinstance(batch.images, torch.Tensor):
@@ -155,36 +151,26 @@ class _Shard:
     skipped: dict[int, str] = field(default_factory=dict)
 
 
-def _run(
-    table: PairTable,
+def _write_shards(
+    ids: Sequence[str],
     output: ShardedOutput,
-    reading: tuple[Preprocess | None, Tokenize | None],
-    compute: Callable[[DecodedBatch], Features],
+    results: Iterator[tuple[DecodedBatch, Features]],
+    timing: Timing,
     dimension: int,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None,
     with_images: bool,
-    extra: Mapping[str, list[Any]] = MappingProxyType({}),
-) -> Summary:
-    """The one loop: decode, compute, gather into shards, write each shard when it is full."""
+    extra: Mapping[str, Sequence[Any]],
+) -> int:
+    """Gather batches into shards and write each when it is full; returns how many samples."""
 
     def joined(parts: list[torch.Tensor]) -> np.ndarray:
         return torch.cat(parts).numpy() if parts else np.zeros((0, dimension), np.float32)
 
-    batches = decoded_batches(
-        table, *reading, output.claim(), batch_size,
-        workers_for(device) if workers is None else workers, pinned=device.type == "cuda",
-    )  # fmt: skip
-    timing, started, pairs = Timing(), time.perf_counter(), 0
-    shard = _Shard()
+    pairs, shard = 0, _Shard()
     rows = sum(len(output.shards[number]) for number in output.pending)
     quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
     share = rows // distributed.world_size()  # rank 0's, likely
     with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
-        for batch, (captions, image, text) in computed(
-            batches, compute, threads_for(device), timing
-        ):
+        for batch, (captions, image, text) in results:
             for row, caption in zip(batch.rows, captions, strict=True):
                 if caption:
                     shard.captions[row] = caption
@@ -196,22 +182,19 @@ def _run(
             bar.update(len(batch.rows) + len(batch.skipped))
             if len(shard.captions) + len(shard.skipped) < len(output.shards[batch.shard]):
                 continue
-            pairs += len(shard.captions)
             with timing.of("writing"):
                 output.writer.write_shard(
                     batch.shard,
-                    [table.ids[row] for row in shard.captions],
+                    [ids[row] for row in shard.captions],
                     list(shard.captions.values()),
                     joined(shard.image) if with_images else None,
                     joined(shard.text),
                     {k: [column[r] for r in shard.captions] for k, column in extra.items()},
-                    [_skipped(table.ids[row], why) for row, why in sorted(shard.skipped.items())],
+                    [_skipped(ids[row], why) for row, why in sorted(shard.skipped.items())],
                 )
+            pairs += len(shard.captions)
             shard = _Shard()
-    seconds = time.perf_counter() - started
-    description = output.finish()
-    totals = distributed.all_gather_objects((pairs, seconds))
-    return Summary(sum(p for p, _ in totals), max(s for _, s in totals), timing, description)
+    return pairs
 
 
 def computed(

@@ -148,7 +148,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
 
     from infogrowth.data.features import open_features
     from infogrowth.encoders.dataset import PairTable
-    from infogrowth.encoders.embedding import EMPTY_CAPTION, recaption_images
+    from infogrowth.encoders.embedding import EMPTY_CAPTION, embed_pairs
     from infogrowth.encoders.shards import ShardedOutput
 
     class Pairs:
@@ -166,7 +166,8 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
 
     encoder = load_encoder(str(blip_folder))
     output = ShardedOutput(tmp_path / "table", {}, {}, rows=3, shard_size=3)
-    recaption_images(PairTable(["x", "y", "z"], {}, Pairs()), Taciturn(), encoder, output, CPU, 3)
+    table = PairTable(["x", "y", "z"], {}, Pairs())
+    embed_pairs(table, encoder, output, CPU, batch_size=3, captioner=Taciturn())
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
     assert batch.ids == ["x", "z"]
     assert batch.captions == ["a red cat", "the sea"]
