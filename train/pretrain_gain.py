@@ -141,14 +141,14 @@ def pretrain(config: PretrainConfig) -> int:
                         workers=config.num_workers,
                         autocast=precision.autocast,
                     )
-                    log.validation(state, recalls)
+                    log.validation(recalls)
 
             while not state.finished:
                 train_one_epoch(
                     state, losses, schedule, checkpoints, log, validate, config.validate_every
                 )
                 if state.epoch_done:
-                    log.epoch(state.epoch_means())
+                    log.epoch()
                     if distributed.is_main():
                         save_folder(model, output / "model", tokenizer)
                     state.next_epoch()

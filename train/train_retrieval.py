@@ -137,7 +137,7 @@ def train(config: RetrievalConfig, precision: Precision) -> None:
                     for name in ["model", "best_model"] if is_best else ["model"]:
                         save_folder(model, output / name, tokenizer)
                 save_tables(tables, sets, output / f"epoch_{epoch:02d}")
-                log.epoch({**state.epoch_means(), "recall": tables})
+                log.epoch(recall=tables)
                 state.next_epoch()
             checkpoints.save(state)
     distributed.barrier()  # no rank leaves before the last checkpoint is on disk

@@ -7,7 +7,6 @@ weights under ``model`` by their official names, so it also loads as an official
 
 import logging
 import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from infogrowth import distributed
+from infogrowth.blip.weights import read_plain
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, remove_leftovers
 
 if TYPE_CHECKING:
     from infogrowth.training.epoch import TrainingState
-    from infogrowth.training.options import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +37,10 @@ class Checkpoints:
 
     Args:
         directory: where they are; made when first needed.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay, at least 1.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        if keep < 1:
-            raise UserError(f"keep_checkpoints must be at least 1, not {keep}")
         self.directory, self.keep = Path(directory), keep
 
     def latest(self) -> Path | None:
@@ -68,6 +65,17 @@ class Checkpoints:
         if distributed.is_main():
             self.write(state.state_dict(), state.progress.step)
 
+    def write(self, state: dict[str, Any], step: int) -> Path:
+        """Write ``state`` as the newest checkpoint, and remove those that are no longer kept."""
+        path = self.directory / f"step_{step:08d}.pth"
+        with atomic_write(path, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+        with atomic_write(self.directory / POINTER, "w") as file:
+            file.write(f"{path.name}\n")
+        for old in sorted(p for p in self.directory.glob("step_*.pth") if p <= path)[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
     def resume(self, state: "TrainingState", resume: str) -> None:
         """Load the checkpoint that ``resume`` means (see :meth:`find`), if there is one.
 
@@ -79,19 +87,12 @@ class Checkpoints:
             return
         content = load_checkpoint(path)
         state.load_state_dict(content)
-        _report_changes(content["run"], state.config)
+        before, now = content["run"], asdict(state.config)
+        for key in now.keys() & before.keys() - _FREE:
+            if before[key] != now[key]:
+                logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])
         progress = state.progress
         logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
-
-    def write(self, state: dict[str, Any], step: int) -> Path:
-        """Write ``state`` as the newest checkpoint."""
-        name = f"step_{step:08d}.pth"
-        with atomic_write(self.directory / name, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-        with atomic_write(self.directory / POINTER, "w") as file:
-            file.write(f"{name}\n")
-        self._remove_old(newest=name)
-        return self.directory / name
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint that ``--resume`` means (auto, none or a path); all ranks agree.
@@ -101,38 +102,26 @@ class Checkpoints:
                 be lost.
         """
         # Rank 0 looks: on another node the pointer may not have arrived yet.
-        answer = self._look(resume) if distributed.is_main() else None
-        path, error = distributed.broadcast_object(answer)
-        if error:
-            raise UserError(error)
-        return path
+        return distributed.on_main(lambda: self._look(resume))
 
-    def _look(self, resume: str) -> tuple[Path | None, str | None]:
-        try:
-            remove_leftovers(self.directory)
-            if resume == "auto":
-                return self.latest(), None
-            if resume != "none":
-                path = Path(resume)
-                if path.is_dir():
-                    inner = path / "checkpoints"
-                    path = Checkpoints(inner if inner.is_dir() else path).latest() or path
-                if not path.is_file():
-                    return None, f"there is no checkpoint at {resume}; check --resume"
-                return path, None
+    def _look(self, resume: str) -> Path | None:
+        remove_leftovers(self.directory)
+        if resume == "auto":
+            return self.latest()
+        if resume == "none":
             if self.latest():
-                return None, (
+                raise UserError(
                     f"{self.directory} holds checkpoints of an earlier run; resume it with "
                     "--resume auto, give another --output_dir, or remove them"
                 )
-            return None, None
-        except UserError as error:
-            return None, str(error)
-
-    def _remove_old(self, newest: str) -> None:
-        names = sorted(p.name for p in self.directory.glob("step_*.pth") if p.name <= newest)
-        for name in names[: -self.keep]:
-            (self.directory / name).unlink(missing_ok=True)
+            return None
+        path = Path(resume)
+        if path.is_dir():
+            inner = path / "checkpoints"
+            path = Checkpoints(inner if inner.is_dir() else path).latest() or path
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint at {resume}; check --resume")
+        return path
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -141,23 +130,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: damaged, or not a checkpoint of a training run.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}); "
-            "resume from an earlier one with --resume PATH"
-        ) from error
+    state = read_plain(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT or "progress" not in state:
         raise UserError(
             f"{path} is not a checkpoint of a training run; to start from weights alone, give "
             "them as --pretrained"
         )
     return state
-
-
-def _report_changes(before: dict[str, Any], config: "RunOptions") -> None:
-    now = asdict(config)
-    changed = [key for key in now if key not in _FREE and before.get(key, now[key]) != now[key]]
-    for key in changed:
-        logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])

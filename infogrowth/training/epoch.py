@@ -13,7 +13,7 @@ if the batches were steps of their own; in-batch negatives come from one batch.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ from infogrowth import distributed
 from infogrowth.blip.momentum import MomentumBlip
 from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import normalized
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, shorten
 from infogrowth.randomness import torch_generator
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.loader import EpochLoader
@@ -83,15 +83,15 @@ class TrainingState:
         return self.stopped or self.progress.epoch >= self.config.max_epoch
 
     @property
+    def epoch_done(self) -> bool:
+        """Whether all batches of this epoch were trained on."""
+        return self.progress.batch >= self.loader.count(self.progress.epoch)
+
+    @property
     def at_last_step(self) -> bool:
         """Whether the run ends with the optimizer step that was just made."""
         last_epoch = self.progress.epoch + 1 >= self.config.max_epoch
         return self.stopped or (self.epoch_done and last_epoch)
-
-    @property
-    def epoch_done(self) -> bool:
-        """Whether all batches of this epoch were trained on."""
-        return self.progress.batch >= self.loader.count(self.progress.epoch)
 
     def next_epoch(self) -> None:
         """Go to the start of the next epoch."""
@@ -100,16 +100,15 @@ class TrainingState:
         progress.epoch_steps, progress.epoch_sums = 0, {}
         self.loader.sampler.set_epoch(progress.epoch)
 
-    def epoch_means(self) -> dict[str, Any]:
-        """What is logged of an epoch: its mean losses and where training is."""
-        steps = self.progress.epoch_steps
-        means = {name: total / max(steps, 1) for name, total in self.progress.epoch_sums.items()}
-        return {**_record(self, means), "steps": steps}
-
     def batches(self) -> tuple[int, int]:
         """Forward passes on one rank: those done, those of the whole run."""
         each = [self.loader.count(epoch) for epoch in range(self.config.max_epoch)]
         return sum(each[: self.progress.epoch]) + self.progress.batch, sum(each)
+
+    def position(self) -> dict[str, Any]:
+        """Where training is, and the learning rate there, as every record of the log has it."""
+        done = {key: getattr(self.progress, key) for key in ("epoch", "step", "samples_seen")}
+        return {**done, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; weights, optimizer and queues are equal on all ranks."""
@@ -134,9 +133,8 @@ class TrainingState:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"the checkpoint does not fit this configuration's model: {reason}"
+                f"the checkpoint does not fit this configuration's model: {shorten(error, 300)}"
             ) from error
         if self.precision.scaler.is_enabled() and state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
@@ -149,41 +147,30 @@ def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay, fused=True)
 
 
-class Losses:
-    """Losses of an optimizer step on their way to the host, where reading them waits for that
-    step only, and not for what the device was given since.
+def read_later(
+    names: list[str], values: torch.Tensor, where: str
+) -> Callable[[], dict[str, float]]:
+    """Send losses to the host; the function that reads them there waits for what the device was
+    given before, and not since. It raises a UserError with ``where`` if they are not finite."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event() if values.is_cuda else None
+    if arrived is not None:
+        arrived.record()
 
-    Args:
-        names: what each value is.
-        values: as many numbers, on the device.
-        epoch, step: of which optimizer step.
-    """
-
-    def __init__(self, names: list[str], values: torch.Tensor, epoch: int, step: int) -> None:
-        self.names, self.epoch, self.step = names, epoch, step
-        self._done = torch.cuda.Event() if values.is_cuda else None
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        self._host.copy_(values, non_blocking=True)
-        if self._done is not None:
-            self._done.record()
-
-    def read(self) -> dict[str, float]:
-        """The numbers.
-
-        Raises:
-            UserError: they are not finite.
-        """
-        if self._done is not None:
-            self._done.synchronize()
-        losses = dict(zip(self.names, self._host.tolist(), strict=True))
-        if not all(math.isfinite(value) for value in losses.values()):
-            values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    def read() -> dict[str, float]:
+        if arrived is not None:
+            arrived.synchronize()
+        found = dict(zip(names, host.tolist(), strict=True))
+        if not all(math.isfinite(value) for value in found.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
             raise UserError(
-                f"the loss is not finite at step {self.step} of epoch {self.epoch} ({values}); "
-                "no checkpoint was written since: resume from the last one with a lower init_lr, "
-                "clip_grad_norm, or another precision"
+                f"the loss is not finite at {where} ({shown}); no checkpoint was written since: "
+                "resume from the last one with a lower init_lr, clip_grad_norm, or another precision"
             )
-        return losses
+        return found
+
+    return read
 
 
 def train_one_epoch(
@@ -204,10 +191,10 @@ def train_one_epoch(
         UserError: the loss is not finite, or a sample cannot be read.
     """
     progress, config = state.progress, state.config
-    unread: list[Losses] = []  # of the last step
+    unread: list[Callable[[], dict[str, float]]] = []  # losses of the last step
 
     def look() -> dict[str, float]:
-        losses = unread.pop().read()
+        losses = unread.pop()()
         for name, value in losses.items():
             progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
         return losses
@@ -233,7 +220,7 @@ def train_one_epoch(
         if log_now or save_now or validate_now or ends:
             values = look()
             if log_now:
-                logger.step(_record(state, values))
+                logger.step(values)
             if validate is not None and validate_now:
                 validate()
             if save_now and not ends:
@@ -244,15 +231,16 @@ def train_one_epoch(
 
 def optimizer_step(
     state: TrainingState, window: list[Batch], forward: Forward, schedule: Schedule
-) -> Losses:
-    """One optimizer step over the batches of ``window``; its mean losses over them and all ranks.
-
-    Nothing is read back from the device.
+) -> Callable[[], dict[str, float]]:
+    """One optimizer step over the batches of ``window``; what reads its losses, means over them and
+    all ranks (see :func:`read_later`). Nothing is read back from the device here.
     """
     progress, scaler = state.progress, state.precision.scaler
+    no_sync = getattr(state.parallel, "no_sync", nullcontext)
     readings = []
     for offset, batch in enumerate(window):
-        with _exchanged(state.parallel, last=offset == len(window) - 1):
+        last = offset == len(window) - 1
+        with nullcontext() if last else no_sync():  # ranks exchange gradients once a step
             readings.append(forward_backward(state, batch, forward, schedule, offset, len(window)))
     for group in state.optimizer.param_groups:
         group["lr"] = schedule.rate(progress.epoch, progress.step)
@@ -264,8 +252,8 @@ def optimizer_step(
     state.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
-    means = distributed.all_reduce_mean(values)
-    return Losses(list(readings[0]), means, progress.epoch, progress.step)
+    where = f"step {progress.step} of epoch {progress.epoch}"
+    return read_later(list(readings[0]), distributed.all_reduce_mean(values), where)
 
 
 def forward_backward(
@@ -307,19 +295,3 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     if moved["image"].dtype == torch.uint8:
         moved["image"] = normalized(moved["image"])
     return moved
-
-
-def _record(state: TrainingState, losses: dict[str, float]) -> dict[str, Any]:
-    return {
-        "epoch": state.progress.epoch,
-        "step": state.progress.step,
-        "samples_seen": state.progress.samples_seen,
-        "lr": state.optimizer.param_groups[0]["lr"],
-        **losses,
-    }
-
-
-def _exchanged(parallel: nn.Module, last: bool) -> AbstractContextManager:
-    """Ranks exchange gradients once per optimizer step, with its last batch."""
-    no_sync = getattr(parallel, "no_sync", None)
-    return nullcontext() if last or no_sync is None else no_sync()

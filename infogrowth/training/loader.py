@@ -58,8 +58,7 @@ class EpochLoader:
             UserError: a sample that cannot be read, by its id.
         """
         self.sampler.set_epoch(epoch)
-        state = self.sampler.state_dict(consumed=start * self.batch_size)
-        self.sampler.load_state_dict(state)
+        self.sampler.load_state_dict(self.state_dict(start))
         self._order.remaining = self.count(epoch) - start
         return checked(self._loader)
 
@@ -83,9 +82,6 @@ class _BatchOrder:
     def __init__(self, sampler: GainSampler, batch_size: int) -> None:
         self._sampler, self._batch_size = sampler, batch_size
         self.remaining = 0
-
-    def __len__(self) -> int:
-        return self.remaining
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         positions = self._sampler.positions()

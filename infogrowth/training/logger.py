@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "torchvision", "transformers", "timm", "fairscale", "numpy", "pillow")
+# What TensorBoard calls the kinds of records; a record's position is not a curve.
+_GROUPS = {"step": "train", "val": "val", "epoch": "epoch"}
+_POSITION = ("epoch", "step", "samples_seen")
 
 
 class Logger:
@@ -40,17 +43,16 @@ class Logger:
 
     def __init__(self, state: "TrainingState") -> None:
         config, step = state.config, state.progress.step
-        self._state = state
-        directory = Path(config.output_dir)
-        self._main = distributed.is_main()
+        self._state, directory = state, Path(config.output_dir)
         self._done, self._planned = state.batches()
         self._started = self._last = time.monotonic()
         self._done_at_start, self._samples = self._done, 0
         self._writer: Any = None
+        self._main = distributed.is_main()
         if not self._main:
             return
         with atomic_write(directory / "config.yaml", "w") as file:
-            file.write(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+            yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True)
         atomic_write_json(directory / "versions.json", versions(state.device), indent=2)
         _drop_after(directory / "log.jsonl", step)
         self._file = open(directory / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -69,20 +71,17 @@ class Logger:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Flush everything to disk; at the end of a run say where everything is."""
+        """Flush everything to disk; at the end of a run print where everything is."""
         if self._main:
             self._bar.close()
             self._file.close()
             if self._writer is not None:
                 self._writer.close()
-        progress = self._state.progress
+        progress, directory = self._state.progress, self._state.config.output_dir
         if kind is None:
             logger.info(
                 "done: %d epochs, %d optimizer steps, %d samples seen; everything is in %s",
-                progress.epoch,
-                progress.step,
-                progress.samples_seen,
-                self._state.config.output_dir,
+                *(progress.epoch, progress.step, progress.samples_seen, directory),
             )
 
     def batches_done(self, batches: int, samples: int) -> None:
@@ -92,62 +91,45 @@ class Logger:
         if self._main:
             self._bar.update(batches)
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Log an optimizer step: its record gets kind, samples_per_s and time."""
+    def step(self, losses: dict[str, float]) -> None:
+        """Log an optimizer step: where training is, its losses, and samples per second."""
         now = time.monotonic()
         rate = self._samples / max(now - self._last, 1e-9)
         self._last, self._samples = now, 0
-        self._write({"kind": "step", **record, "samples_per_s": round(rate, 2)})
-        if self._main:
-            losses = " ".join(
-                f"{key.removeprefix('loss_')} {value:.4f}"
-                for key, value in record.items()
-                if key.startswith("loss")
-            )
-            logger.info(
-                "epoch %d step %d  %s  lr %.2e  %.1f samples/s  %s left",
-                record["epoch"],
-                record["step"],
-                losses,
-                record["lr"],
-                rate,
-                self._time_left(now),
-            )
-            self._plot(record, "train")
-            self._plot({"samples_per_s": rate, "step": record["step"]}, "speed")
+        record = {**self._state.position(), **losses}
+        shown = " ".join(f"{k.removeprefix('loss_')} {value:.4f}" for k, value in losses.items())
+        self._record("step", {**record, "samples_per_s": round(rate, 2)})
+        each = (now - self._started) / max(self._done - self._done_at_start, 1)
+        logger.info(
+            "epoch %d step %d  %s  lr %.2e  %.1f samples/s  %s left",
+            *(record["epoch"], record["step"], shown, record["lr"], rate),
+            tqdm.format_interval(each * max(self._planned - self._done, 0)),
+        )
 
-    def validation(self, state: "TrainingState", recalls: dict[str, float]) -> None:
+    def validation(self, recalls: dict[str, float]) -> None:
         """Log the recalls of a validation, in per cent."""
-        progress = state.progress
-        where = {"step": progress.step, "samples_seen": progress.samples_seen}
-        self._write({"kind": "val", "epoch": progress.epoch, **where, **recalls})
-        if self._main:
-            logger.info("validation at step %d: mean recall %.2f", progress.step, recalls["r_mean"])
-            self._plot({**where, **recalls}, "val")
+        where = {key: self._state.position()[key] for key in _POSITION}
+        self._record("val", {**where, **recalls})
+        logger.info("validation at step %d: mean recall %.2f", where["step"], recalls["r_mean"])
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Log a finished epoch: mean losses, an evaluation."""
-        self._write({"kind": "epoch", **record})
-        if self._main:
-            self._plot(record, "epoch")
+    def epoch(self, **more: Any) -> None:
+        """Log a finished epoch: its mean losses, and ``more`` (an evaluation)."""
+        progress = self._state.progress
+        means = {k: total / progress.epoch_steps for k, total in progress.epoch_sums.items()}
+        steps = {"steps": progress.epoch_steps}
+        self._record("epoch", {**self._state.position(), **means, **steps, **more})
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._main:
-            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-            self._file.flush()
-
-    def _plot(self, record: dict[str, Any], group: str) -> None:
-        if self._writer is None:
+    def _record(self, kind: str, record: dict[str, Any]) -> None:
+        """A line of log.jsonl, its numbers as points of TensorBoard's curves."""
+        if not self._main:
             return
-        for key, value in record.items():
-            if isinstance(value, int | float) and key not in ("epoch", "step", "samples_seen"):
+        line = {"kind": kind, **record, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in record.items() if self._writer is not None else ():
+            if isinstance(value, int | float) and key not in _POSITION:
+                group = "speed" if key == "samples_per_s" else _GROUPS[kind]
                 self._writer.add_scalar(f"{group}/{key}", value, record["step"])
-
-    def _time_left(self, now: float) -> str:
-        done_here = max(self._done - self._done_at_start, 1)
-        left = (now - self._started) / done_here * max(self._planned - self._done, 0)
-        hours, seconds = divmod(int(left), 3600)
-        return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -157,13 +139,12 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
         except json.JSONDecodeError:
             continue
-        if record["step"] <= step:
-            kept.append(line)
     with atomic_write(path, "w") as file:
-        file.write("".join(f"{line}\n" for line in kept))
+        file.write("".join(kept))
 
 
 def versions(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,11 @@ Vit = Literal["tiny", "base", "large"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of a training run; the names are those of the YAML files and the flags."""
+    """Options of a training run; the names are those of the YAML files and the flags.
+
+    Raises:
+        UserError: a number that no run can use.
+    """
 
     output_dir: str = option(help="folder for checkpoints, logs and the trained model")
     resume: str = option("auto", "auto (from the last checkpoint, if any), none, or a checkpoint")
@@ -41,11 +45,6 @@ class RunOptions:
     tensorboard: bool = option(True, "write TensorBoard events")
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no run can use.
-
-        Raises:
-            UserError: naming the key and what it may be.
-        """
         for keys, fits, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),

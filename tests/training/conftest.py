@@ -62,7 +62,7 @@ class SmallRun:
             while not self.state.finished:
                 train_one_epoch(self.state, losses, self.schedule, self.checkpoints, log)
                 if self.state.epoch_done:
-                    log.epoch(self.state.epoch_means())
+                    log.epoch()
                     self.state.next_epoch()
                 self.checkpoints.save(self.state)
         return self

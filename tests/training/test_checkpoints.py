@@ -77,24 +77,24 @@ def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
     path = Checkpoints(tmp_path / "run" / "checkpoints").write(STATE, 3)
     for given in (path, path.parent, tmp_path / "run"):
         assert Checkpoints(tmp_path / "other").find(str(given)) == path
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match="absent"):
         Checkpoints(tmp_path).find(str(tmp_path / "absent.pth"))
 
 
-def test_a_pointer_to_nothing_is_told(tmp_path):
+def test_a_pointer_to_nothing_is_an_error(tmp_path):
     path = Checkpoints(tmp_path).write(STATE, 3)
     path.unlink()
-    with pytest.raises(UserError, match=r"names step_00000003.pth, which is gone"):
+    with pytest.raises(UserError, match="gone"):
         Checkpoints(tmp_path).find("auto")
 
 
-def test_damaged_and_foreign_files_are_told(tmp_path):
+def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = Checkpoints(tmp_path).write(STATE, 3)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(path)
     torch.save({"model": {}}, tmp_path / "official.pth")
-    with pytest.raises(UserError, match="give them as --pretrained"):
+    with pytest.raises(UserError, match="--pretrained"):
         load_checkpoint(tmp_path / "official.pth")
 
 
@@ -133,8 +133,3 @@ def test_what_a_run_was_resumed_from_does_not_stay_in_memory(make_run, monkeypat
     again.checkpoints.resume(again.state, "auto")
     gc.collect()
     assert len(read) > 100 and not any(tensor() is not None for tensor in read)
-
-
-def test_keeping_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="keep_checkpoints must be at least 1"):
-        Checkpoints(tmp_path, keep=0)
