@@ -122,10 +122,10 @@ class StraightforwardBlip(BlipPretrain):
         """Negatives that are drawn row by row, each read back from the device."""
         wrong = []
         for logits_BC in (to_images_BC, to_texts_BC):
-            weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
+            weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
             rows = [int(torch.multinomial(row, 1, generator=generator)) for row in weights_BC]
             wrong.append(torch.tensor(rows, device=logits_BC.device))
-        return wrong[0], wrong[1], ~forbidden_BC.all(1)
+        return wrong[0], wrong[1], exists_B
 
 
 def losses(

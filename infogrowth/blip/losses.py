@@ -4,7 +4,9 @@ Shapes: B rows of this rank, C candidates (the batch, then the queue), D feature
 length, V words. The arithmetic is float32 (float64 for float64 input) under any autocast.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +15,39 @@ import torch.nn.functional as F
 # images, which then learn next to nothing (loss 7.07 against 6.68 after 100 steps of a trial).
 CLASS_TEMPERATURE = 0.1
 
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+def in_full_precision(function: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """``function`` computed without autocast; tensors of 16 bits that it is given are float32."""
+
+    @wraps(function)
+    def computed(*inputs: Any, **options: Any) -> Output:
+        wide: Any = [widened(each) if torch.is_tensor(each) else each for each in inputs]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return function(*wide, **options)
+
+    return computed  # type: ignore[return-value]
+
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32, or as it is when already float32 or float64."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    """``tensor`` in float32 if it has 16 bits, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def full_precision(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """A block without autocast on the tensor's device."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
+@in_full_precision
 def unit(features: torch.Tensor) -> torch.Tensor:
     """Rows at length one, in float32 or wider."""
-    with full_precision(features):
-        return F.normalize(widened(features), dim=-1)
+    return F.normalize(features, dim=-1)
 
 
+@in_full_precision
 def similarity_logits(
     features_BD: torch.Tensor, candidates_CD: torch.Tensor, temperature: torch.Tensor | float
 ) -> torch.Tensor:
     """Cosine over temperature, ``(B, C)``; both sides are unit rows."""
-    with full_precision(features_BD):
-        return widened(features_BD) @ widened(candidates_CD).T / temperature
+    return features_BD @ candidates_CD.T / temperature
 
 
 def identity_targets(rows: int, candidates: int, device: torch.device) -> torch.Tensor:
@@ -60,6 +72,7 @@ def _hide(logits_BC: torch.Tensor, hidden_BC: torch.Tensor | None) -> torch.Tens
     return logits_BC if hidden_BC is None else logits_BC.masked_fill(hidden_BC, float("-inf"))
 
 
+@in_full_precision
 def soft_targets(
     momentum_logits_BC: torch.Tensor,
     hard_BC: torch.Tensor,
@@ -67,20 +80,19 @@ def soft_targets(
     hidden_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``alpha · softmax(momentum logits) + (1 − alpha) · hard`` without gradient (BLIP §3.2)."""
-    with full_precision(momentum_logits_BC):
-        soft_BC = F.softmax(_hide(momentum_logits_BC.detach(), hidden_BC), dim=1)
-        return alpha * soft_BC + (1 - alpha) * hard_BC
+    soft_BC = F.softmax(_hide(momentum_logits_BC.detach(), hidden_BC), dim=1)
+    return alpha * soft_BC + (1 - alpha) * hard_BC
 
 
+@in_full_precision
 def contrastive_loss(
     logits_BC: torch.Tensor, targets_BC: torch.Tensor, hidden_BC: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cross-entropy of soft targets, mean over rows; hidden candidates take no part."""
-    with full_precision(logits_BC):
-        log_p_BC = F.log_softmax(_hide(logits_BC, hidden_BC), dim=1)
-        if hidden_BC is not None:
-            log_p_BC = log_p_BC.masked_fill(hidden_BC, 0.0)  # their target is 0: 0 · −inf is nan
-        return -(log_p_BC * targets_BC).sum(1).mean()
+    log_p_BC = F.log_softmax(_hide(logits_BC, hidden_BC), dim=1)
+    if hidden_BC is not None:
+        log_p_BC = log_p_BC.masked_fill(hidden_BC, 0.0)  # their target is 0: 0 · −inf is nan
+    return -(log_p_BC * targets_BC).sum(1).mean()
 
 
 def class_loss(
@@ -107,66 +119,53 @@ def class_loss(
     return (losses[0] + losses[1]) / 2
 
 
+@in_full_precision
 def matching_loss(logits_N2: torch.Tensor, has_negative_B: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of match (class 1) against no match, mean over the pairs that exist.
 
     Args:
         logits_N2: ``(3B, 2)``: B own pairs, B with a wrong image, B with a wrong text.
-        has_negative_B: rows for which the batch offers a wrong partner at all. A batch of one, or
-            of one image only, has none: its loss is that of the own pairs.
+        has_negative_B: rows for which the batch has a wrong partner at all. A batch of one, or of
+            one image only, has none: its loss is that of the own pairs.
     """
-    with full_precision(logits_N2):
-        rows = len(has_negative_B)
-        labels_N = torch.zeros(len(logits_N2), dtype=torch.int64, device=logits_N2.device)
-        labels_N[:rows] = 1
-        each_N = F.cross_entropy(widened(logits_N2), labels_N, reduction="none")
-        exists_N = torch.cat([torch.ones_like(has_negative_B), has_negative_B, has_negative_B])
-        return (each_N * exists_N).sum() / exists_N.sum()
+    labels_N = torch.zeros(len(logits_N2), dtype=torch.int64, device=logits_N2.device)
+    labels_N[: len(has_negative_B)] = 1
+    each_N = F.cross_entropy(logits_N2, labels_N, reduction="none")
+    exists_N = torch.cat([torch.ones_like(has_negative_B), has_negative_B, has_negative_B])
+    return (each_N * exists_N).sum() / exists_N.sum()
 
 
+@in_full_precision
 def language_loss(
     logits_BTV: torch.Tensor, ids_BT: torch.Tensor, pad_token_id: int, smoothing: float
 ) -> torch.Tensor:
     """Next-word cross-entropy with label smoothing, mean over the words that are not padding."""
-    with full_precision(logits_BTV):
-        logits_BTV = widened(logits_BTV[:, :-1])
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1),
-            ids_BT[:, 1:].flatten(),
-            ignore_index=pad_token_id,
-            label_smoothing=smoothing,
-        )
+    return F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1),
+        ids_BT[:, 1:].flatten(),
+        ignore_index=pad_token_id,
+        label_smoothing=smoothing,
+    )
 
 
 @torch.no_grad()
+@in_full_precision
 def negative_weights(
     logits_BC: torch.Tensor, forbidden_BC: torch.Tensor, floor: float = 0.0
-) -> torch.Tensor:
-    """Weight of each candidate as a negative: ``softmax(logits) + floor``, forbidden ones 0.
-
-    Pretraining forbids a row's own pair and uses floor 1e-4; retrieval forbids all pairs of the
-    same image and uses none.
-    """
-    with full_precision(logits_BC):
-        weights_BC = F.softmax(widened(logits_BC), dim=1) + floor
-        return weights_BC.masked_fill(forbidden_BC, 0.0)
-
-
-@torch.no_grad()
-def drawable(
-    weights_BC: torch.Tensor, forbidden_BC: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that can be drawn from in every row, and which rows have a negative at all.
+    """Weight of each candidate as a negative ``(B, C)``, and which rows have one at all ``(B,)``.
 
-    A row whose allowed weights all underflowed to 0 draws evenly among the allowed; a row with
-    nothing allowed gets even weights, so that the draw does not fail, and False in
-    ``has_negative (B,)``, so that the loss leaves it out. Nothing is read back from the device.
+    The weight is ``softmax(logits) + floor``, 0 for forbidden ones. Pretraining forbids a row's own
+    pair and uses floor 1e-4; retrieval forbids all pairs of the same image and uses none. If all
+    allowed weights of a row underflowed to 0 they are even; so are those of a row with nothing
+    allowed, so that the draw does not fail. Nothing is read back from the device.
     """
     allowed_BC = ~forbidden_BC
     has_negative_B = allowed_BC.any(1)
-    fallback_BC = torch.where(has_negative_B[:, None], allowed_BC, True).to(weights_BC.dtype)
+    weights_BC = (F.softmax(logits_BC, dim=1) + floor).masked_fill(forbidden_BC, 0.0)
+    even_BC = torch.where(has_negative_B[:, None], allowed_BC, True).to(weights_BC.dtype)
     usable_B1 = weights_BC.sum(1, keepdim=True) > 0
-    return torch.where(usable_B1, weights_BC, fallback_BC), has_negative_B
+    return torch.where(usable_B1, weights_BC, even_BC), has_negative_B
 
 
 @torch.no_grad()

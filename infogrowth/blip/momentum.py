@@ -16,7 +16,6 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual, seeded
 from infogrowth.blip.losses import (
     contrastive_loss,
-    drawable,
     matching_loss,
     negative_weights,
     sample_negatives,
@@ -202,9 +201,8 @@ class MomentumBlip(BlipDual):
         """
         wrong = []
         for logits_BC in (to_images_BC, to_texts_BC):  # all images are drawn first
-            weights_BC = negative_weights(logits_BC, forbidden_BC, floor)
-            usable_BC, exists_B = drawable(weights_BC, forbidden_BC)
-            wrong.append(sample_negatives(usable_BC, generator))
+            weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
+            wrong.append(sample_negatives(weights_BC, generator))
         return wrong[0], wrong[1], exists_B
 
     def matching(

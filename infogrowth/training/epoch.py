@@ -166,7 +166,7 @@ def read_later(
             shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
             raise UserError(
                 f"the loss is not finite at {where} ({shown}); no checkpoint was written since: "
-                "resume from the last one with a lower init_lr, clip_grad_norm, or another precision"
+                "resume from the last with a lower init_lr, clip_grad_norm, or another precision"
             )
         return found
 

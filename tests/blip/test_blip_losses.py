@@ -9,7 +9,6 @@ from infogrowth.blip.losses import (
     class_loss,
     contrastive_loss,
     copies_of_row,
-    drawable,
     identity_targets,
     language_loss,
     matching_loss,
@@ -33,14 +32,14 @@ def random_rows(*shape, seed=0):
 
 
 def test_contrastive_loss_is_the_cross_entropy_of_soft_targets():
-    logits, slow, alpha = 3 * random_rows(3, 5), 3 * random_rows(3, 5, seed=1), 0.4
+    logits, momentum, alpha = 3 * random_rows(3, 5), 3 * random_rows(3, 5, seed=1), 0.4
     expected = 0.0
     for row in range(3):
-        p, q = softmax(logits[row].tolist()), softmax(slow[row].tolist())
+        p, q = softmax(logits[row].tolist()), softmax(momentum[row].tolist())
         for column in range(5):
             target = alpha * q[column] + (1 - alpha) * (column == row)
             expected -= target * math.log(p[column]) / 3
-    targets = soft_targets(slow, identity_targets(3, 5, slow.device), alpha)
+    targets = soft_targets(momentum, identity_targets(3, 5, momentum.device), alpha)
     assert contrastive_loss(logits, targets).item() == pytest.approx(expected, abs=1e-7)
 
 
@@ -56,21 +55,22 @@ def test_hidden_copies_change_neither_loss_nor_gradient_of_the_others():
     hidden = copies_of_row(ids, torch.cat([ids, queued]))
     assert hidden.int().tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
     logits = random_rows(2, 5).requires_grad_()
-    slow = random_rows(2, 5, seed=1)
-    hard = identity_targets(2, 5, slow.device).double()
-    loss = contrastive_loss(logits, soft_targets(slow, hard, 0.4, hidden), hidden)
+    momentum = random_rows(2, 5, seed=1)
+    hard = identity_targets(2, 5, momentum.device).double()
+    loss = contrastive_loss(logits, soft_targets(momentum, hard, 0.4, hidden), hidden)
     loss.backward()
     # The same rows with the copies taken out.
     kept = [[0, 1, 2, 3], [0, 1, 3, 4]]
-    cut = torch.stack([logits.detach()[row, columns] for row, columns in enumerate(kept)])
-    cut.requires_grad_()
-    cut_slow = torch.stack([slow[row, columns] for row, columns in enumerate(kept)])
-    cut_hard = torch.stack([hard[row, columns] for row, columns in enumerate(kept)])
-    expected = contrastive_loss(cut, soft_targets(cut_slow, cut_hard, 0.4))
+    fewer, fewer_momentum, fewer_hard = (
+        torch.stack([rows.detach()[row, columns] for row, columns in enumerate(kept)])
+        for rows in (logits, momentum, hard)
+    )
+    fewer.requires_grad_()
+    expected = contrastive_loss(fewer, soft_targets(fewer_momentum, fewer_hard, 0.4))
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for row, columns in enumerate(kept):
-        torch.testing.assert_close(logits.grad[row, columns], cut.grad[row])
+        torch.testing.assert_close(logits.grad[row, columns], fewer.grad[row])
     assert not logits.grad[hidden].any()
 
 
@@ -78,11 +78,11 @@ def test_language_loss_smooths_over_all_words_and_skips_padding():
     logits, ids = random_rows(2, 4, 6), torch.tensor([[5, 2, 3, 0], [5, 4, 0, 0]])
     total, words = 0.0, 0
     for row in range(2):
-        for place in range(3):
-            target = ids[row, place + 1].item()
+        for position in range(3):
+            target = ids[row, position + 1].item()
             if target == 0:
                 continue
-            p = softmax(logits[row, place].tolist())
+            p = softmax(logits[row, position].tolist())
             total -= 0.9 * math.log(p[target]) + 0.1 * sum(math.log(v) for v in p) / 6
             words += 1
     loss = language_loss(logits, ids, pad_token_id=0, smoothing=0.1)
@@ -139,28 +139,27 @@ def test_the_same_generator_draws_the_same_negatives_and_global_state_stays():
 
 def test_weights_are_softmax_plus_floor_without_the_forbidden():
     logits, forbidden = random_rows(3, 3), torch.eye(3, dtype=torch.bool)
-    weights = negative_weights(logits, forbidden, 1e-4)
+    weights, _ = negative_weights(logits, forbidden, 1e-4)
     for row in range(3):
         expected = [p + 1e-4 for p in softmax(logits[row].tolist())]
         expected[row] = 0.0
         assert weights[row].tolist() == pytest.approx(expected)
 
 
-def test_rows_without_any_negative_are_told_and_do_not_stop_the_draw():
+def test_rows_without_any_negative_are_reported_and_do_not_stop_the_draw():
     forbidden = torch.tensor([[True, True], [True, False]])
-    usable, has_negative = drawable(torch.tensor([[0.0, 0.0], [0.0, 0.7]]), forbidden)
+    weights, has_negative = negative_weights(torch.zeros(2, 2), forbidden)
     assert has_negative.tolist() == [False, True]
-    assert sample_negatives(usable, torch.Generator().manual_seed(0))[1] == 1
+    assert sample_negatives(weights, torch.Generator().manual_seed(0))[1] == 1
 
 
 def test_weights_that_underflowed_fall_back_to_the_allowed_ones():
     # At temperature 0.001 softmax of a far candidate is exactly 0 in float32.
     logits = torch.tensor([[1000.0, -1000.0, -1000.0]])
     forbidden = torch.tensor([[True, False, False]])
-    weights = negative_weights(logits, forbidden)
-    assert weights.sum() == 0
-    usable, has_negative = drawable(weights, forbidden)
-    assert usable.tolist() == [[0.0, 1.0, 1.0]] and has_negative.tolist() == [True]
+    assert logits.softmax(1)[0, 1:].sum() == 0
+    weights, has_negative = negative_weights(logits, forbidden)
+    assert weights.tolist() == [[0.0, 1.0, 1.0]] and has_negative.tolist() == [True]
 
 
 def test_class_loss_is_the_cross_entropy_of_cosines_to_the_class_vectors():
