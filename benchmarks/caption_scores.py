@@ -16,7 +16,7 @@ import pandas as pd
 from infogrowth.annotations import read_ids
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.evaluation.truth import auroc, precision_at_recall
+from infogrowth.evaluation.truth import auroc
 from infogrowth.files import read_json
 
 
@@ -28,6 +28,20 @@ class Config:
     truth: str = option("processed_data/sample_truth.json", help="what is swapped, by id")
     seeds: str = option("processed_data/sample_seeds.json", help="ids that are left out")
     recall: float = option(0.8, help="share of the swapped captions to find")
+
+
+def precision_at_recall(scores: np.ndarray, positive: np.ndarray, recall: float) -> float:
+    """The precision of the highest scores, as many as hold this share of the positive samples;
+    samples that score the same are taken together.
+
+    Args:
+        scores: ``(N,)`` real numbers; positive: ``(N,)`` booleans with at least one True.
+    """
+    scores, positive = np.asarray(scores), np.asarray(positive, dtype=bool)
+    wanted = int(np.ceil(recall * positive.sum() - 1e-9))
+    threshold = np.sort(scores[positive])[::-1][wanted - 1]
+    taken = scores >= threshold
+    return float(positive[taken].mean())
 
 
 def run(config: Config) -> int:

@@ -77,7 +77,7 @@ def score() -> dict[str, Any]:
         stream.verdict == "recaptioned",
         right_captions(),
     )
-    noisy = detection(decisions.verdict != "kept", swapped)
+    precision, recall = detection(decisions.verdict != "kept", swapped)
     annotations = growth.annotations()
     copied = [truth[entry["image"]]["copy_of"] is not None for entry in annotations]
     gains = np.array([entry["gains"] for entry in annotations]).mean(axis=1)
@@ -89,8 +89,8 @@ def score() -> dict[str, Any]:
         "kept": len(annotations),
         "recaptioned": captions.recaptioned,
         "dropped": int((decisions.verdict == "dropped").sum()),
-        "noise_precision": round(noisy.precision, 4),
-        "noise_recall": round(noisy.recall, 4),
+        "noise_precision": round(precision, 4),
+        "noise_recall": round(recall, 4),
         "alignment_auroc": round(auroc(decisions.original_alignment.to_numpy(), ~swapped), 4),
         "copies": sum(copied),
         "copies_in_lowest_gain_decile": round(share_in_lowest_decile(gains, copied), 4),

@@ -9,8 +9,7 @@ Shapes: I images, T texts, D feature width, L image tokens, W width.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -31,8 +30,7 @@ TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 16_384}
 NOT_RANKED = -100.0
 
 
-@dataclass(frozen=True)
-class RetrievalScores:
+class RetrievalScores(NamedTuple):
     """Scores in both directions, float32 on the CPU, and the cosines they started from."""
 
     i2t: torch.Tensor  # (I, T)
@@ -69,7 +67,7 @@ def retrieval_scores(
     Raises:
         UserError: an empty set, or an image that cannot be read.
     """
-    count = len(images)  # type: ignore[arg-type]
+    count: int = len(images)  # type: ignore[arg-type]
     if not count or not texts:
         raise UserError("the evaluation set has no images or no captions")
     was_training = model.training
@@ -79,7 +77,7 @@ def retrieval_scores(
         ids_TN, mask_TN = (t.to(device) for t in tokenize(tokenizer, texts, max_length))
         with autocast():
             text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
-            own, tokens, image_ID = _encode_images(
+            tokens, image_ID = _encode_images(
                 model, images, count, batch_size, workers, keep_tokens=k_test > 0
             )
         # Outside autocast: which pairs are candidates must not depend on the number format.
@@ -87,18 +85,13 @@ def retrieval_scores(
         if k_test == 0:
             cosine_IT = cosine_IT.cpu()
             return RetrievalScores(cosine_IT, cosine_IT.T.contiguous(), cosine_IT)
+        own = [row for block in own_blocks(count, batch_size) for row in block]
         with autocast():
-            own_i2t, own_t2i = _match(
-                model, own, tokens, ids_TN, mask_TN, cosine_IT, k_test, progress
-            )
+            own_rows = _match(model, own, tokens, ids_TN, mask_TN, cosine_IT, k_test, progress)
     finally:
         model.train(was_training)
-    order = torch.cat(distributed.all_gather_ragged(own)).cpu()
-    gathered = [
-        torch.cat([part.cpu() for part in distributed.all_gather_ragged(rows)])[order.argsort()]
-        for rows in (own_i2t, own_t2i)
-    ]
-    return RetrievalScores(gathered[0], gathered[1].T.contiguous(), cosine_IT.cpu())
+    i2t, t2i = (_of_all_ranks(rows, count, batch_size).cpu() for rows in own_rows)
+    return RetrievalScores(i2t, t2i.T.contiguous(), cosine_IT.cpu())
 
 
 def retrieval_recall(
@@ -122,46 +115,45 @@ def top_candidates(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
     return above_QN | (level_QN & (level_QN.cumsum(dim=1) <= room_Q1))
 
 
-def own_blocks(count: int, size: int) -> list[list[int]]:
-    """This rank's share of 0 … count − 1: every W-th block of ``size``."""
+def own_blocks(count: int, size: int, rank: int | None = None) -> list[list[int]]:
+    """A rank's share (default: this one's) of 0 … count − 1: every W-th block of ``size``."""
     blocks = [list(range(s, min(s + size, count))) for s in range(0, count, size)]
-    return blocks[distributed.rank() :: distributed.world_size()]
+    return blocks[distributed.rank() if rank is None else rank :: distributed.world_size()]
+
+
+def _of_all_ranks(own: torch.Tensor, count: int, size: int) -> torch.Tensor:
+    """The rows ``(count, …)`` of which each rank has those of its :func:`own_blocks`."""
+    ranks = range(distributed.world_size())
+    order = [row for rank in ranks for block in own_blocks(count, size, rank) for row in block]
+    gathered = torch.cat(distributed.all_gather_ragged(own))
+    return gathered[torch.tensor(order, device=own.device).argsort()]
 
 
 def _encode_texts(
     model: BlipDual, ids_TN: torch.Tensor, mask_TN: torch.Tensor, batch_size: int
 ) -> torch.Tensor:
     """Unit features ``(T, D)`` of all texts, each rank encoding its blocks."""
-    parts, rows = [], []
+    parts = [torch.empty(0, model.config.embed_dim, device=ids_TN.device)]
     for block in own_blocks(len(ids_TN), batch_size):
         longest = int(mask_TN[block].sum(dim=1).max())
         parts.append(model.encode_text(ids_TN[block, :longest], mask_TN[block, :longest])[1])
-        rows += block
-    return _in_order(parts, rows, model)
+    return _of_all_ranks(torch.cat(parts).float(), len(ids_TN), batch_size)
 
 
 def _encode_images(
-    model: BlipDual,
-    images: Dataset,
-    count: int,
-    batch_size: int,
-    workers: int,
-    keep_tokens: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """This rank's image numbers, their tokens (kept on the CPU), and all features ``(I, D)``."""
-    blocks = own_blocks(count, batch_size)
+    model: BlipDual, images: Dataset, count: int, batch_size: int, workers: int, keep_tokens: bool
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tokens of this rank's images, kept on the CPU, and the features ``(I, D)`` of all."""
     device = next(model.parameters()).device
-    loader = open_loader(images, blocks, workers, device)
-    parts: list[torch.Tensor] = []
+    loader = open_loader(images, own_blocks(count, batch_size), workers, device)
+    parts = [torch.empty(0, model.config.embed_dim, device=device)]
     tokens: list[torch.Tensor] = []
     for batch in checked(loader):
         tokens_BLW, features_BD = model.encode_image(batch["image"].to(device, non_blocking=True))
         if keep_tokens:
             tokens += _on_host(tokens_BLW).unbind()
         parts.append(features_BD)
-    rows = [number for block in blocks for number in block]
-    own = torch.tensor(rows, dtype=torch.int64, device=device)
-    return own, tokens, _in_order(parts, rows, model)
+    return tokens, _of_all_ranks(torch.cat(parts).float(), count, batch_size)
 
 
 def _on_host(tokens: torch.Tensor) -> torch.Tensor:
@@ -175,7 +167,7 @@ def _on_host(tokens: torch.Tensor) -> torch.Tensor:
 
 def _match(
     model: BlipDual,
-    own: torch.Tensor,
+    own: list[int],
     tokens: list[torch.Tensor],
     ids_TN: torch.Tensor,
     mask_TN: torch.Tensor,
@@ -184,7 +176,7 @@ def _match(
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of this rank's images in both directions, ``(own, T)`` each."""
-    device = own.device
+    device = cosine_IT.device
     wanted_i2t = top_candidates(cosine_IT[own], k_test)
     wanted_t2i = top_candidates(cosine_IT.T, k_test).T[own]
     # A pair that both directions want is computed once. Which ones is known on the host before
@@ -222,13 +214,3 @@ def passes(lengths: list[int], budget: int) -> list[slice]:
             splits.append(slice(start, stop))
             start = stop
     return [*splits, slice(start, len(lengths))] if lengths else []
-
-
-def _in_order(parts: list[torch.Tensor], rows: list[int], model: BlipDual) -> torch.Tensor:
-    """All ranks' rows put where their numbers say."""
-    device = next(model.parameters()).device
-    own = torch.cat(parts) if parts else torch.empty(0, model.config.embed_dim, device=device)
-    numbers = torch.tensor(rows, dtype=torch.int64, device=device)
-    features = torch.cat(distributed.all_gather_ragged(own.float()))
-    order = torch.cat(distributed.all_gather_ragged(numbers))
-    return features[order.argsort()]

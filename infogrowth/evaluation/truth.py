@@ -14,8 +14,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """The chance that a positive sample scores above a negative one, ties counting half.
 
     Args:
-        scores: ``(N,)`` real numbers.
-        positive: ``(N,)`` booleans with at least one of each kind.
+        scores: ``(N,)`` real numbers; positive: ``(N,)`` booleans with at least one of each kind.
     """
     positive = np.asarray(positive, dtype=bool)
     ranks = pd.Series(np.asarray(scores)).rank().to_numpy()
@@ -26,43 +25,14 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - smallest) / (n_positive * n_negative))
 
 
-def precision_at_recall(scores: np.ndarray, positive: np.ndarray, recall: float) -> float:
-    """The precision of the highest scores, as many as hold this share of the positive samples;
-    samples that score the same are taken together.
+def detection(flagged: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Precision and recall, 0 … 1, of ``(N,)`` booleans: what was flagged against what is true.
 
-    Args:
-        scores: ``(N,)`` real numbers; positive: ``(N,)`` booleans with at least one True.
+    The precision of nothing flagged is 1, as is the recall where nothing is true.
     """
-    scores, positive = np.asarray(scores), np.asarray(positive, dtype=bool)
-    wanted = int(np.ceil(recall * positive.sum() - 1e-9))
-    threshold = np.sort(scores[positive])[::-1][wanted - 1]
-    taken = scores >= threshold
-    return float(positive[taken].mean())
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well a set of flagged samples matches the truth; shares are 0 … 1."""
-
-    flagged: int
-    true: int
-    hit: int
-
-    @property
-    def precision(self) -> float:
-        """Share of the flagged samples that are truly bad (1 when nothing was flagged)."""
-        return self.hit / self.flagged if self.flagged else 1.0
-
-    @property
-    def recall(self) -> float:
-        """Share of the truly bad samples that were flagged (1 when there are none)."""
-        return self.hit / self.true if self.true else 1.0
-
-
-def detection(flagged: np.ndarray, truth: np.ndarray) -> Detection:
-    """Compare ``(N,)`` booleans: what was flagged with what is true."""
     flagged, truth = np.asarray(flagged, dtype=bool), np.asarray(truth, dtype=bool)
-    return Detection(int(flagged.sum()), int(truth.sum()), int((flagged & truth).sum()))
+    hits = int((flagged & truth).sum())
+    return tuple(hits / n if (n := int(each.sum())) else 1.0 for each in (flagged, truth))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -115,7 +85,5 @@ def share_in_lowest_decile(gains: np.ndarray, marked: np.ndarray) -> float:
     marked = np.asarray(marked, dtype=bool)
     if not marked.any():
         raise ValueError("no sample is marked")
-    order = np.argsort(gains, kind="stable")
-    lowest = np.zeros(len(gains), dtype=bool)
-    lowest[order[: len(gains) // 10]] = True
-    return float((lowest & marked).sum() / marked.sum())
+    lowest = np.argsort(gains, kind="stable")[: len(gains) // 10]
+    return float(marked[lowest].sum() / marked.sum())

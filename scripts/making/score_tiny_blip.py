@@ -91,10 +91,8 @@ def alignment_figures(
     below = alignment < min_align
     return {
         "AUROC, right against swapped": lambda rows: auroc(alignment[rows], ~swapped[rows]),
-        "swapped captions found: precision": lambda rows: (
-            detection(below[rows], swapped[rows]).precision
-        ),
-        "swapped captions found: recall": lambda rows: detection(below[rows], swapped[rows]).recall,
+        "swapped captions found: precision": lambda rows: detection(below[rows], swapped[rows])[0],
+        "swapped captions found: recall": lambda rows: detection(below[rows], swapped[rows])[1],
         "wrong captions before": lambda rows: swapped[rows].mean(),
         "wrong captions among those kept": lambda rows: swapped[rows][~below[rows]].mean(),
         "kept": lambda rows: (~below[rows]).mean(),
