@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.hub import download
 from infogrowth.blip.tokenizer import VOCABULARY_FILE, load_tokenizer, save_vocabulary
 from infogrowth.blip.weights import (
     WORD_EMBEDDINGS,
     Weights,
+    download,
     infer_config,
     is_known,
     is_momentum,

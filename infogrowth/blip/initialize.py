@@ -13,9 +13,8 @@ from torch import nn
 from infogrowth.blip.checkpoint import LoadReport, load_weights
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.hub import download
 from infogrowth.blip.momentum import MomentumBlip
-from infogrowth.blip.weights import WORD_EMBEDDINGS, Weights, locate, read_file
+from infogrowth.blip.weights import WORD_EMBEDDINGS, Weights, download, locate, read_file
 from infogrowth.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from infogrowth.errors import UserError
+from infogrowth.blip.weights import download
+from infogrowth.errors import UserError, refusing
 from infogrowth.files import atomic_write
 
 VOCABULARY_FILE = "vocab.txt"
@@ -65,31 +66,22 @@ def save_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: str | os.Path
 
 def _vocabulary_path(vocabulary: str | os.PathLike[str]) -> Path:
     path = Path(vocabulary)
-    if path.is_file():
-        return path
     if path.is_dir():
-        if not (path / VOCABULARY_FILE).is_file():
-            raise UserError(f"the folder {path} holds no {VOCABULARY_FILE}")
-        return path / VOCABULARY_FILE
-    if path.suffix == ".txt" or path.is_absolute():
-        raise UserError(f"the vocabulary {path} does not exist; check the path")
-    from infogrowth.blip.hub import download
-
+        path = path / VOCABULARY_FILE
+    if path.is_file() or path.suffix == ".txt" or path.is_absolute():
+        return path
     return download(str(vocabulary), VOCABULARY_FILE)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the vocabulary {path} is not UTF-8 text") from error
-    words = lines[:-1] if lines and not lines[-1] else lines
+    with refusing(path, "the vocabulary", UnicodeDecodeError):
+        words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     vocabulary = {word.rstrip("\r"): index for index, word in enumerate(words)}
     # A folder of other people's may list the two that are appended here; their order is ours.
     vocabulary = {word: i for word, i in vocabulary.items() if word not in ("[DEC]", "[ENC]")}
     missing = [token for token in _BERT_SPECIALS if token not in vocabulary]
     if missing:
-        raise UserError(f"{path} is not a BERT vocabulary: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not a BERT vocabulary: there is no {', '.join(missing)}")
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise UserError(f"the vocabulary {path} has repeated words or words after [DEC] or [ENC]")
     return vocabulary

@@ -1,22 +1,23 @@
-"""Files of weights: every kind is read as one dictionary of tensors under BLIP's official names,
-never unpickling code; and how those names relate to Hugging Face's and to each other."""
+"""Files of weights, on disk or from the Hugging Face hub: every kind is read as one dictionary of
+tensors under BLIP's official names, never unpickling code; and how these relate to other names."""
 
 import json
 import logging
 import os
 import pickle
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from infogrowth.blip.config import CONFIG_FILE, STEM_PATCH, BlipConfig, is_blip_config
-from infogrowth.blip.hub import download
-from infogrowth.errors import UserError, refusing
+from infogrowth.errors import UserError, refusing, shorten
 from infogrowth.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,41 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if local.is_file() or is_path:
         return local
     return download(str(path), "model.safetensors", "pytorch_model.bin")
+
+
+def download(name: str, *filenames: str) -> Path:
+    """Path of the first of ``filenames`` that the hub's repository ``name`` has (cached).
+
+    Raises:
+        UserError: no network, no such repository, or none of the files in it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    offline = not _hub_resolves()
+    problem: Exception | None = None
+    for filename in filenames:
+        try:
+            return Path(hf_hub_download(name, filename, local_files_only=offline))
+        except Exception as error:  # the hub client raises many kinds; all mean it is not there
+            problem = problem or error
+    raise UserError(
+        f"{name!r} is not a local path, and the Hugging Face hub did not give "
+        f"{' or '.join(filenames)} ({shorten(problem)}); check the name and the network, or give "
+        "a local path (`random` where weights are only a starting point)"
+    ) from problem
+
+
+def _hub_resolves() -> bool:
+    """Whether the hub can be asked at all: without a name server its client retries for long."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(key.lower() in ("https_proxy", "all_proxy") for key in os.environ):
+        return True  # the proxy resolves names, this machine need not
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def read_file(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
