@@ -57,6 +57,6 @@ def _groups(cgroups: Path, own: Path) -> list[Path]:
         root = cgroups / "cpu" if "cpu" in controllers.split(",") else cgroups
         if controllers and root == cgroups:
             continue
-        place = root / path.lstrip("/")
-        groups += [place, *(p for p in place.parents if p.is_relative_to(root))]
+        group = root / path.lstrip("/")
+        groups += [group, *(p for p in group.parents if p.is_relative_to(root))]
     return groups

@@ -74,7 +74,7 @@ class PretrainConfig(RunOptions):
     augment: Augment = option("blip", "random operations: blip, jitter (for drawings) or none")
     captions_per_visit: int = option(1, "captions of an image in a batch, all its matches")
     class_key: str | None = option(None, "annotation key; samples alike in it match each other")
-    class_vectors: bool = option(False, "also learn a vector per class, to tell classes by")
+    class_vectors: bool = option(False, "also learn a vector per class, to classify by")
     batch_size: int = option(75, "pairs per rank and forward pass")
     objectives: list[Objective] = option([*OBJECTIVES], "losses: ita (contrastive), itm, lm")
     label_smoothing: float = option(0.1, "of the language modelling loss")
@@ -90,7 +90,7 @@ class PretrainConfig(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.objectives:
-            raise UserError("objectives must name at least one of ita, itm and lm")
+            raise UserError("objectives must name one or more of ita, itm and lm")
         if self.class_vectors and (self.class_key is None or "ita" not in self.objectives):
             raise UserError("class_vectors needs a class_key, and ita among the objectives")
 
@@ -219,7 +219,7 @@ def build_loader(
     return EpochLoader(
         dataset,
         sampler,
-        # Texts as long as the longest of their batch, unless a compiler wants one shape.
+        # Texts as long as the longest of their batch, unless a compiler wants one length.
         partial(tokenize, tokenizer, max_length=config.max_length, longest=not config.compile),
         config.batch_size,
         config.num_workers,

@@ -76,8 +76,8 @@ class BlipDual(nn.Module):
 
         Args:
             image_tokens_GLW: tokens of G images from :meth:`encode_image`.
-            ids_NT, mask_NT: texts that start with [CLS] as the tokenizer gives them; [ENC] is
-                put in its place here.
+            ids_NT, mask_NT: texts that start with [CLS] as the tokenizer gives them, which
+                becomes [ENC] here.
             image_rows_N: which of the images text n is paired with; default: image n, G = N.
                 An image that meets several texts is then read once, which is much less work.
         """

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
-# Fixed: a learned one follows the texts, which are told apart at once, and grows too sharp for the
+# Fixed: a learned one follows the texts, which are separated at once, and grows too sharp for the
 # images, which then learn next to nothing (loss 7.07 against 6.68 after 100 steps of a trial).
 CLASS_TEMPERATURE = 0.1
 

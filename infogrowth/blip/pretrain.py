@@ -44,9 +44,8 @@ class BlipPretrain(MomentumBlip):
             copy counts as a negative; on, a buffer ``idx_queue`` keeps the queued samples' ids.
         class_positives: for data with classes: all candidates of a row's class match it, and no
             pair of its class is a wrong partner for the matching loss.
-        class_vectors: of how many classes a vector is learned beside, which images and texts are
-            told apart by; 0 for none. It helps small models, and no file but a checkpoint keeps
-            them.
+        class_vectors: of how many classes a vector is learned, by which images and texts are
+            classified; 0 for none. It helps small models, and no file but a checkpoint keeps them.
         options: as for :class:`MomentumBlip`.
     """
 

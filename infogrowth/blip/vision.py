@@ -50,7 +50,7 @@ def _with_own_format(
 
 
 class ConvStem(PatchEmbed):
-    """A small residual network in place of the patch projection: ``(B, 3, H, W) -> (B, L, width)``.
+    """A small residual network instead of the patch projection: ``(B, 3, H, W) -> (B, L, width)``.
 
     For models too small to learn from patches what a corner or a stripe is. Where several ranks
     train, each normalises by its own batch, and checkpoints keep the statistics of rank 0.

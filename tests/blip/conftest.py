@@ -1,4 +1,4 @@
-"""A BLIP of the golden fixtures' shape, and their batches as tensors."""
+"""A BLIP of the golden fixtures' sizes, and their batches as tensors."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is written for transformers opens there with nothing missing and says the same."""
+"""What is written for transformers opens there with nothing missing and predicts the same."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_the_retrieval_class_scores_the_same(
     images, ids, mask = pretrain_golden.batch(0)
     tokens, image = pretrained.encode_image(images)
     _, text = pretrained.encode_text(ids, mask)
-    opening = open_with(ids, golden_config.enc_token_id)  # transformers leaves [CLS] in place
+    opening = open_with(ids, golden_config.enc_token_id)  # transformers leaves [CLS] there
     matched = theirs(input_ids=opening, pixel_values=images, attention_mask=mask)
     torch.testing.assert_close(
         matched.itm_score, pretrained.itm_logits(tokens, ids, mask), atol=1e-5, rtol=1e-5

@@ -16,17 +16,17 @@ from infogrowth.blip.momentum import random_feature_queue, write_queue
 def test_any_size_takes_any_batch_as_if_written_one_by_one(size, batches):
     features, ids = torch.zeros(2, size), torch.full((1, size), -100)
     pointer = torch.zeros(1, dtype=torch.int64)
-    slow, slow_pointer, written = [-100] * size, 0, 0
+    expected, position, written = [-100] * size, 0, 0
     for count in batches:
         numbers = torch.arange(written, written + count)
         write_queue([features, ids], pointer, [numbers[:, None].repeat(1, 2), numbers[:, None]])
         for number in numbers.tolist():
-            slow[slow_pointer] = number
-            slow_pointer = (slow_pointer + 1) % size
+            expected[position] = number
+            position = (position + 1) % size
         written += count
-        assert ids[0].tolist() == slow
-        assert pointer.item() == slow_pointer
-        assert features[1].tolist() == [max(number, 0) for number in slow]
+        assert ids[0].tolist() == expected
+        assert pointer.item() == position
+        assert features[1].tolist() == [max(number, 0) for number in expected]
 
 
 def test_an_empty_queue_is_left_alone():

@@ -46,8 +46,8 @@ def test_first_rank_is_what_a_reversed_stable_sort_gives():
     scores = random.integers(0, 6, (40, 23)).astype(np.float32)  # many ties
     right = [random.choice(23, size=random.integers(1, 5), replace=False) for _ in range(40)]
     order = np.argsort(scores, axis=1, kind="stable")[:, ::-1]
-    slow = [min(int(np.flatnonzero(order[q] == r)[0]) for r in right[q]) for q in range(40)]
-    assert first_rank(scores, right).tolist() == slow
+    expected = [min(int(np.flatnonzero(order[q] == r)[0]) for r in right[q]) for q in range(40)]
+    assert first_rank(scores, right).tolist() == expected
 
 
 def test_equal_scores_rank_the_higher_index_first():

@@ -76,7 +76,7 @@ class SmallRun:
 
 
 def records(directory):
-    """The records of a run's log without what the clock says."""
+    """The records of a run's log without what the clock shows."""
     lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in ("time", "samples_per_s")} for r in lines]
 

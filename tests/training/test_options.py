@@ -69,7 +69,7 @@ def test_unknown_key_is_an_error_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "pattern"),
     [
         ("batch_size", 0, "batch_size .* 1"),
         ("keep_checkpoints", 0, "keep_checkpoints .* 1"),
@@ -80,6 +80,6 @@ def test_unknown_key_is_an_error_with_the_nearest_name(tmp_path):
         ("precision", "fp8", "precision"),
     ],
 )
-def test_values_that_no_run_can_use_are_refused(key, value, says):
-    with pytest.raises(UserError, match=says):
+def test_values_that_no_run_can_use_are_refused(key, value, pattern):
+    with pytest.raises(UserError, match=pattern):
         load_config(PretrainConfig, None, {**REQUIRED, key: value})
