@@ -203,12 +203,12 @@ def load_blip(
         UserError: missing files, no network, or weights that do not fit.
     """
     weights = read_weights(path)
-    beside = Path(weights.source).with_name(VOCABULARY_FILE)
     if not Path(path).exists():  # a name on the hub: its vocabulary lands beside the weights
         download(str(path), VOCABULARY_FILE)
     if vocabulary is None:
-        whole_folder = not Path(path).is_file()
-        vocabulary = beside.parent if beside.is_file() or whole_folder else "bert-base-uncased"
+        folder = Path(weights.source).parent
+        alone = Path(path).is_file() and not (folder / VOCABULARY_FILE).is_file()
+        vocabulary = "bert-base-uncased" if alone else folder
     tokenizer = load_tokenizer(vocabulary)
     words = [len(t) for name, t in weights.tensors.items() if name.endswith(WORD_EMBEDDINGS)]
     if words and words[0] != len(tokenizer):

@@ -4,6 +4,7 @@ Shapes: B images of this rank, N texts (a multiple of B: text n belongs to image
 tokens, T text length, W width, C candidates, V words, K classes.
 """
 
+import re
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -133,25 +134,17 @@ class BlipPretrain(MomentumBlip):
 
     def _freeze_unused(self) -> None:
         """Take no gradient for what no objective uses (ranks would wait for one)."""
-        aims = self.objectives
-        unused: list[nn.Module] = []
-        if "ita" not in aims:
-            unused += [self.vision_proj, self.text_proj]
-            self.temp.requires_grad_(False)
-        if "itm" not in aims:
-            unused.append(self.itm_head)
-        layers: list[Any] = list(self.text_encoder.encoder.layer)
-        if aims <= {"ita"}:
-            unused += [layer.crossattention for layer in layers]
-        if aims <= {"lm"}:
-            unused += [layer.attention for layer in layers]
-        if "lm" not in aims:
-            decoder: Any = self.text_decoder
-            unused += [layer.attention for layer in decoder.bert.encoder.layer]
-            unused.append(decoder.cls.predictions.transform)
-            decoder.cls.predictions.bias.requires_grad_(False)
-        for module in unused:
-            module.requires_grad_(False)
+        used_by = {
+            r"(vision_proj|text_proj)\.|temp$": {"ita"},
+            r"itm_head\.": {"itm"},
+            r"text_encoder\..*\.crossattention\.": {"itm", "lm"},
+            r"text_encoder\..*\.attention\.": {"ita", "itm"},
+            r"text_decoder\.": {"lm"},  # but for what it shares with the text encoder
+        }
+        unused = [names for names, users in used_by.items() if not users & self.objectives]
+        for name, parameter in self.named_parameters():
+            if any(re.match(names, name) for names in unused):
+                parameter.requires_grad_(False)
 
     def _copies(self, sample_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Which candidates are copies of the row's sample ``(B, C)``, or None when not asked."""
