@@ -21,7 +21,7 @@ import lmdb
 
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.packing import Target, pack
 from infogrowth.data.sources import Source, open_source
 from infogrowth.files import atomic_write_json

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.augmentation import random_augment
+from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.data.images import decode_image
-from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.sources import open_source
 from infogrowth.data.transforms import pixels, random_crop, training_transform

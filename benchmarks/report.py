@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.growth.decisions import SCHEMA
 
 PICTURES = 500  # different pictures; every sample has one of them

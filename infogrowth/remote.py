@@ -102,9 +102,6 @@ class RemotePath:
         """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
         return _ask(str(self), "cat_file", start=start, end=stop)
 
-    def size(self) -> int:
-        return int(_ask(str(self), "size"))
-
     def version(self) -> str:
         """Its size and what the server calls its version: changes when the content does."""
         info = _ask(str(self), "info")

@@ -7,9 +7,11 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from infogrowth.annotations import gains_array, read_ids
 from infogrowth.config import option
-from infogrowth.data.exports import ExportChoices, check_outputs, uid_repeats, write_export
+from infogrowth.data.exports import check_outputs, uid_repeats, write_export
 from infogrowth.data.features import FeatureStream, open_features
 from infogrowth.errors import UserError
 from infogrowth.files import remove_leftovers
@@ -169,14 +171,20 @@ def _identity(encoder: dict[str, Any]) -> Any:
 
 
 def _write_outputs(config: Config, folder: GrowthFolder) -> None:
+    def repeats() -> np.ndarray:
+        gains = normalized_gains(gains_array(folder.annotations()))
+        return uid_repeats(gains, config.uid_repeats)
+
     for path in config.output:
         remove_leftovers(Path(path).parent, Path(path).name)  # of a run killed while writing it
-        repeats = None
-        if config.uid_repeats > 1 and Path(path).suffix == ".npy":
-            gains = gains_array(folder.annotations())
-            repeats = uid_repeats(normalized_gains(gains), config.uid_repeats)
-        choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
-        write_export(path, folder.iter_annotations(), choices, folder.decision_parts)
+        write_export(
+            path,
+            folder.iter_annotations(),
+            folder.decision_parts,
+            config.legacy_strings,
+            repeats if config.uid_repeats > 1 else None,
+            config.file_ending,
+        )
 
 
 def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: float) -> str:

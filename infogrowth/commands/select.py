@@ -14,11 +14,11 @@ import pyarrow as pa
 from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.config import option
 from infogrowth.data.exports import (
-    ExportChoices,
     check_outputs,
     is_folder_output,
     uid_repeats,
     write_export,
+    write_shards,
 )
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
@@ -229,17 +229,14 @@ def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: 
         if is_folder_output(path):
             _write_shards(config, Path(path), choice, positions)
             continue
-        repeats = None
-        if config.uid_repeats > 1 and Path(path).suffix == ".npy":
-            repeats = uid_repeats(probability, config.uid_repeats)
-        choices = ExportChoices(config.legacy_strings, repeats, config.file_ending)
+        repeats = partial(uid_repeats, probability, config.uid_repeats)
         # What a result JSON knows of its samples is in its entries, unless a condition added to it.
         tables = partial(choice.rows, positions) if choice.entries is None or choice.extra else None
-        write_export(path, choice.samples(positions), choices, tables)
+        samples = choice.samples(positions)
+        write_export(path, samples, tables, config.legacy_strings, repeats, config.file_ending)
 
 
 def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
-    from infogrowth.data.shards import write_shards
     from infogrowth.encoders.dataset import pairs_by_id
 
     where = config.images or (read_growth(config.growth).settings if config.growth else {}).get(
@@ -249,9 +246,10 @@ def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.n
         raise UserError(f"{config.growth} does not tell where its pictures are: give --images")
     ids = [sample["image"] for sample in choice.samples(positions)]
     images = pairs_by_id(where, ids, [""] * len(ids))
+    read = lambda row: images.read(row)[1]  # noqa: E731
     records = choice.records(positions)
     quiet = not log.isEnabledFor(logging.INFO)
-    written = write_shards(folder, records, len(ids), images, config.shard_size, quiet)
+    written = write_shards(folder, records, len(ids), read, config.shard_size, quiet)
     earlier = f" ({written.resumed} of them by an earlier run)" if written.resumed else ""
     log.info(
         "%s: %s samples in %s shards%s", folder, f"{written.samples:,}", written.shards, earlier

@@ -1,9 +1,15 @@
-"""Text as people store it, the captions of a record, and captions as BLIP cleans them."""
+"""Text as people store it, in files, records and columns; and captions as BLIP cleans them."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infogrowth.annotations import as_id
 
 CAPTION_FIELDS = ("caption", "text", "txt", "captions")  # in order of preference, in any case
 NO_CAPTION = "the caption is missing or empty"
@@ -12,7 +18,6 @@ REPLACED = "characters that no text may hold (NUL, half of a surrogate pair) bec
 
 _SEPARATING = re.compile(r'[.!"()*#:;~]')
 _SPACES = re.compile(r"\s{2,}")
-_FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 Caption = str | list[str]
 Captioned = tuple[Caption, tuple[str, ...]]  # a caption, and the repairs that it took
@@ -43,8 +48,15 @@ def _line(line: bytes) -> str:
 def repaired(text: str) -> tuple[str, tuple[str, ...]]:
     """``text`` with U+FFFD for what JSON, UTF-8 or a database would refuse, and whether it was."""
     text = text.removeprefix("\ufeff")
-    clean = text if text.isascii() and "\0" not in text else _FORBIDDEN.sub("\ufffd", text)
+    clean = unicode_text(text).replace("\0", "\ufffd")
     return clean, (REPLACED,) if clean != text else ()
+
+
+def unicode_text(text: str) -> str:
+    """``text`` with U+FFFD, the replacement character, for halves of surrogate pairs."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class Unusable(Exception):
@@ -97,6 +109,45 @@ def caption_of(value: Any) -> Captioned:
     if not texts:
         raise Unusable(NO_CAPTION)
     return texts[0] if len(texts) == 1 else texts, repairs
+
+
+def texts_of(column: pa.ChunkedArray) -> list[str]:
+    """A column of ids or captions as text, see :func:`text_of`."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        with suppress(UnicodeDecodeError):  # the usual case, without a look at each value
+            return pc.fill_null(column, "").to_pylist()
+    return list(map(text_of, values_of(column)))
+
+
+def text_of(value: Any) -> str:
+    """An id or caption as text: bytes read as UTF-8, of a list its first that is not blank, whole
+    numbers without ``.0``; a missing one (None, NaN) as ``""``."""
+    value = unicode_values(value)
+    if isinstance(value, list):
+        return next((text for item in value if (text := text_of(item)).strip()), "")
+    return as_id(value) or ("" if value is None or value != value else str(value))
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python values, see :func:`unicode_values`."""
+    try:
+        return unicode_values(column.to_pylist())
+    except UnicodeDecodeError:  # a faulty writer's bytes in a column of text
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        listed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        return unicode_values(
+            column.cast(pa.list_(pa.binary()) if listed else pa.binary()).to_pylist()
+        )
+
+
+def unicode_values(value: Any) -> Any:
+    """Bytes and text as text that every file can hold, also in lists; the rest as it is."""
+    if isinstance(value, list | tuple):
+        return [unicode_values(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return unicode_text(value) if isinstance(value, str) else value
 
 
 def first_caption(value: Any) -> str | None:

@@ -1,49 +1,56 @@
-"""Writing a dataset in other people's formats; the ending of the file says which.
+"""Writing a dataset in other people's formats; the extension of the output says which.
 
-    .json     the result JSON (spec §3)          .npy    DataComp's subset of uids, dtype u8,u8
-    .jsonl    Hugging Face's metadata.jsonl      .parquet  a table (of decisions, or of samples)
+    .json     the result JSON (docs/contract.md §3)    .npy      DataComp's subset, dtype u8,u8
+    .jsonl    Hugging Face's metadata.jsonl            .parquet  a table of decisions or samples
 
+A folder gets webdataset shards, which open_clip and others train on:
+
+    00000.tar      KEY.jpg|png|…, KEY.txt and KEY.json (caption, gains, provenance) per sample
+    00000.parquet  a row per sample: key, id, caption, status, error_message, gain, …; what could
+                   not be written is here only, with its reason (as img2dataset does it)
+    sizes.json     samples per shard, as open_clip looks for it; written last
+
+A tar that is there is whole, so a run that was stopped goes on behind it, and ends with the same
+bytes. KEY is the sample's id, percent-encoded where a tar or webdataset would misread it.
 Everything is written as it streams by, so the size of the dataset is no matter.
 """
 
+import hashlib
+import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
 
 from infogrowth.annotations import Annotation, save_annotations
+from infogrowth.data.images import FORMATS, BadImage
 from infogrowth.errors import UserError
-from infogrowth.files import atomic_write, atomic_write_array
+from infogrowth.files import atomic_write, atomic_write_array, atomic_write_json, remove_leftovers
 
-ENDINGS = (".json", ".jsonl", ".npy", ".parquet")
+_FILES = (".json", ".jsonl", ".npy", ".parquet")
+_SIZES = "sizes.json"
 _UID = re.compile(r"[0-9a-fA-F]{32}")
-_HAS_ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
-
-
-@dataclass(frozen=True)
-class ExportChoices:
-    """How to write.
-
-    Attributes:
-        legacy_strings: JSON gains as strings, as in the paper's published files.
-        repeats: per sample, how often its uid is repeated in a ``.npy``; None for once each.
-        file_ending: added to ids without a file ending, for ``file_name`` in a ``.jsonl``.
-    """
-
-    legacy_strings: bool = False
-    repeats: np.ndarray | None = None
-    file_ending: str = ".jpg"
+_HAS_EXTENSION = re.compile(r"\.[A-Za-z0-9]{2,5}$")
+_EXTENSIONS = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # else the format in small letters
+_USUAL = ("jpg", "png", "webp")  # what open_clip's loader takes
+_DIGEST = b"infogrowth.digest"
 
 
 def is_folder_output(path: str) -> bool:
-    """Whether an output is a folder of shards: it ends in a slash or has no file ending."""
+    """Whether an output is a folder of shards: it ends in a slash or has no file extension."""
     return path.endswith("/") or not Path(path).suffix
 
 
@@ -55,44 +62,52 @@ def check_outputs(paths: Sequence[str], folders: bool = False) -> None:
     """
     if not paths:
         raise UserError("output is empty: give --output at least one file")
-    seen: set[str] = set()
     for path in paths:
         is_folder = folders and is_folder_output(path)
-        if Path(path).suffix not in ENDINGS and not is_folder:
+        if Path(path).suffix not in _FILES and not is_folder:
             or_folder = ", or be a folder for webdataset shards" if folders else ""
-            raise UserError(f"--output {path} must end in one of {', '.join(ENDINGS)}{or_folder}")
+            raise UserError(f"--output {path} must end in one of {', '.join(_FILES)}{or_folder}")
         if Path(path).is_dir() and not is_folder:
             raise UserError(f"--output {path} is a folder; give a file")
-        place = os.path.realpath(path)
-        if place in seen:
+    for path, times in Counter(map(os.path.realpath, paths)).items():
+        if times > 1:
             raise UserError(f"--output {path} is given twice")
-        seen.add(place)
 
 
 def write_export(
     path: str | os.PathLike[str],
     samples: Iterable[Annotation],
-    choices: ExportChoices = ExportChoices(),
     tables: Callable[[], Iterator[pa.Table]] | None = None,
+    legacy_strings: bool = False,
+    repeats: Callable[[], np.ndarray] | None = None,
+    extension: str = ".jpg",
 ) -> None:
-    """Write ``samples`` to ``path``, whole or not at all.
+    """Write ``samples`` to a file, whole or not at all.
 
     Args:
         samples: ``{"image", "caption", "gains"}`` in order.
         tables: makes the rows of a ``.parquet``, all of one schema and at least one table; without
             it the samples themselves are written.
+        legacy_strings: JSON gains as strings, as in the paper's published files.
+        repeats: makes, per sample, how often its uid is repeated in a ``.npy``; None: once each.
+        extension: added to ids without one, for ``file_name`` in a ``.jsonl``.
 
     Raises:
-        UserError: an unknown ending, an id that is no DataComp uid (``.npy``), or a full disk.
+        UserError: an unknown extension, an id that is no DataComp uid (``.npy``), or a full disk.
     """
     check_outputs([str(path)])
-    ending = Path(path).suffix
-    if ending == ".json":
-        save_annotations(path, samples, choices.legacy_strings)
-    elif ending == ".jsonl":
-        _write_lines(path, samples, choices.file_ending)
-    elif ending == ".npy":
-        _write_uids(path, samples, choices.repeats)
+    kind = Path(path).suffix
+    if kind == ".json":
+        save_annotations(path, samples, legacy_strings)
+    elif kind == ".jsonl":
+        with atomic_write(path, "w") as file:
+            file.writelines(_metadata_line(sample, extension) for sample in samples)
+    elif kind == ".npy":
+        uids = np.array([_uid(sample["image"], path) for sample in samples], dtype="u8,u8")
+        if repeats is not None:
+            uids = np.repeat(uids, repeats())
+        uids.sort()
+        atomic_write_array(path, uids)
     else:
         _write_table(path, tables() if tables else iter([_sample_table(samples)]))
 
@@ -102,45 +117,31 @@ def as_column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values])
+        texts = (v if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values)
+        return pa.array(list(texts))
 
 
-def uid_repeats(normalized_gains: np.ndarray, most: int) -> np.ndarray:
-    """Repeats ``(N,) int64`` in 1 … ``most`` for gains in [0, 1]: 1 + round(gain · (most − 1))."""
-    return 1 + np.rint(normalized_gains * (most - 1)).astype(np.int64)
+def uid_repeats(normalized_gains: np.ndarray, max_repeats: int) -> np.ndarray:
+    """Repeats ``(N,) int64`` for gains in [0, 1]: 1 + round(gain · (max_repeats − 1))."""
+    return 1 + np.rint(normalized_gains * (max_repeats - 1)).astype(np.int64)
 
 
-def _write_lines(
-    path: str | os.PathLike[str], samples: Iterable[Annotation], file_ending: str
-) -> None:
-    with atomic_write(path, "w") as file:
-        for sample in samples:
-            name = sample["image"]
-            if not _HAS_ENDING.search(name):
-                name += file_ending
-            entry: dict[str, Any] = {"file_name": name, "text": sample["caption"]}
-            if "gains" in sample:
-                entry["gain"] = sum(sample["gains"]) / 2
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def _metadata_line(sample: Annotation, extension: str) -> str:
+    name = sample["image"]
+    name += "" if _HAS_EXTENSION.search(name) else extension
+    entry: dict[str, Any] = {"file_name": name, "text": sample["caption"]}
+    if "gains" in sample:
+        entry["gain"] = sum(sample["gains"]) / 2
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _write_uids(
-    path: str | os.PathLike[str], samples: Iterable[Annotation], repeats: np.ndarray | None
-) -> None:
-    pairs = []
-    for sample in samples:
-        uid = sample["image"]
-        if not _UID.fullmatch(uid):
-            raise UserError(
-                f"sample {uid!r} has no DataComp uid (32 hex digits) as its id, so {path} "
-                "cannot be written; choose another --output"
-            )
-        pairs.append((int(uid[:16], 16), int(uid[16:], 16)))
-    uids = np.array(pairs, dtype="u8,u8")
-    if repeats is not None:
-        uids = np.repeat(uids, repeats)
-    uids.sort()
-    atomic_write_array(path, uids)
+def _uid(name: str, path: str | os.PathLike[str]) -> tuple[int, int]:
+    if not _UID.fullmatch(name):
+        raise UserError(
+            f"sample {name!r} has no DataComp uid (32 hex digits) as its id, so {path} "
+            "cannot be written; choose another --output"
+        )
+    return int(name[:16], 16), int(name[16:], 16)
 
 
 def _write_table(path: str | os.PathLike[str], tables: Iterator[pa.Table]) -> None:
@@ -162,3 +163,154 @@ def _sample_table(samples: Iterable[Annotation]) -> pa.Table:
         columns["gain_image"] = [row["gains"][0] for row in rows]
         columns["gain_text"] = [row["gains"][1] for row in rows]
     return pa.table(columns)
+
+
+# --- webdataset shards ----------------------------------------------------------------------------
+
+
+@dataclass
+class Written:
+    """What was written: samples and shards in the folder, those that were there already, why
+    samples were left out, and how many have an image that common loaders pass over."""
+
+    samples: int = 0
+    shards: int = 0
+    resumed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    unusual: int = 0
+
+
+def write_shards(
+    directory: Path,
+    rows: Iterable[Mapping[str, Any]],
+    count: int,
+    read: Callable[[int], bytes],
+    shard_size: int,
+    quiet: bool = False,
+) -> Written:
+    """Write ``count`` samples as shards of ``shard_size``.
+
+    Args:
+        rows: the samples in order: ``image`` (id), ``caption``, ``gain_image``, ``gain_text`` and
+            whatever else belongs into their json.
+        read: the encoded image of a row; raises BadImage or UserError where there is none.
+
+    Raises:
+        UserError: the folder holds shards of another selection, or the disk is full.
+    """
+    shards = range(-(-count // shard_size))
+    _refuse_others(directory, len(shards))
+    written = Written(shards=len(shards))
+    sizes: dict[str, int] = {}
+    remaining = iter(rows)
+    with tqdm(desc="shards", total=count, unit="sample", disable=quiet or None) as bar:
+        for number in shards:
+            part = list(itertools.islice(remaining, shard_size))
+            tar = directory / f"{number:05d}.tar"
+            table = _finished(tar, part)
+            if table is None:
+                table = _write_shard(tar, part, number * shard_size, read)
+            else:
+                written.resumed += 1
+            status = table["status"].to_pylist()
+            sizes[tar.name] = status.count("success")
+            written.samples += sizes[tar.name]
+            written.skipped.update(filter(None, table["error_message"].to_pylist()))
+            extensions = filter(None, table["extension"].to_pylist())
+            written.unusual += sum(extension not in _USUAL for extension in extensions)
+            bar.update(len(part))
+    atomic_write_json(directory / _SIZES, sizes, indent=1)
+    return written
+
+
+def _refuse_others(directory: Path, shards: int) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"--output {directory} is a file; give a folder for the shards")
+    remove_leftovers(directory)
+    ours = {f"{number:05d}.{kind}" for number in range(shards) for kind in ("tar", "parquet")}
+    if other := sorted({path.name for path in directory.iterdir()} - ours - {_SIZES}):
+        raise UserError(
+            f"--output {directory} holds {other[0]!r}, which is not of this selection; "
+            "give an empty folder"
+        )
+
+
+def _finished(tar: Path, part: list[Mapping[str, Any]]) -> pa.Table | None:
+    """The table of a shard that an earlier run wrote; None when it is still to be written."""
+    if not tar.is_file():
+        return None
+    try:
+        table = pq.read_table(tar.with_suffix(".parquet"))
+    except (OSError, pa.ArrowException):
+        return None
+    if (table.schema.metadata or {}).get(_DIGEST) != _digest(part):
+        raise UserError(f"{tar} is of another selection; give --output an empty folder")
+    return table
+
+
+def _write_shard(
+    tar: Path, part: list[Mapping[str, Any]], first: int, read: Callable[[int], bytes]
+) -> pa.Table:
+    import webdataset
+
+    rows: list[dict[str, Any]] = []
+    with atomic_write(tar) as file:
+        # The table is in place before the tar is: a tar that is there is whole.
+        with webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
+            for number, sample in enumerate(part, start=first):
+                facts, members = _members(sample, partial(read, number))
+                rows.append(facts)
+                if members:
+                    writer.write(members)
+        names = dict.fromkeys(name for facts in rows for name in facts)
+        table = pa.table({name: as_column([facts.get(name) for facts in rows]) for name in names})
+        table = table.replace_schema_metadata({_DIGEST: _digest(part)})
+        with atomic_write(tar.with_suffix(".parquet")) as beside:
+            pq.write_table(table, beside)
+    return table
+
+
+def _members(
+    sample: Mapping[str, Any], read: Callable[[], bytes]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A sample's row in the table, and its members in the tar; None if it has no image."""
+    captions = sample["caption"] if isinstance(sample["caption"], list) else [sample["caption"]]
+    key = shard_key(sample["image"])
+    gain = (sample["gain_image"] + sample["gain_text"]) / 2
+    facts = {"key": key, "id": sample["image"], "caption": captions[0], "gain": gain}
+    facts |= {name: value for name, value in sample.items() if name not in ("image", "caption")}
+    if len(captions) > 1:
+        facts["captions"] = captions
+    try:
+        data = read()
+        extension = _extension(data)
+    except (BadImage, UserError) as error:
+        return {**facts, "status": "failed", "error_message": str(error), "extension": None}, None
+    return {**facts, "status": "success", "error_message": None, "extension": extension}, {
+        "__key__": key,
+        extension: data,
+        "txt": captions[0].encode(),
+        "json": json.dumps(facts, ensure_ascii=False, allow_nan=False).encode(),
+    }
+
+
+def shard_key(sample_id: str) -> str:
+    """An id as a key of webdataset: no dots (an extension would begin there) and no slashes."""
+    return quote(sample_id, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+def _extension(data: bytes) -> str:
+    try:
+        kind = str(Image.open(io.BytesIO(data), formats=FORMATS).format)
+    except Exception as error:  # a decoder may say anything to hostile bytes
+        raise BadImage("not an image that can be read") from error
+    return _EXTENSIONS.get(kind, kind.lower())
+
+
+def _digest(part: list[Mapping[str, Any]]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for row in part:
+        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest().encode()

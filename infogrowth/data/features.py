@@ -17,7 +17,7 @@ import numpy as np
 
 from infogrowth.annotations import SPACES
 from infogrowth.data.feature_files import reading
-from infogrowth.data.feature_layouts import (
+from infogrowth.data.feature_shards import (
     FeatureShard,
     arrays_shard,
     find_datacomp,
@@ -47,27 +47,19 @@ class FeatureBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: np.ndarray) -> "FeatureBatch":
-        """The samples at the given positions of this batch."""
-        chosen = rows.tolist()
+    def take(self, rows: np.ndarray | slice) -> "FeatureBatch":
+        """The samples at the given positions of this batch; of a slice the features are views."""
+
+        def taken(values: list[Any]) -> list[Any]:
+            return values[rows] if isinstance(rows, slice) else [values[n] for n in rows.tolist()]
+
         return FeatureBatch(
-            [self.ids[row] for row in chosen],
-            [self.captions[row] for row in chosen],
+            taken(self.ids),
+            taken(self.captions),
             None if self.image is None else self.image[rows],
             None if self.text is None else self.text[rows],
-            {name: [column[row] for row in chosen] for name, column in self.extra.items()},
+            {name: taken(column) for name, column in self.extra.items()},
             self.rows[rows],
-        )
-
-    def slice(self, start: int, stop: int) -> "FeatureBatch":
-        """The samples ``start … stop − 1``; the features are views, not copies."""
-        return FeatureBatch(
-            self.ids[start:stop],
-            self.captions[start:stop],
-            None if self.image is None else self.image[start:stop],
-            None if self.text is None else self.text[start:stop],
-            {name: column[start:stop] for name, column in self.extra.items()},
-            self.rows[start:stop],
         )
 
     @staticmethod
@@ -75,13 +67,15 @@ class FeatureBatch:
         """Consecutive batches as one."""
         if len(batches) == 1:
             return batches[0]
-        first = batches[0]
         return FeatureBatch(
             [sample for batch in batches for sample in batch.ids],
             [caption for batch in batches for caption in batch.captions],
             _joined([batch.image for batch in batches]),
             _joined([batch.text for batch in batches]),
-            {name: [v for batch in batches for v in batch.extra[name]] for name in first.extra},
+            {
+                name: [v for batch in batches for v in batch.extra[name]]
+                for name in batches[0].extra
+            },
             np.concatenate([batch.rows for batch in batches]),
         )
 
@@ -220,8 +214,8 @@ class FeatureStream:
                 taken = np.flatnonzero(choose(piece))
                 piece = piece if len(taken) == len(piece) else piece.take(taken)
             while len(piece) >= missing:
-                yield FeatureBatch.join([*pieces, piece.slice(0, missing)])
-                piece = piece.slice(missing, len(piece))
+                yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
+                piece = piece.take(slice(missing, None))
                 pieces, missing = [], batch_size
             if len(piece):
                 pieces.append(piece)
@@ -260,15 +254,9 @@ class FeatureStream:
     def _read(self, shard: int, start: int, stop: int) -> FeatureBatch:
         """Rows ``start … stop − 1`` of the stream, which lie in one shard."""
         first = self._ends[shard] - self.shards[shard].rows
-        columns, features = self.shards[shard].read(start - first, stop - first)
-        return FeatureBatch(
-            columns.ids,
-            columns.captions,
-            features.get("image"),
-            features.get("text"),
-            columns.extra,
-            np.arange(start, stop),
-        )
+        ids, captions, extra, features = self.shards[shard].read(start - first, stop - first)
+        rows = np.arange(start, stop)
+        return FeatureBatch(ids, captions, features.get("image"), features.get("text"), extra, rows)
 
 
 def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:

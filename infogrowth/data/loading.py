@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from infogrowth import distributed
 from infogrowth.errors import UserError
@@ -75,7 +75,10 @@ def checked(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 class Collate:
-    """Stack tensors and numbers, keep text as lists, tokenize captions; an error wins."""
+    """Items as a batch: tensors and numbers are stacked, captions tokenized; an error wins.
+
+    Of items with several captions all first ones come before all second ones.
+    """
 
     def __init__(self, tokenize: Tokenize | None = None) -> None:
         self.tokenize = tokenize
@@ -84,16 +87,17 @@ class Collate:
         for item in items:
             if isinstance(item, UserError):
                 return item
-        batch: Batch = {
-            key: _column([item[key] for item in items])  # type: ignore[index]
-            for key in items[0]  # type: ignore[union-attr]
-        }
-        if self.tokenize is not None:
-            batch["ids"], batch["mask"] = self.tokenize(_texts(batch["caption"]))
+        samples: list[Batch] = [item for item in items if isinstance(item, dict)]
         try:
-            check_shared_memory(batch.values())
+            check_shared_memory(value for sample in samples for value in sample.values())
         except UserError as error:
             return error
+        batch = default_collate(samples)
+        if self.tokenize is not None:
+            captions = batch["caption"]
+            if not isinstance(captions[0], str):  # a tuple of all first ones, …
+                captions = [text for same in captions for text in same]
+            batch["ids"], batch["mask"] = self.tokenize(captions)
         return batch
 
 
@@ -116,21 +120,6 @@ def check_shared_memory(values: Iterable[Any]) -> None:
             f"worker takes {max(needed >> 20, 1)}: give the container more (docker run "
             "--shm-size=8g), or set num_workers to 0"
         )
-
-
-def _texts(captions: list[str] | list[list[str]]) -> list[str]:
-    """One text an item; where items have several, all items' first, then all second, and so on."""
-    if isinstance(captions[0], str):
-        return captions  # type: ignore[return-value]
-    return [text for texts in zip(*captions, strict=True) for text in texts]
-
-
-def _column(values: list[Any]) -> Any:
-    if isinstance(values[0], torch.Tensor):
-        return torch.stack(values)
-    if isinstance(values[0], int):
-        return torch.tensor(values, dtype=torch.int64)
-    return values
 
 
 class ErrorsAsItems(Dataset):

@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infogrowth.annotations import Annotation, save_annotations
+from infogrowth.data.image_stores import MAX_KEY_BYTES, LmdbWriter
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.lmdb_store import MAX_KEY_BYTES, LmdbWriter
 from infogrowth.data.names import image_key
 from infogrowth.data.sources import Sample, Source
 from infogrowth.errors import UserError

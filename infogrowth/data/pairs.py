@@ -11,12 +11,12 @@ from torch.utils.data import Dataset
 
 from infogrowth.annotations import Annotation
 from infogrowth.data.captions import pre_caption
-from infogrowth.data.folders import ImageStore, open_images
+from infogrowth.data.image_stores import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
 from infogrowth.errors import UserError
 from infogrowth.randomness import generator
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 Index = int | tuple[int, int, int]
@@ -61,7 +61,7 @@ class PairDataset(Dataset):
         classes: Sequence[int] | None = None,
     ) -> None:
         self._annotations = annotations
-        self._images: ImageStore = open_images(images) if _is_path(images) else images
+        self._images: ImageStore = open_images(images)
         self._transform, self._max_words = transform, max_words
         self._seed, self._prompt = seed, prompt
         self._captions_per_visit, self._classes = captions_per_visit, classes
@@ -95,17 +95,14 @@ class PairDataset(Dataset):
         self, caption: str | Sequence[str], random: np.random.Generator
     ) -> str | list[str]:
         count = self._captions_per_visit
-        if count == 1:
-            return self._caption(caption, random)
         texts = [caption] if isinstance(caption, str) else caption
-        chosen = random.choice(len(texts), size=count, replace=len(texts) < count)
-        return [self._prompt + pre_caption(str(texts[i]), self._max_words) for i in chosen]
-
-    def _caption(self, caption: str | Sequence[str], random: np.random.Generator) -> str:
+        if count > 1:
+            chosen = random.choice(len(texts), size=count, replace=len(texts) < count)
+            return [self._prompt + pre_caption(str(texts[i]), self._max_words) for i in chosen]
         if not isinstance(caption, str):
-            caption = [text for text in caption if text.strip()] or caption
-            caption = str(caption[int(random.integers(len(caption)))])
-        return self._prompt + pre_caption(caption, self._max_words)
+            texts = [text for text in caption if text.strip()] or caption
+            texts = [texts[int(random.integers(len(texts)))]]
+        return self._prompt + pre_caption(str(texts[0]), self._max_words)
 
     def _image(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
         """The row's image, or a stand-in's, and whose it is."""
@@ -116,7 +113,7 @@ class PairDataset(Dataset):
                 needed = getattr(self._transform, "pixels_needed", None)
                 return decode_image(self._images.read(name), at_least=needed), row
             except BadImage as error:
-                log.warning("the image %r is replaced by another one: %s", name, error.reason)
+                logger.warning("the image %r is replaced by another one: %s", name, error.reason)
                 row = int(stand_ins.integers(len(self)))
         raise UserError(
             f"{_MAX_REPLACEMENTS} images in a row could not be decoded, the last one {name!r}; "
@@ -145,7 +142,3 @@ def classes_of(
     labels = [str(entry[class_key]) for entry in annotations]
     number = {label: i for i, label in enumerate(sorted(set(labels)))}
     return [number[label] for label in labels]
-
-
-def _is_path(images: Any) -> bool:
-    return isinstance(images, str) or hasattr(images, "__fspath__")

@@ -1,21 +1,35 @@
-"""The datasets of retrieval: pairs to train on, and a set of images and texts to evaluate with."""
+"""The datasets of retrieval, and the caption files that they are made of, in the forms that exist:
 
+BLIP's Karpathy JSON   [{"image", "caption": text or [text, …], "image_id"}]
+Karpathy's own         {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}
+COCO's official        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+"""
+
+import contextlib
+import io
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from infogrowth.data.captions import pre_caption
-from infogrowth.data.folders import ImageStore, open_images
+from infogrowth.annotations import as_id
+from infogrowth.data.captions import Unusable, caption_of, pre_caption
+from infogrowth.data.image_stores import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
 from infogrowth.data.pairs import PairDataset, Transform
-from infogrowth.data.retrieval_files import read_captioned_images
 from infogrowth.errors import UserError
+from infogrowth.files import read_json
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
+# "restval" is the part of COCO's validation images that Karpathy's split leaves for training.
+_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
 class RetrievalTrain(PairDataset):
@@ -25,7 +39,7 @@ class RetrievalTrain(PairDataset):
     from 0 on, the same for all captions of an image (also across files).
 
     Args:
-        annotations: caption files in any form of retrieval_files.py. Of Karpathy's own file the
+        annotations: caption files in any form of the above. Of Karpathy's own file the
             training split is taken, unless the path names another.
         images: LMDB or folder of the images, as a path or opened.
         transform, max_words, seed, prompt: as for PairDataset.
@@ -70,7 +84,7 @@ class RetrievalEvaluation(Dataset):
         names: the images as the caption file names them.
 
     Args:
-        annotations: a caption file in any form of retrieval_files.py.
+        annotations: a caption file in any form of the above.
         images: LMDB or folder of the images, as a path or opened.
         transform: normally ``evaluation_transform(size)``; it alone normalises.
         max_words: words of a caption that are kept.
@@ -90,8 +104,7 @@ class RetrievalEvaluation(Dataset):
         prompt: str = "",
         split: str | None = None,
     ) -> None:
-        is_path = isinstance(images, str | os.PathLike)
-        self._images: ImageStore = open_images(images) if is_path else images
+        self._images: ImageStore = open_images(images)
         self._transform = transform
         self.names: list[str] = []
         self.texts: list[str] = []
@@ -122,3 +135,125 @@ class RetrievalEvaluation(Dataset):
                 f"the image {name!r} cannot be evaluated: {error.reason}; replace the file"
             ) from error
         return {"image": self._transform(image), "index": number}
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image as a caption file names it, its captions, and what identifies it there."""
+
+    image: str
+    captions: list[str]
+    image_id: str
+
+
+def read_captioned_images(
+    path: str | os.PathLike[str], split: str | None = None
+) -> list[CaptionedImage]:
+    """All images of a caption file, in its order, entries of one image joined.
+
+    Entries without a caption, and captions of images that the file does not list, are left out
+    with a warning.
+
+    Args:
+        path: the file. ``dataset_coco.json:test`` names one split of Karpathy's own file.
+        split: ``train``, ``val`` or ``test``, where the path names none.
+
+    Raises:
+        UserError: unreadable, none of the three forms, no split given where the file holds
+            several, or no captions at all.
+    """
+    file, split = _split_of(os.fspath(path), split)
+    content = read_json(file, "the caption file")
+    found: dict[str, CaptionedImage] = {}
+    reasons: list[str] = []
+    for name, caption, image_id in _entries(content, split, file):
+        try:
+            if (name := as_id(name)) is None:
+                raise Unusable("it names no image")
+            texts, _ = caption_of(caption)
+        except Unusable as error:
+            reasons.append(f"{name!r:.60}: {error.reason}")
+            continue
+        image = found.setdefault(name, CaptionedImage(name, [], as_id(image_id) or name))
+        image.captions.extend([texts] if isinstance(texts, str) else texts)
+    if not found:
+        part = f" in its split {split!r}" if split else ""
+        why = f" ({reasons[0]})" if reasons else ""
+        raise UserError(f"the caption file {file} holds no image with a caption{part}{why}")
+    if reasons:
+        logger.warning("%s: entries left out: %d, the first: %s", file, len(reasons), reasons[0])
+    return list(found.values())
+
+
+def _split_of(path: str, split: str | None) -> tuple[str, str | None]:
+    file, colon, named = path.rpartition(":")
+    if colon and named in _SPLITS and not os.path.exists(path):
+        return file, named
+    if split is not None and split not in _SPLITS:
+        raise UserError(f"the split of {path} must be train, val or test, not {split!r}")
+    return path, split
+
+
+def _entries(content: Any, split: str | None, file: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Image, caption or captions, and id of the image, of every entry as it stands there."""
+    if isinstance(content, list):
+        rows = [entry if isinstance(entry, dict) else {} for entry in content]
+        return ((row.get("image"), row, row.get("image_id")) for row in rows)
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        images = [image for image in content["images"] if isinstance(image, dict)]
+        if isinstance(content.get("annotations"), list):
+            return _official_entries(images, content["annotations"])
+        return _karpathy_entries(images, split, file)
+    raise UserError(
+        f"the caption file {file} is neither a list of images with captions, Karpathy's "
+        "dataset_coco.json, nor an official COCO caption file"
+    )
+
+
+def _karpathy_entries(
+    images: list[dict[str, Any]], split: str | None, file: str
+) -> Iterator[tuple[Any, Any, Any]]:
+    present = {str(image.get("split")) for image in images}
+    if split is None and len(present) > 1:
+        raise UserError(
+            f"the caption file {file} holds the splits {', '.join(sorted(present))}: "
+            f"write {file}:train, {file}:val or {file}:test"
+        )
+    for image in images:
+        if split is None or image.get("split") in _SPLITS[split]:
+            parts = (image.get("filepath"), image.get("filename"))
+            name = "/".join(part for part in parts if isinstance(part, str) and part)
+            sentences = image.get("sentences")
+            sentences = sentences if isinstance(sentences, list) else []
+            raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+            yield name, raw, image.get("cocoid")
+
+
+def _official_entries(
+    images: list[dict[str, Any]], annotations: list[Any]
+) -> Iterator[tuple[Any, Any, Any]]:
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    # Ids as text, so that 802 and "802" meet; what the index does not need is not asked for.
+    coco.dataset = {
+        "images": [{**image, "id": as_id(image.get("id"))} for image in images],
+        "annotations": [
+            {"id": number, "image_id": as_id(row.get("image_id")), "caption": row.get("caption")}
+            for number, row in enumerate(annotations)
+            if isinstance(row, dict)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
+        coco.createIndex()
+    for image_id, image in coco.imgs.items():
+        name, address = image.get("file_name"), str(image.get("coco_url")).split("/")
+        # The address tells the folder, as in ".../val2017/000000397133.jpg".
+        folder = f"{address[-2]}/" if len(address) > 2 and address[-1] == name else ""
+        captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
+        yield name and f"{folder}{name}", captions, image_id
+    unlisted = [
+        a["image_id"] for a in coco.dataset["annotations"] if a["image_id"] not in coco.imgs
+    ]
+    for image_id in unlisted:
+        yield f"image {image_id}, which is not listed", None, None

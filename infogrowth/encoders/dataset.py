@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from infogrowth.annotations import as_id
 from infogrowth.data.captions import NO_CAPTION, first_caption
-from infogrowth.data.folders import ImageStore, open_images
+from infogrowth.data.image_stores import ImageStore, is_lmdb, open_images
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.lmdb_store import is_lmdb
 from infogrowth.data.loading import ErrorsAsItems, check_shared_memory, checked
 from infogrowth.data.names import image_key
 from infogrowth.data.sources import Source, open_source

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from infogrowth.data.image_stores import LmdbImages
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.lmdb_store import LmdbImages
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import GrowthTable
 from infogrowth.report.numbers import DuplicateGroups

@@ -20,7 +20,7 @@ from claim_parts.icons import Icon, draw, fetch, pick_test_icons, png, read_sets
 from PIL import Image
 from tqdm import tqdm
 
-from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
+from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.randomness import generator
 

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 
 from infogrowth import GainSampler, GainShards, UserError, gains_array, load_annotations
-from infogrowth.data.shards import shard_key
+from infogrowth.data.exports import shard_key
 
 
 @pytest.fixture

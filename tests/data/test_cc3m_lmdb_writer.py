@@ -20,10 +20,10 @@ from drawn_pictures import drawn, encoded, jpeg
 from layouts import LAYOUTS, add_member, write_files, write_flat, write_parquet, write_webdataset
 from tqdm import tqdm
 
-import infogrowth.data.lmdb_store as lmdb_store
+import infogrowth.data.image_stores as image_stores
 from infogrowth.annotations import load_annotations
 from infogrowth.cli import run_script
-from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
+from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import evaluation_transform
 
@@ -206,7 +206,7 @@ def test_ids_too_long_for_a_key_are_skipped(tmp_path, pictures):
 
 def _run_and_die(arguments: list[object], moment: int | None, count) -> None:
     """In a child process: run, and be killed at the ``moment``-th function call."""
-    lmdb_store._MAX_BATCH_COUNT = 5  # many commits for few pictures
+    image_stores._MAX_BATCH_COUNT = 5  # many commits for few pictures
     # The progress bar's lock is shared with the parent: a child killed under it would leave it
     # locked for all that follow.
     tqdm.set_lock(threading.RLock())
@@ -375,7 +375,7 @@ def test_a_full_disk_keeps_what_was_packed_and_the_next_run_continues(tmp_path):
         text=True,
     )
     assert full.returncode == 2, full.stderr
-    assert "error: cannot write the LMDB" in full.stderr and "Traceback" not in full.stderr
+    assert "error: the LMDB" in full.stderr and "Traceback" not in full.stderr
     assert not (tmp_path / "cc3m_train.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

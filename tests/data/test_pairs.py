@@ -11,8 +11,7 @@ import torch
 from drawn_pictures import drawn, encoded
 from torch.utils.data import DataLoader
 
-from infogrowth.data.folders import open_images
-from infogrowth.data.lmdb_store import LmdbImages, LmdbWriter
+from infogrowth.data.image_stores import LmdbImages, LmdbWriter, open_images
 from infogrowth.data.loading import Collate
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import evaluation_transform, training_transform

@@ -7,7 +7,7 @@ import pytest
 import torch
 from drawn_pictures import drawn, encoded
 
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
 from infogrowth.data.transforms import MEAN, STD, evaluation_transform, training_transform
 from infogrowth.errors import UserError

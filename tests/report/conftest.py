@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.growth.decisions import SCHEMA
 from infogrowth.growth.ledger import Manifest
 from infogrowth.growth.plan import SourceProgress

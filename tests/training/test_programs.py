@@ -22,7 +22,7 @@ from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.tokenizer import tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import load_config
-from infogrowth.data.lmdb_store import LmdbWriter
+from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import evaluation_transform
 from infogrowth.errors import UserError

@@ -1,4 +1,4 @@
-"""Layouts of feature folders: which files belong together, and in what order.
+"""The files that hold features: which of them are a shard, and in what order shards come.
 
 clip-retrieval / LAION   img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy,
                          metadata/metadata_{i}.parquet; row j is the same sample in all three
@@ -12,27 +12,27 @@ with or without zeros, or put all of them into one folder: all of that is read.
 import hashlib
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from infogrowth.data.captions import texts_of, values_of
 from infogrowth.data.feature_files import (
-    Columns,
-    FeatureArray,
-    Metadata,
-    ParquetColumns,
+    Part,
     file_tail,
-    npy_header,
+    npz_member,
     open_array,
+    open_table,
     read_arrays,
     reading,
     same_rows,
 )
 from infogrowth.errors import UserError
-from infogrowth.remote import AnyPath, RemotePath, opened
+from infogrowth.remote import AnyPath, opened
 
 _FOLDERS = {
     "image": ("img_emb", "image_emb", "img_embs", "image_embs", "img_embeddings", "images"),
@@ -40,36 +40,44 @@ _FOLDERS = {
     "metadata": ("metadata", "meta"),
 }
 _PARTS = {"image": "image features", "text": "text features", "metadata": "metadata"}
-_OPENED_AT_ONCE = 16
 _DATACOMP_KEYS = ("b32", "l14")
 _DATACOMP_SUFFIX = {"image": "img", "text": "txt"}
+_OPENED_AT_ONCE = 16  # each waits for its headers, at an address for some time
+
+Lists = dict[str, list[Any]]
+Arrays = dict[str, np.ndarray]
 
 
 class FeatureShard:
     """One file, or a few files side by side, that hold the same ``rows`` samples.
 
     Args:
-        arrays: the features of each space.
-        metadata: their ids and captions.
+        arrays: the features of each space, ``(rows, dimension)``.
+        table: ids, captions and further columns, in this order.
         sign: bytes that change when the shard's content does, found without reading all of it.
 
     Raises:
         UserError: row counts do not agree; the files are named.
     """
 
-    def __init__(
-        self, arrays: Mapping[str, FeatureArray], metadata: Metadata, sign: Callable[[], bytes]
-    ):
-        self._arrays, self._metadata, self._sign = arrays, metadata, sign
+    def __init__(self, arrays: Mapping[str, Part], table: Part, sign: Callable[[], bytes]) -> None:
+        self._arrays, self._table, self._sign = arrays, table, sign
+        self._loaded: tuple[pa.Table, dict[str, Any]] | None = None
         self.name = next(iter(arrays.values())).name
         self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
-        counts = {array.name: array.shape[0] for array in arrays.values()}
-        self.rows = same_rows({**counts, metadata.name: metadata.rows})
+        self.rows = same_rows({part.name: part.shape[0] for part in (*arrays.values(), table)})
 
-    def read(self, start: int, stop: int) -> tuple[Columns, dict[str, np.ndarray]]:
-        """Columns and features by space of the samples ``start … stop − 1``."""
-        columns = self._metadata.read(start, stop)
-        return columns, {space: array.read(start, stop) for space, array in self._arrays.items()}
+    def read(self, start: int, stop: int) -> tuple[list[str], list[str], Lists, Arrays]:
+        """Ids, captions (``""`` where missing), further columns by name, and features by space,
+        float32, of the samples ``start … stop − 1``."""
+        if self._loaded is None:
+            arrays = {space: array.load() for space, array in self._arrays.items()}
+            self._loaded = self._table.load(), arrays
+        table, arrays = self._loaded
+        ids, captions, *extra = table.slice(start, stop - start).columns
+        lists = dict(zip(table.column_names[2:], map(values_of, extra), strict=True))
+        features = {space: array[start:stop].astype(np.float32) for space, array in arrays.items()}
+        return texts_of(ids), texts_of(captions), lists, features
 
     def signature(self) -> bytes:
         """16 bytes that identify this content, wherever it is copied to."""
@@ -77,9 +85,15 @@ class FeatureShard:
 
     def release(self) -> None:
         """Forget what was loaded; called when the stream has moved on."""
-        self._metadata.release()
-        for array in self._arrays.values():
-            array.release()
+        self._loaded = None
+
+
+def _opened_shards(opening: Callable[[Any], FeatureShard], of: Iterable[Any]) -> list[FeatureShard]:
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        return list(pool.map(opening, of))
+
+
+# --- clip-retrieval -------------------------------------------------------------------------------
 
 
 def find_shards(
@@ -94,34 +108,50 @@ def find_shards(
     if not (found["image"] or found["text"]):
         return []  # DataComp's metadata/ has names without numbers: it is not looked at here
     found["metadata"] = _numbered(directory, _FOLDERS["metadata"], "parquet")
-    for part in (*spaces, "metadata"):
-        if not found[part]:
-            raise UserError(_missing_part(directory, part, found))
     needed = {part: found[part] for part in (*spaces, "metadata")}
+    for part in needed:
+        if not needed[part]:
+            have = " and ".join(_PARTS[space] for space in ("image", "text") if found[space])
+            advice = {
+                "text": "; add text_emb/, or grow in the image space alone with --modality image",
+                "image": "; add img_emb/ (a folder of captions alone is a --recaptions table)",
+            }.get(part, "")
+            raise UserError(
+                f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/){advice}"
+            )
     numbers = sorted(set().union(*needed.values()))
-    for part, files in needed.items():
-        missing = [number for number in numbers if number not in files]
-        if missing:
+    for part in needed:
+        if missing := [number for number in numbers if number not in needed[part]]:
             raise UserError(
                 f"shard {missing[0]} of {directory} has no {_PARTS[part]} file; "
                 "every number needs one file of each kind"
             )
     shards = [{part: needed[part][number] for part in needed} for number in numbers]
-    return _opened_shards(directory, shards, partial(_npy_shard, extra=extra))
+    return _opened_shards(partial(_npy_shard, extra=extra), shards)
 
 
-def _opened_shards(
-    directory: AnyPath, shards: Sequence[Any], opening: Callable[[Any], FeatureShard]
-) -> list[FeatureShard]:
-    """The shards opened: at an address several at a time, since each waits for its headers."""
-    if not isinstance(directory, RemotePath):
-        return list(map(opening, shards))
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-        return list(pool.map(opening, shards))
+def _numbered(directory: AnyPath, names: Sequence[str], extension: str) -> dict[int, AnyPath]:
+    """Files by number: ``NAME/*{i}.extension``, or ``NAME_{i}.extension`` in the folder itself."""
+    for name in names:
+        below: list[AnyPath] = list((directory / name).glob(f"*.{extension}"))
+        files = sorted(below or directory.glob(f"{name}*.{extension}"), key=str)
+        files = [path for path in files if ".tmp-" not in path.name]
+        if not files:
+            continue
+        by_number: dict[int, AnyPath] = {}
+        for path in files:
+            match = re.search(r"(\d+)$", path.stem)
+            if match is None and len(files) > 1:
+                raise UserError(f"{path} has no shard number at the end of its name")
+            number = int(match[1]) if match else 0
+            if number in by_number:
+                raise UserError(f"{by_number[number]} and {path} both claim shard {number}")
+            by_number[number] = path
+        return by_number
+    return {}
 
 
 def _npy_shard(files: dict[str, AnyPath], extra: Sequence[str]) -> FeatureShard:
-    metadata = ParquetColumns(files["metadata"], extra)
     spaces = {space: path for space, path in files.items() if space != "metadata"}
 
     def sign() -> bytes:
@@ -133,10 +163,13 @@ def _npy_shard(files: dict[str, AnyPath], extra: Sequence[str]) -> FeatureShard:
         return b"".join([*parts, file_tail(files["metadata"])])
 
     arrays = {
-        space: FeatureArray(str(path), open_array(path).shape, partial(open_array, path))
+        space: Part(str(path), open_array(path).shape, partial(open_array, path))
         for space, path in spaces.items()
     }
-    return FeatureShard(arrays, metadata, sign)
+    return FeatureShard(arrays, open_table(files["metadata"], extra), sign)
+
+
+# --- DataComp -------------------------------------------------------------------------------------
 
 
 def find_datacomp(
@@ -161,67 +194,8 @@ def find_datacomp(
         raise UserError(f"{folder / stem}.{missing} is missing: DataComp's files come in pairs")
     chosen = _datacomp_key(archives[min(archives)], key)
     members = {space: f"{chosen}_{_DATACOMP_SUFFIX[space]}" for space in spaces}
-    stems = sorted(tables)
     opening = lambda s: _datacomp_shard(archives[s], tables[s], members, extra)  # noqa: E731
-    return _opened_shards(directory, stems, opening), chosen
-
-
-def _datacomp_shard(
-    archive: AnyPath, table: AnyPath, members: dict[str, str], extra: Sequence[str]
-) -> FeatureShard:
-    def load(member: str) -> np.ndarray:
-        with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
-            return content[member]
-
-    arrays = {
-        space: FeatureArray(
-            f"{archive}:{member}", _npz_shape(archive, member), partial(load, member)
-        )
-        for space, member in members.items()
-    }
-    sign = lambda: repr(members).encode() + file_tail(archive) + file_tail(table)  # noqa: E731
-    return FeatureShard(arrays, ParquetColumns(table, extra), sign)
-
-
-def arrays_shard(path: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
-    """A single ``.npz`` or ``.pth`` of arrays as a shard, see :func:`read_arrays`."""
-    arrays, metadata = read_arrays(path, spaces, extra)
-    return FeatureShard(arrays, metadata, lambda: file_tail(path))
-
-
-def _numbered(directory: AnyPath, names: Sequence[str], extension: str) -> dict[int, AnyPath]:
-    """Files by number: ``NAME/*{i}.extension``, or ``NAME_{i}.extension`` in the folder itself."""
-    for name in names:
-        files = _files(directory / name, f"*.{extension}")
-        files = files or _files(directory, f"{name}*.{extension}")
-        files = [path for path in files if ".tmp-" not in path.name]
-        if not files:
-            continue
-        by_number: dict[int, AnyPath] = {}
-        for path in files:
-            match = re.search(r"(\d+)$", path.stem)
-            if match is None and len(files) > 1:
-                raise UserError(f"{path} has no shard number at the end of its name")
-            number = int(match[1]) if match else 0
-            if number in by_number:
-                raise UserError(f"{by_number[number]} and {path} both claim shard {number}")
-            by_number[number] = path
-        return by_number
-    return {}
-
-
-def _files(directory: AnyPath, pattern: str) -> list[AnyPath]:
-    return sorted(directory.glob(pattern), key=str)
-
-
-def _missing_part(directory: AnyPath, part: str, found: dict[str, dict[int, AnyPath]]) -> str:
-    have = " and ".join(_PARTS[space] for space in ("image", "text") if found[space])
-    advice = ""
-    if part == "text":
-        advice = "; add text_emb/, or grow in the image space alone with --modality image"
-    if part == "image":
-        advice = "; add img_emb/ (a folder of captions alone is a --recaptions table)"
-    return f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/){advice}"
+    return _opened_shards(opening, sorted(tables)), chosen
 
 
 def _datacomp_key(archive: AnyPath, key: str | None) -> str:
@@ -238,13 +212,14 @@ def _datacomp_key(archive: AnyPath, key: str | None) -> str:
     return key
 
 
-def _npz_shape(archive: AnyPath, member: str) -> tuple[int, int]:
-    """The shape of an array inside a npz, from its header alone."""
-    with reading(archive), zipfile.ZipFile(opened(archive)) as content:
-        if f"{member}.npy" not in content.namelist():
-            raise UserError(f"{archive} has no array {member}; see --feature-key")
-        with content.open(f"{member}.npy") as file:
-            shape, _, dtype = npy_header(file)
-    if len(shape) != 2 or dtype.kind != "f":
-        raise UserError(f"{archive}: {member} must be floats of shape (samples, dimension)")
-    return shape
+def _datacomp_shard(
+    archive: AnyPath, table: AnyPath, members: dict[str, str], extra: Sequence[str]
+) -> FeatureShard:
+    arrays = {space: npz_member(archive, member) for space, member in members.items()}
+    sign = lambda: repr(members).encode() + file_tail(archive) + file_tail(table)  # noqa: E731
+    return FeatureShard(arrays, open_table(table, extra), sign)
+
+
+def arrays_shard(path: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
+    """A single ``.npz`` or ``.pth`` of arrays as a shard, see :func:`read_arrays`."""
+    return FeatureShard(*read_arrays(path, spaces, extra), lambda: file_tail(path))
