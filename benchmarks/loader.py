@@ -27,12 +27,11 @@ from torch.utils.data import DataLoader
 
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.data.augmentation import random_augment
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.data.images import decode_image
 from infogrowth.data.pairs import PairDataset
 from infogrowth.data.sources import open_source
-from infogrowth.data.transforms import pixels, random_crop, training_transform
+from infogrowth.data.transforms import TrainingTransform, pixels, random_augment, random_crop
 from infogrowth.files import atomic_write_json
 from infogrowth.randomness import generator
 
@@ -102,7 +101,7 @@ def measured(name: str, images: LmdbImages, config: Config) -> Iterator[dict[str
     dataset = PairDataset(
         [{"image": key, "caption": "a caption of some words"} for key in keys],
         images,
-        training_transform(config.image_size, normalize=False),
+        TrainingTransform(config.image_size, normalize=False),
     )
     best = 0.0
     for workers in config.workers:
@@ -119,7 +118,7 @@ def measured(name: str, images: LmdbImages, config: Config) -> Iterator[dict[str
 def part_times(images: LmdbImages, keys: list[str], size: int) -> dict[str, float]:
     """Milliseconds of processor time that a sample takes in each part of the work."""
     parts = dict.fromkeys(("read", "decode", "crop", "augment", "pixels"), 0.0)
-    transform = training_transform(size)
+    transform = TrainingTransform(size)
     for number in range(400):
         random = generator(0, "augment", 0, number)
         clock = [time.process_time()]

@@ -38,7 +38,7 @@ from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset
-from infogrowth.data.transforms import training_transform
+from infogrowth.data.transforms import TrainingTransform
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
 from infogrowth.training.epoch import TrainingState, adamw, on_device, optimizer_step
@@ -152,7 +152,7 @@ def open_loader(
     """Batches from the folder, augmented."""
     numbers = [n % PICTURES for n in range(EPOCH * config.batch_size)]
     annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in numbers]
-    transform = training_transform(config.image_size, normalize=False)
+    transform = TrainingTransform(config.image_size, normalize=False)
     dataset = PairDataset(annotations, str(pictures), transform)
     gains = generator(0, "gains").random((len(numbers), 2))
     sampler = GainSampler(gains, mode="proportional")

@@ -33,7 +33,7 @@ from infogrowth.config import option
 from infogrowth.data.loading import Batch
 from infogrowth.data.pairs import PairDataset, classes_of
 from infogrowth.data.retrieval import RetrievalEvaluation
-from infogrowth.data.transforms import Augment, evaluation_transform, training_transform
+from infogrowth.data.transforms import Augment, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.rerank import retrieval_recall
 from infogrowth.growth.sampling import GainSampler, Mode
@@ -179,7 +179,7 @@ def validation_set(config: PretrainConfig) -> RetrievalEvaluation | None:
     return RetrievalEvaluation(
         config.val_annotations,
         config.val_images or config.images,
-        evaluation_transform(config.image_size),
+        EvaluationTransform(config.image_size),
         max_words=config.max_words,
         split="val",
     )
@@ -200,7 +200,7 @@ def build_loader(
     dataset = PairDataset(
         annotations,
         config.images,
-        training_transform(
+        TrainingTransform(
             config.image_size, config.min_crop, config.augment, config.tint, normalize=False
         ),
         max_words=config.max_words,

@@ -32,7 +32,7 @@ from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
-from infogrowth.data.transforms import evaluation_transform, training_transform
+from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.recall import save_tables
 from infogrowth.evaluation.rerank import retrieval_recall
@@ -213,7 +213,7 @@ def build_loader(
     dataset = RetrievalTrain(
         config.train_annotations,
         config.images,
-        training_transform(model.config.image_size, min_scale=config.min_crop, normalize=False),
+        TrainingTransform(model.config.image_size, min_scale=config.min_crop, normalize=False),
         max_words=config.max_words,
         seed=config.seed,
     )
@@ -240,7 +240,7 @@ def build_loader(
 def evaluation_sets(config: RetrievalConfig, model: BlipDual) -> dict[str, RetrievalEvaluation]:
     """The val and test sets that the configuration names."""
     paths = {"val": config.val_annotations, "test": config.test_annotations}
-    transform = evaluation_transform(model.config.image_size)
+    transform = EvaluationTransform(model.config.image_size)
     return {
         name: RetrievalEvaluation(path, config.images, transform, config.max_words, split=name)
         for name, path in paths.items()

@@ -1,6 +1,6 @@
 """A condition in SQL: one expression over columns, parsed by duckdb and refused if it is more.
 
-It is taken apart at its top-level ANDs, so that what each clause keeps can be told. What was
+It is taken apart at its top-level ANDs, so that what each clause keeps can be counted. What was
 checked is what is run: the clauses are written anew from the syntax tree.
 """
 
@@ -26,6 +26,9 @@ class Condition:
         text: what the user wrote.
         base: the database that parses it.
 
+    Attributes:
+        clauses: its top-level AND-clauses as SQL.
+
     Raises:
         UserError: it is no single expression, or its value would not be the same each time.
     """
@@ -36,10 +39,7 @@ class Condition:
             raise UserError("the condition is empty; give an SQL expression over columns")
         self._tree = self._parse()
         self._check_functions()
-
-    def clauses(self) -> list[str]:
-        """Its top-level AND-clauses as SQL."""
-        return [self._sql(clause) for clause in _clauses(self._tree)]
+        self.clauses = [self._sql(clause) for clause in _clauses(self._tree)]
 
     def columns(self, tables: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
         """The columns that it names, as (table, column); a name that several tables have is of all.
@@ -55,17 +55,12 @@ class Condition:
             name for lhs in lambdas for reference in _references(lhs) for name in reference
         }
         found: set[tuple[str, str]] = set()
-        for reference in _references(self._tree):
-            named = [table for table in tables if table.lower() == reference[0].lower()]
-            qualified = len(reference) > 1 and bool(named)
-            name = reference[1] if qualified else reference[0]
-            candidates = [
-                (table, column)
-                for table in (named if qualified else tables)
-                for column in tables[table]
-            ]
+        for first, *rest in _references(self._tree):
+            named = [table for table in tables if rest and table.lower() == first.lower()]
+            name = rest[0] if named else first
             if name in parameters:
                 continue
+            candidates = [(table, column) for table in named or tables for column in tables[table]]
             matching = {pair for pair in candidates if pair[1].lower() == name.lower()}
             if not matching:
                 raise UserError(self._unknown_column(name, [column for _, column in candidates]))
@@ -99,14 +94,13 @@ class Condition:
         return text.removeprefix("SELECT 1 WHERE ")
 
     def _check_functions(self) -> None:
+        volatile = self._base.execute(
+            "SELECT DISTINCT lower(function_name) FROM duckdb_functions() "
+            "WHERE stability = 'VOLATILE'"
+        ).fetchall()
         for node in _walk(self._tree):
             name = str(node.get("function_name", "")).lower()
-            if not name:
-                continue
-            kinds = self._base.execute(
-                "SELECT stability FROM duckdb_functions() WHERE lower(function_name) = $1", [name]
-            ).fetchall()
-            if _SESSION.fullmatch(name) or ("VOLATILE",) in kinds:
+            if _SESSION.fullmatch(name) or (name,) in volatile:
                 raise UserError(
                     f"the condition {self.text!r} calls {name}(), whose value is not the same "
                     "each time; a selection must be reproducible"
@@ -134,9 +128,8 @@ def _walk(node: Any) -> Iterator[dict[str, Any]]:
     """Every expression in a syntax tree."""
     if isinstance(node, dict) and "class" in node:
         yield node
-    for child in (
-        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    ):
+    children = node.values() if isinstance(node, dict) else node
+    for child in children if isinstance(node, dict | list) else ():
         yield from _walk(child)
 
 

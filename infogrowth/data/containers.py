@@ -33,7 +33,7 @@ from infogrowth.data.tables import (
     split_of,
     unreadable,
 )
-from infogrowth.data.tree import DAMAGE, HIDDEN, Tree, is_hidden
+from infogrowth.data.tree import DAMAGE, HIDDEN, NO_FILES, Tree, is_hidden
 from infogrowth.errors import shorten
 
 _NAMING = ("key", "__key__", "uid", "id", "image_id", "filename", "file_name", "image_path")
@@ -197,7 +197,7 @@ def open_tar(tree: Tree, name: str, downloads: Downloads) -> Files:
                     offsets.append(offsets[original] if linked else member.offset_data)
                     sizes.append(sizes[original] if linked else member.size)
                 elif not member.isdir():
-                    other["neither files nor folders"] += 1
+                    other[NO_FILES] += 1
     except DAMAGE as error:
         notes = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
     entries, ignored = entries_of(names, archive=True)

@@ -26,7 +26,13 @@ from infogrowth.files import (
     remove_leftovers,
 )
 
-_FOLDERS = ("img_emb", "text_emb", "metadata", "finished", "skipped")
+_FILES = {
+    "img_emb": "img_emb/img_emb_{}.npy",
+    "text_emb": "text_emb/text_emb_{}.npy",
+    "metadata": "metadata/metadata_{}.parquet",
+    "skipped": "skipped/{}.jsonl",
+    "finished": "finished/{}.json",
+}
 
 
 class FeatureWriter:
@@ -51,13 +57,12 @@ class FeatureWriter:
             shards: only those of these shards, where other jobs write the rest; None: all.
         """
         if shards is None:
-            for folder in ("", *_FOLDERS):
+            for folder in ("", *_FILES):
                 remove_leftovers(self.directory / folder)
             return
-        numbers = {self._number(index) for index in shards}
+        own = {self._path(kind, shard) for shard in shards for kind in _FILES}
         for path in self.directory.glob(f"*/*{TEMPORARY_MARK}*"):
-            name = Path(path.name.partition(TEMPORARY_MARK)[0]).stem
-            if name.rpartition("_")[2] in numbers:
+            if path.with_name(path.name.partition(TEMPORARY_MARK)[0]) in own:
                 path.unlink(missing_ok=True)
 
     def finished_shards(self) -> set[int]:
@@ -89,32 +94,29 @@ class FeatureWriter:
         """
         columns = {"image_path": list(ids), "caption": list(captions)}
         columns.update({name: list(values) for name, values in (extra or {}).items()})
+        features = {"img_emb": image, "text_emb": text}
+        arrays = {kind: rows for kind, rows in features.items() if rows is not None}
         lengths = {name: len(values) for name, values in columns.items()}
-        files: dict[str, str] = {}
-        for name, features in (("img_emb", image), ("text_emb", text)):
-            if features is not None:
-                lengths[name] = len(features)
-                files[name] = self._name(name, index)
+        lengths |= {kind: len(rows) for kind, rows in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"shard {index}: lengths differ: {lengths}")
-        for name, features in (("img_emb", image), ("text_emb", text)):
-            if features is not None:
-                atomic_write_array(self.directory / files[name], _half_unit_rows(features))
-        files["metadata"] = self._name("metadata", index)
-        with atomic_write(self.directory / files["metadata"]) as file:
+        for kind, rows in arrays.items():
+            atomic_write_array(self._path(kind, index), _half_unit_rows(rows))
+        with atomic_write(self._path("metadata", index)) as file:
             pq.write_table(_metadata_table(columns), file)
-        with atomic_write(self._skipped_file(index), "w") as file:
+        with atomic_write(self._path("skipped", index), "w") as file:
             file.writelines(_json_line(entry) for entry in skipped)
-        marker = {"rows": len(ids), "files": sorted(files.values())}
-        atomic_write_json(self._marker(index), marker)
+        files = [self._path(kind, index).relative_to(self.directory) for kind in arrays]
+        files.append(self._path("metadata", index).relative_to(self.directory))
+        marker = {"rows": len(ids), "files": sorted(map(str, files))}
+        atomic_write_json(self._path("finished", index), marker)
 
     def merge_skipped(self) -> dict[str, int]:
         """Join the shards' skipped samples into skipped.jsonl; returns how many per reason."""
         counts: Counter[str] = Counter()
         with atomic_write(self.directory / "skipped.jsonl", "w") as merged:
             for index in sorted(self.finished_shards()):
-                for line in self._skipped_file(index).read_bytes().splitlines():
-                    entry = json.loads(line)
+                for entry in self._skipped(index):
                     counts[entry["reason"]] += 1
                     merged.write(_json_line(entry))
         return dict(counts)
@@ -124,34 +126,27 @@ class FeatureWriter:
         embedded: list[tuple[str, str]] = []
         skipped: list[str] = []
         for index in shards:
-            table = pq.read_table(self.directory / self._name("metadata", index))
+            table = pq.read_table(self._path("metadata", index))
             columns = (table[name].to_pylist() for name in ("image_path", "caption"))
             embedded += zip(*columns, strict=True)
-            lines = self._skipped_file(index).read_bytes().splitlines()
-            skipped += [json.loads(line)["id"] for line in lines]
+            skipped += [entry["id"] for entry in self._skipped(index)]
         return embedded, skipped
 
     def rows(self) -> int:
         """Samples in the finished shards."""
-        markers = (read_json(self._marker(index)) for index in self.finished_shards())
-        return sum(marker["rows"] for marker in markers)
+        return sum(self._marker(index)["rows"] for index in self.finished_shards())
 
     def _is_whole(self, index: int) -> bool:
-        marker = read_json(self._marker(index), "the finished marker")
-        return all((self.directory / name).is_file() for name in marker["files"])
+        return all((self.directory / name).is_file() for name in self._marker(index)["files"])
 
-    def _number(self, index: int) -> str:
-        return f"{index:0{self.width}d}"
+    def _marker(self, index: int) -> dict[str, Any]:
+        return read_json(self._path("finished", index), "the finished marker")
 
-    def _name(self, kind: str, index: int) -> str:
-        extension = "parquet" if kind == "metadata" else "npy"
-        return f"{kind}/{kind}_{self._number(index)}.{extension}"
+    def _skipped(self, index: int) -> list[dict[str, str]]:
+        return list(map(json.loads, self._path("skipped", index).read_bytes().splitlines()))
 
-    def _marker(self, index: int) -> Path:
-        return self.directory / "finished" / f"{self._number(index)}.json"
-
-    def _skipped_file(self, index: int) -> Path:
-        return self.directory / "skipped" / f"{self._number(index)}.jsonl"
+    def _path(self, kind: str, index: int) -> Path:
+        return self.directory / _FILES[kind].format(f"{index:0{self.width}d}")
 
 
 def _json_line(entry: Mapping[str, str]) -> str:

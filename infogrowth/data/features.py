@@ -25,7 +25,7 @@ from infogrowth.data.feature_shards import (
 )
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
-from infogrowth.remote import AnyPath, RemotePath, as_path
+from infogrowth.remote import AnyPath, as_path
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,17 @@ class FeatureBatch:
         """Consecutive batches as one."""
         if len(batches) == 1:
             return batches[0]
+
+        def joined(space: str) -> np.ndarray | None:
+            parts = [getattr(batch, space) for batch in batches]
+            return None if parts[0] is None else np.concatenate(parts)
+
         return FeatureBatch(
             [sample for batch in batches for sample in batch.ids],
             [caption for batch in batches for caption in batch.captions],
-            _joined([batch.image for batch in batches]),
-            _joined([batch.text for batch in batches]),
-            {
-                name: [v for batch in batches for v in batch.extra[name]]
-                for name in batches[0].extra
-            },
+            joined("image"),
+            joined("text"),
+            {n: [v for batch in batches for v in batch.extra[n]] for n in batches[0].extra},
             np.concatenate([batch.rows for batch in batches]),
         )
 
@@ -107,7 +109,12 @@ def open_features(
         raise UserError(f"the features {path} do not exist; check the path")
     description = _describe(folder)
     if shards := find_shards(folder, spaces, extra):
-        _refuse_missing(folder, description, len(shards))
+        planned = description.get("shards")
+        if isinstance(planned, int) and planned != len(shards):
+            raise UserError(
+                f"{path} has {len(shards)} feature shards, but its features.json counts {planned}; "
+                "files are missing, write them again with `python -m infogrowth embed`"
+            )
         return FeatureStream(folder, "clip-retrieval", shards, description)
     if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
         return FeatureStream(folder, "clip-retrieval", [], description)
@@ -134,19 +141,24 @@ class FeatureStream:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | RemotePath,
+        folder: AnyPath,
         layout: str,
         shards: Sequence[FeatureShard],
         description: dict[str, Any],
     ):
-        self.path = str(path)
-        self._folder = as_path(path)
-        self.layout = layout
-        self.shards = list(shards)
-        self.description = description
+        self.path, self._folder = str(folder), folder
+        self.layout, self.shards, self.description = layout, list(shards), description
         self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
         self.rows = self._ends[-1] if self._ends else 0
-        self.dimensions = _common_dimensions(self.shards)
+        self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
+        for shard in self.shards:
+            for space, width in shard.dimensions.items():
+                if width != self.dimensions[space]:
+                    raise UserError(
+                        f"{shard.name} has {space} features of dimension {width}, but "
+                        f"{self.shards[0].name} has {self.dimensions[space]}; one folder holds "
+                        "one encoder's"
+                    )
         self._signatures: list[bytes] = []
 
     @property
@@ -259,18 +271,6 @@ class FeatureStream:
         return FeatureBatch(ids, captions, features.get("image"), features.get("text"), extra, rows)
 
 
-def _common_dimensions(shards: Sequence[FeatureShard]) -> dict[str, int]:
-    dimensions = dict(shards[0].dimensions) if shards else {}
-    for shard in shards:
-        for space, width in shard.dimensions.items():
-            if width != dimensions[space]:
-                raise UserError(
-                    f"{shard.name} has {space} features of dimension {width}, but "
-                    f"{shards[0].name} has {dimensions[space]}; one folder holds one encoder's"
-                )
-    return dimensions
-
-
 def _describe(path: AnyPath) -> dict[str, Any]:
     file = path / "features.json"
     if not file.is_file():
@@ -284,15 +284,6 @@ def _describe(path: AnyPath) -> dict[str, Any]:
             "or is still going); run the same command again, then this one"
         )
     return description
-
-
-def _refuse_missing(path: AnyPath, description: dict[str, Any], found: int) -> None:
-    planned = description.get("shards")
-    if isinstance(planned, int) and planned != found:
-        raise UserError(
-            f"{path} has {found} feature shards, but its features.json counts {planned}; "
-            "files are missing, write them again with `python -m infogrowth embed`"
-        )
 
 
 def _count_skipped(path: AnyPath) -> dict[str, int]:
@@ -309,8 +300,3 @@ def _count_skipped(path: AnyPath) -> dict[str, int]:
             raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
         counts[reason] += 1
     return dict(counts)
-
-
-def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    present = [part for part in parts if part is not None]
-    return np.concatenate(present) if present else None

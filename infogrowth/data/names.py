@@ -1,5 +1,6 @@
 """Extensions, ids and keys; and the one rule which files of a folder or archive are a sample."""
 
+import posixpath
 import re
 import unicodedata
 from collections import Counter
@@ -21,25 +22,20 @@ _CAPTIONS = (".txt", ".caption", ".text", ".json")  # in order of preference
 _UNUSUAL = "image"  # instead of the extension of an image that does not have one
 _IMAGES = frozenset((*IMAGE_EXTENSIONS, _UNUSUAL))
 _RANK = {kind: n for n, kind in enumerate((*IMAGE_EXTENSIONS, _UNUSUAL, *_CAPTIONS))}
-_EXTENSION = re.compile("(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$", re.IGNORECASE)
+# ".jpg" alone is a name, not an extension.
+_ANY = "(?<=[^/])(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")"
+_EXTENSION = re.compile(f"{_ANY}$", re.IGNORECASE)
+_EXTENSIONS = re.compile(f"{_ANY}+$", re.IGNORECASE)
 
 
 def extension_of(name: str) -> str:
     """The extension in lower case, with its dot; empty if there is none."""
-    base = name.rpartition("/")[2]
-    return "." + base.rpartition(".")[2].lower() if "." in base else ""
-
-
-def without_extension(name: str) -> str:
-    """The path without its last extension, of whatever kind."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] or base)
+    return posixpath.splitext(name)[1].lower()
 
 
 def strip_extension(name: str) -> str:
     """``name`` without its image extension (``.jpg``, ``.PNG``, …), folders kept."""
-    stem = _EXTENSION.sub("", name)
-    return name if not stem or stem.endswith("/") else stem  # ".jpg" alone is a name
+    return _EXTENSION.sub("", name)
 
 
 def image_key(name: str) -> str:
@@ -68,15 +64,13 @@ def clean_name(name: str) -> str:
 
 
 def image_id(name: str) -> str:
-    """The id of an image: its path without image extension, as :func:`clean_name` has it."""
-    while (shorter := strip_extension(name)) != name:
-        name = shorter
-    return clean_name(name)
+    """The id of an image: its path without image extensions, as :func:`clean_name` has it."""
+    return clean_name(_EXTENSIONS.sub("", name))
 
 
 def sample_id(name: str) -> str:
     """The path that files of one sample share: ``photo`` for ``photo.jpg.txt``."""
-    return image_id(without_extension(name))
+    return image_id(posixpath.splitext(name)[0])
 
 
 class Entry(NamedTuple):
@@ -145,7 +139,7 @@ def _with_captions(
     key: str, images: list[int], captions: list[int], names: Sequence[str]
 ) -> Iterator[Entry]:
     """Each image with the captions that are its own (``x.png.txt``), then those of the name."""
-    owners = {n: without_extension(names[n]) for n in captions}
+    owners = {n: posixpath.splitext(names[n])[0] for n in captions}
     present = {names[image] for image in images}
     for position, image in enumerate(images):
         own = [n for n in captions if owners[n] == names[image]]

@@ -95,24 +95,29 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
         )
         for sample in progress:
             name = image_key(sample.id)
-            if sample.problem is None and name in taken:
-                packed.skipped.append((sample.id, "the id occurred before: the first one is kept"))
-            elif sample.problem is not None:
-                packed.skipped.append((sample.id, sample.problem))
-            else:
-                packed.repairs.update(sample.repairs)
-                assert sample.data is not None
-                if not writer.put(sample.id, sample.data):
-                    same = writer.get(sample.id) == sample.data
-                    packed.resumed += same
-                    if not same:  # the image was encoded anew since an earlier run
-                        writer.put(sample.id, sample.data, replace=True)
-                        packed.replaced += 1
-                packed.stored += 1
-                annotations.append({"image": name, "caption": sample.caption})
-                if name in repeated:
-                    taken.add(name)
-    _write_results(annotations, packed, target)
+            problem = sample.problem
+            if problem is None and name in taken:
+                problem = "the id occurred before: the first one is kept"
+            if problem is not None:
+                packed.skipped.append((sample.id, problem))
+                continue
+            assert sample.data is not None
+            if not writer.put(sample.id, sample.data):
+                if writer.get(sample.id) == sample.data:
+                    packed.resumed += 1
+                else:  # the image was encoded anew since an earlier run
+                    writer.put(sample.id, sample.data, replace=True)
+                    packed.replaced += 1
+            packed.stored += 1
+            packed.repairs.update(sample.repairs)
+            annotations.append({"image": name, "caption": sample.caption})
+            if name in repeated:
+                taken.add(name)
+    annotations.sort(key=lambda annotation: annotation["image"])
+    with atomic_write(target.skipped, "w") as file:
+        for name, reason in packed.skipped:
+            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+    save_annotations(target.annotations, annotations)
     if not annotations:
         raise UserError(f"no sample of {source.path} could be packed; see {target.skipped}")
     return packed
@@ -134,23 +139,18 @@ def _checked_samples(
 ) -> Iterator[Sample]:
     """All samples in order, read and decoded ahead by threads."""
     resuming = len(writer) > 0
-    waiting: deque[Future[Sample]] = deque()
+    pending: deque[Future[Sample]] = deque()
     executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    names = source.ids
     try:
-        for number in range(len(source)):
-            known = _known(writer, names[number]) if resuming else None
-            waiting.append(executor.submit(_checked, source, number, known, max_pixels))
-            if len(waiting) >= _AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for number, name in enumerate(source.ids):
+            known = writer.get(name) if resuming and not _key_problem(name) else None
+            pending.append(executor.submit(_checked, source, number, known, max_pixels))
+            if len(pending) >= _AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _known(writer: LmdbWriter, name: str) -> bytes | None:
-    return None if _key_problem(name) else writer.get(name)
 
 
 def _checked(source: Source, number: int, known: bytes | None, max_pixels: int) -> Sample:
@@ -171,11 +171,3 @@ def _key_problem(name: str) -> str | None:
     except UnicodeEncodeError:
         return "the id is not valid text"
     return None if 0 < length <= MAX_KEY_BYTES else f"the id is longer than {MAX_KEY_BYTES} bytes"
-
-
-def _write_results(annotations: list[Annotation], packed: Packed, target: Target) -> None:
-    annotations.sort(key=lambda annotation: annotation["image"])
-    with atomic_write(target.skipped, "w") as file:
-        for name, reason in packed.skipped:
-            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
-    save_annotations(target.annotations, annotations)

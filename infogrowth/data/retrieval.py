@@ -86,7 +86,7 @@ class RetrievalEvaluation(Dataset):
     Args:
         annotations: a caption file in any form of the above.
         images: LMDB or folder of the images, as a path or opened.
-        transform: normally ``evaluation_transform(size)``; it alone normalises.
+        transform: normally ``EvaluationTransform(size)``; it alone normalises.
         max_words: words of a caption that are kept.
         prompt: put before every text.
         split: of Karpathy's own file, where the path names none.

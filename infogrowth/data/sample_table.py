@@ -20,9 +20,10 @@ from infogrowth.data.conditions import Condition
 from infogrowth.data.exports import as_column
 from infogrowth.data.feature_files import ID_COLUMNS
 from infogrowth.data.names import IMAGE_EXTENSIONS
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing
 
 POSITION = "sample_position"  # the column that orders the samples
+
 _EXTENSION = "(?i)(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$"
 _CHUNK_ROWS = 65_536
 
@@ -53,11 +54,13 @@ class ScoreTable:
 
     def summary(self) -> str:
         """How the ids met, in one line."""
-        told = [f"{self.samples_without:,} samples have no row"]
-        told.append(f"{self.ids_without:,} ids are of no sample")
+        counts = [f"{self.samples_without:,} samples have no row"]
+        counts.append(f"{self.ids_without:,} ids are of no sample")
         if self.repeated_ids:
-            told.append(f"{self.repeated_ids:,} ids come several times, of which the first counts")
-        return f"columns {', '.join(self.columns)}; {', '.join(told)}"
+            counts.append(
+                f"{self.repeated_ids:,} ids come several times, of which the first counts"
+            )
+        return f"columns {', '.join(self.columns)}; {', '.join(counts)}"
 
 
 class SampleTable:
@@ -81,26 +84,21 @@ class SampleTable:
         files = [] if isinstance(samples, pa.Table) else [str(path) for path in samples]
         readable = [*files, *(file for table in tables for file in table.files)]
         self._spill = tempfile.TemporaryDirectory(prefix="infogrowth-select-")
+        extensions = ("autoinstall_known_extensions", "autoload_known_extensions")
         self._base = duckdb.connect(
-            config={
-                "temp_directory": self._spill.name,
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-            }
+            config={"temp_directory": self._spill.name, **dict.fromkeys(extensions, False)}
         )
         try:
             self._base.execute(f"SET allowed_paths = {_literal(readable)}")
             self._base.execute("SET enable_external_access = false")
             self._base.execute("SET lock_configuration = true")
+            source = f"read_parquet({_literal(files)})"
             if isinstance(samples, pa.Table):
-                self._base.register("given", samples)
-            source = (
-                "given" if isinstance(samples, pa.Table) else f"read_parquet({_literal(files)})"
-            )
+                self._base.register(source := "given", samples)
             self._base.execute(f"CREATE VIEW samples AS {query.format(source=source)}")
-            self.columns = [name for name in self._names("samples") if name != POSITION]
-            self.count = self._numbers("SELECT count(*) FROM samples")[0]
-            self._scores = [self._meet(number, table) for number, table in enumerate(tables)]
+            self.columns = [name for name, *_ in self._rows("DESCRIBE samples") if name != POSITION]
+            self.count = self._rows("SELECT count(*) FROM samples")[0][0]
+            self.scores = [self._meet(number, table) for number, table in enumerate(tables)]
             self._joined = "samples"
         except BaseException:
             self.__exit__()
@@ -113,11 +111,6 @@ class SampleTable:
         self._base.close()
         self._spill.cleanup()
 
-    @property
-    def scores(self) -> list[ScoreTable]:
-        """The score tables, with the counts of ids that met none."""
-        return list(self._scores)
-
     def filter(self, condition: str) -> tuple[np.ndarray, list[Clause], list[str]]:
         """The positions (n,) int64 of the samples that meet ``condition``, ascending; what each of
         its clauses keeps; and the score columns that it names, as :meth:`rows` takes them.
@@ -126,19 +119,19 @@ class SampleTable:
             UserError: it is no single expression, names a column that is not there, or fails.
         """
         parsed = Condition(condition, self._base)
-        tables = {"samples": self.columns, **{t.name: t.columns for t in self._scores}}
+        tables = {"samples": self.columns, **{t.name: t.columns for t in self.scores}}
         named = parsed.columns(tables)
-        used = [(t, c) for t in self._scores for c in t.columns if (t.name, c) in named]
+        used = [(t, c) for t in self.scores for c in t.columns if (t.name, c) in named]
         self._joined = self._join(used)
-        texts = parsed.clauses()
         try:
-            found = self._base.execute(  # what was checked is what is run
-                f"SELECT {POSITION} FROM {self._joined} WHERE {' AND '.join(texts)} "
+            found = self._base.execute(
+                f"SELECT {POSITION} FROM {self._joined} WHERE {' AND '.join(parsed.clauses)} "
                 f"ORDER BY {POSITION}"
             ).fetchnumpy()
-            clauses = self._count(texts)
+            clauses = self._count(parsed.clauses)
         except duckdb.Error as error:
-            raise UserError(f"the condition {condition!r} fails: {_first_line(error)}") from error
+            first = str(error).split("\n\n")[0].replace("\n", " ")
+            raise UserError(f"the condition {condition!r} fails: {first}") from error
         taken = [f"{_quoted(table.name)}.{_quoted(column)}" for table, column in used]
         return np.asarray(found[POSITION], np.int64), clauses, taken
 
@@ -148,8 +141,9 @@ class SampleTable:
             f"SELECT {POSITION}, gain_image, gain_text FROM {self._chosen(positions, 'samples')} "
             f"ORDER BY {POSITION}"
         ).fetchnumpy()
-        gains = np.stack([_floats(columns["gain_image"]), _floats(columns["gain_text"])], axis=1)
-        return np.asarray(columns[POSITION], np.int64), gains
+        gains = [np.ma.asarray(columns[name], np.float64) for name in ("gain_image", "gain_text")]
+        filled = [np.ma.filled(column, np.nan) for column in gains]
+        return np.asarray(columns[POSITION], np.int64), np.stack(filled, axis=1)
 
     def rows(self, positions: np.ndarray, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The given columns (SQL) of the samples at ``positions``, in their order."""
@@ -157,30 +151,23 @@ class SampleTable:
             f"SELECT {', '.join(columns)} FROM {self._chosen(positions, self._joined)} "
             f"ORDER BY {POSITION}"
         )
-        waiting: list[pa.RecordBatch] = []
+        pending: list[pa.RecordBatch] = []
         for batch in relation.to_arrow_reader(_CHUNK_ROWS):
-            waiting.append(batch)
-            if sum(map(len, waiting)) >= _CHUNK_ROWS:  # the same chunks however many threads
-                table = pa.Table.from_batches(waiting)
+            pending.append(batch)
+            if sum(map(len, pending)) >= _CHUNK_ROWS:  # the same chunks however many threads
+                table = pa.Table.from_batches(pending)
                 yield table.slice(0, _CHUNK_ROWS).combine_chunks()
-                waiting = table.slice(_CHUNK_ROWS).to_batches()
-        if waiting:
-            yield pa.Table.from_batches(waiting).combine_chunks()
+                pending = table.slice(_CHUNK_ROWS).to_batches()
+        if pending:
+            yield pa.Table.from_batches(pending).combine_chunks()
 
-    # --- underneath ------------------------------------------------------------------------------
-
-    def _count(self, texts: list[str]) -> list[Clause]:
-        kept = [f"count(*) FILTER (WHERE {text})" for text in texts]
-        unknown = [f"count(*) FILTER (WHERE ({text}) IS NULL)" for text in texts]
-        left = [
-            f"count(*) FILTER (WHERE {' AND '.join(texts[: n + 1])})" for n in range(len(texts))
-        ]
-        numbers = self._numbers(f"SELECT {', '.join([*kept, *left, *unknown])} FROM {self._joined}")
-        size = len(texts)
-        return [
-            Clause(text, numbers[n], numbers[size + n], numbers[2 * size + n])
-            for n, text in enumerate(texts)
-        ]
+    def _count(self, texts: Sequence[str]) -> list[Clause]:
+        columns = []
+        for n, text in enumerate(texts):
+            conditions = (text, " AND ".join(texts[: n + 1]), f"({text}) IS NULL")
+            columns += [f"count(*) FILTER (WHERE {condition})" for condition in conditions]
+        counts = self._rows(f"SELECT {', '.join(columns)} FROM {self._joined}")[0]
+        return [Clause(text, *counts[3 * n : 3 * n + 3]) for n, text in enumerate(texts)]
 
     def _meet(self, number: int, table: ScoreTable) -> ScoreTable:
         """Find each sample's row in a score table: table ``met_N``."""
@@ -189,17 +176,15 @@ class SampleTable:
             f"WHEN regexp_matches(name, {_literal(_EXTENSION)}) THEN regexp_extract("
             f"regexp_replace(name, {_literal(_EXTENSION)}, ''), '[^/]*$') ELSE name END"
         )
-        kind = self._value(
-            f"SELECT typeof({_quoted(table.id_column)}) FROM {_numbered_rows(table)} LIMIT 1"
-        )
-        column = _quoted(table.id_column)
-        if kind in ("DOUBLE", "FLOAT"):  # whole numbers that pandas made floats of
+        column, rows = _quoted(table.id_column), _numbered_rows(table)
+        kinds = self._rows(f"SELECT typeof({column}) FROM {rows} LIMIT 1")
+        if kinds in ([("DOUBLE",)], [("FLOAT",)]):  # whole numbers that pandas made floats of
             column = f"TRY_CAST({column} AS BIGINT)"
-        elif kind == "BLOB":
+        elif kinds == [("BLOB",)]:
             column = f"decode({column})"
         self._base.execute(
             f"CREATE OR REPLACE TEMP TABLE theirs AS SELECT CAST({column} AS VARCHAR) AS id, "
-            f"min(score_row) AS score_row, count(*) AS times FROM {_numbered_rows(table)} "
+            f"min(score_row) AS score_row, count(*) AS times FROM {rows} "
             f"WHERE {_quoted(table.id_column)} IS NOT NULL GROUP BY 1"
         )
         met = f"met_{number}"
@@ -212,28 +197,23 @@ class SampleTable:
             f"FROM (SELECT {POSITION}, id FROM samples ANTI JOIN {met} USING ({POSITION})) ours "
             "JOIN theirs ON stem(ours.id) = stem(theirs.id) GROUP BY 1 HAVING count(*) = 1"
         )
-        matched, used, ids, repeated = self._numbers(
+        matched, used, ids, repeated, ours, theirs = self._rows(
             f"SELECT (SELECT count(*) FROM {met}), (SELECT count(DISTINCT score_row) FROM {met}), "
-            "(SELECT count(*) FROM theirs), (SELECT count(*) FROM theirs WHERE times > 1)"
-        )
+            "(SELECT count(*) FROM theirs), (SELECT count(*) FROM theirs WHERE times > 1), "
+            "(SELECT min(id) FROM samples), (SELECT min(id) FROM theirs)"
+        )[0]
         if matched == 0 and self.count:
-            theirs = self._value("SELECT min(id) FROM theirs")
-            ours = self._value("SELECT min(id) FROM samples")
             raise UserError(
                 f"no id of {table.files[0]} (column {table.id_column!r}, for example "
                 f"{theirs!r}) is the id of a sample (for example {ours!r})"
             )
-        return replace(
-            table,
-            samples_without=self.count - matched,
-            ids_without=ids - used,
-            repeated_ids=repeated,
-        )
+        without = {"samples_without": self.count - matched, "ids_without": ids - used}
+        return replace(table, **without, repeated_ids=repeated)
 
     def _join(self, used: Sequence[tuple[ScoreTable, str]]) -> str:
         """The samples beside those score tables of which columns are used, as SQL."""
         joined = "samples"
-        for number, table in enumerate(self._scores):
+        for number, table in enumerate(self.scores):
             columns = [_quoted(column) for owner, column in used if owner.name == table.name]
             if not columns:
                 continue
@@ -251,15 +231,8 @@ class SampleTable:
         self._base.register("chosen_positions", pa.table({POSITION: np.sort(positions)}))
         return f"{joined} SEMI JOIN chosen_positions USING ({POSITION})"
 
-    def _names(self, relation: str) -> list[str]:
-        return [row[0] for row in self._base.execute(f"DESCRIBE {relation}").fetchall()]
-
-    def _numbers(self, query: str) -> list[int]:
-        return [int(value) for value in self._base.execute(query).fetchall()[0]]
-
-    def _value(self, query: str, *parameters: str) -> Any:
-        rows = self._base.execute(query, list(parameters)).fetchall()
-        return rows[0][0] if rows else None
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        return self._base.execute(query).fetchall()
 
 
 def columns_of(annotations: Sequence[Annotation], gains: np.ndarray) -> pa.Table:
@@ -287,7 +260,8 @@ def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
         if not files:
             raise UserError(f"--scores {path} is a folder without parquet files")
         for file in files:
-            names = _parquet_columns(file)
+            with refusing(file, "the table of --scores", pa.ArrowException):
+                names = tuple(pq.read_schema(file).names)
             if names not in tables:
                 id_column = next((name for name in ID_COLUMNS if name in names), None)
                 if id_column is None:
@@ -303,15 +277,6 @@ def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
                 tables[names] = ScoreTable(name.lower(), [], id_column, columns)
             tables[names].files.append(str(file))
     return list(tables.values())
-
-
-def _parquet_columns(file: Path) -> tuple[str, ...]:
-    try:
-        return tuple(pq.read_schema(file).names)
-    except FileNotFoundError as error:
-        raise UserError(f"--scores {file} does not exist; check the path") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"--scores {file} is no readable parquet file: {error}") from error
 
 
 def _numbered_rows(table: ScoreTable) -> str:
@@ -331,12 +296,3 @@ def _literal(value: str | Sequence[str]) -> str:
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return "[" + ", ".join(map(_literal, value)) + "]"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n\n")[0].replace("\n", " ")
-
-
-def _floats(column: Any) -> np.ndarray:
-    """A column as float64 with NaN for nulls."""
-    return np.ma.filled(np.ma.asarray(column, np.float64), np.nan)

@@ -15,9 +15,10 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from infogrowth.data.captions import Caption, Unusable
 from infogrowth.data.containers import Container, Table, open_folder, open_tar
@@ -175,8 +176,7 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     tree = Tree(path)
     found = tree.walk()
     contents = _Contents(tree, found)
-    parts = [*_shards(tree, contents), *_folders(tree, contents)]
-    containers = _open(_without_unfinished(parts, contents.finished, found), found)
+    containers = _open([*_shards(tree, contents), *_folders(tree, contents)], found)
     found.notes += contents.records.notes
     for split in [split for split in SPLITS if not any(c.ids for c in containers[split])]:
         for container in containers.pop(split):  # there is nothing in them but notes
@@ -215,10 +215,11 @@ class _Contents:
     """
 
     def __init__(self, tree: Tree, found: Listing) -> None:
-        files = found.files
+        self._found, files = found, found.files
         stats = [name for name in files if name.endswith("_stats.json")]
         found.ignored += Counter({"statistics of a download": len(stats)})
         self.finished = {name.removesuffix("_stats.json") for name in stats}
+        self._marked = {posixpath.dirname(name) for name in stats}
         self.tars = [name for name in files if _TAR.search(name)]
         kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
         self.tables = {name: splits for name, (kind, splits) in kinds.items() if kind == "images"}
@@ -235,6 +236,14 @@ class _Contents:
         numbered = _SHARD_NAME.match(posixpath.basename(folder))
         return bool(numbered) or folder in self.finished or folder in self.downloads
 
+    def is_unfinished(self, stem: str, files: int) -> bool:
+        """Whether a downloader has not marked a shard, where it marks any; this is reported."""
+        if stem in self.finished or posixpath.dirname(stem) not in self._marked:
+            return False
+        self._found.notes.append((stem, _UNFINISHED))
+        self._found.ignored["files of unfinished shards"] += files
+        return True
+
     def base(self, folder: str) -> str:
         """The nearest folder around that is a downloader's shard or names a split."""
         while folder and not self.is_shard(folder) and not split_of(posixpath.basename(folder)):
@@ -242,14 +251,12 @@ class _Contents:
         return folder
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A container before it is opened: its path without extension, its split, whether it is a
-    shard of a download, how many files it is, and how it is opened."""
+class _Part(NamedTuple):
+    """A container before it is opened: its path without extension, its split, how many files it
+    is, and how it is opened."""
 
     stem: str
     split: str | None
-    shard: bool
     files: int
     open: Callable[[], Container]
 
@@ -258,12 +265,13 @@ def _shards(tree: Tree, contents: _Contents) -> Iterator[_Part]:
     for name in contents.tars:
         stem = _TAR.sub("", name)
         downloads = read_downloads(tree, contents.downloads.pop(stem, None))
-        yield _Part(stem, split_of(stem), True, 1, partial(open_tar, tree, name, downloads))
+        if not contents.is_unfinished(stem, 1):
+            yield _Part(stem, split_of(stem), 1, partial(open_tar, tree, name, downloads))
     for name, splits in contents.tables.items():
         stem = sample_id(name)
         for split in splits:
-            opened = partial(Table, tree, name, split)
-            yield _Part(stem, split_of(stem, split), True, 1, opened)
+            if not contents.is_unfinished(stem, 1):
+                yield _Part(stem, split_of(stem, split), 1, partial(Table, tree, name, split))
 
 
 def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
@@ -290,20 +298,8 @@ def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
         shard = bool(base) and contents.is_shard(base)
         kind = "files" if shard else "folder"
         opened = partial(open_folder, tree, base, kind, names, records, missing, downloads)
-        yield _Part(base, split, shard, len(names), opened)
-
-
-def _without_unfinished(parts: Sequence[_Part], finished: set[str], found: Listing) -> list[_Part]:
-    """The parts but those that a downloader has not marked, where it marks any."""
-    marking = {posixpath.dirname(stem) for stem in finished}
-    whole: list[_Part] = []
-    for part in parts:
-        if part.shard and part.stem not in finished and posixpath.dirname(part.stem) in marking:
-            found.notes.append((part.stem, _UNFINISHED))
-            found.ignored["files of unfinished shards"] += part.files
-        else:
-            whole.append(part)
-    return whole
+        if not (shard and contents.is_unfinished(base, len(names))):
+            yield _Part(base, split, len(names), opened)
 
 
 def _open(parts: Sequence[_Part], found: Listing) -> dict[str, list[Container]]:
@@ -312,7 +308,7 @@ def _open(parts: Sequence[_Part], found: Listing) -> dict[str, list[Container]]:
     in_folders = any(split_of(posixpath.dirname(part.stem)) for part in parts)
     if len(splits) == 1 and splits & {"val", "test"} and not in_folders:
         logger.warning("all files are named %s: taken as the training set", *splits)
-        splits, parts = {None}, [replace(part, split=None) for part in parts]
+        splits, parts = {None}, [part._replace(split=None) for part in parts]
     containers: dict[str, list[Container]] = {split: [] for split in SPLITS}
     for part in sorted(parts, key=lambda part: part.stem):
         if part.split is None and "train" in splits:

@@ -30,6 +30,7 @@ _RESULT = re.compile(
 _RESULT_FOLDERS = {"data.mdb", "img_emb", "text_emb", "features.json", "growth.json"}
 _MAX_COPIES = 4  # of tars that are compressed, or lie elsewhere
 HIDDEN = "hidden files and folders"
+NO_FILES = "neither files nor folders"
 # What damaged archives raise, compressed or not.
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 _DECOMPRESSION: dict[bytes, Callable[[Any], Any]] = {
@@ -83,28 +84,31 @@ class Tree:
         while pending:
             folder = pending.pop()
             try:
-                if remote is None and self._is_known(folder, seen):
-                    listing.ignored["folders that a link leads to a second time"] += 1
-                    continue
-                kinds = _scan(self.path(folder)) if remote is None else remote[folder]
+                kinds = _scan(self.path(folder), seen) if remote is None else remote[folder]
             except OSError as error:
                 listing.notes.append((folder, f"the folder cannot be read: {error.strerror}"))
+                continue
+            if kinds is None:
+                listing.ignored["folders that a link leads to a second time"] += 1
                 continue
             if folder and not _RESULT_FOLDERS.isdisjoint(kinds):
                 listing.ignored["folders with results of infogrowth"] += 1
                 continue
             listing.folders.append(folder)
-            below = [_noted(listing, folder, name, kinds[name]) for name in sorted(kinds)]
-            pending += [path for path in reversed(below) if path is not None]
+            for name in sorted(kinds, reverse=True):
+                path = f"{folder}/{name}" if folder else name
+                if is_hidden(name):
+                    listing.ignored[HIDDEN] += 1
+                elif kinds[name] == "folder":
+                    pending.append(path)
+                elif _RESULT.match(name):
+                    listing.ignored["results of infogrowth"] += 1
+                elif kinds[name] == "file":
+                    listing.files.append(path)
+                else:
+                    listing.ignored[NO_FILES] += 1
         listing.files.sort()
         return listing
-
-    def _is_known(self, folder: str, seen: set[tuple[int, int]]) -> bool:
-        status = os.stat(self.path(folder))
-        identity = (status.st_dev, status.st_ino)
-        known = identity in seen
-        seen.add(identity)
-        return known
 
     def path(self, name: str) -> str:
         """Where a file of the tree lies."""
@@ -158,47 +162,33 @@ class Tree:
             return open(copy, "rb")
 
 
-def _scan(folder: str) -> Kinds:
+def _scan(folder: str, seen: set[tuple[int, int]]) -> Kinds | None:
+    """What a folder holds; None if it has been seen. A broken link is reported when it is read."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        return None
+    seen.add(identity)
+    kinds: Kinds = {}
     with os.scandir(folder) as entries:
-        return {entry.name: _kind(entry) for entry in entries}
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_dir():
-        return "folder"
-    # A broken link is reported when it is read.
-    return "file" if entry.is_file() or entry.is_symlink() else "other"
+        for entry in entries:
+            file = entry.is_file() or entry.is_symlink()
+            kinds[entry.name] = "folder" if entry.is_dir() else "file" if file else "other"
+    return kinds
 
 
 def _scan_remote(address: str) -> dict[str, Kinds]:
     """What each folder below an address holds."""
-    folders: dict[str, Kinds] = {}
+    folders: dict[str, Kinds] = {"": {}}
     for name in list_remote(address):
-        parts, kind = name, "file"
-        while True:
-            parts, _, last = parts.rpartition("/")
-            known = parts in folders
-            folders.setdefault(parts, {})[last] = kind
-            if known or not parts:
-                break
+        folder, _, last = name.rpartition("/")
+        kind = "file"
+        while folder not in folders:
+            folders[folder] = {last: kind}
+            folder, _, last = folder.rpartition("/")
             kind = "folder"
+        folders[folder][last] = kind
     return folders
-
-
-def _noted(listing: Listing, folder: str, name: str, kind: str) -> str | None:
-    """Enter what lies in a folder into the listing; returns its path if it is to be listed too."""
-    path = f"{folder}/{name}" if folder else name
-    if is_hidden(name):
-        listing.ignored[HIDDEN] += 1
-    elif kind == "folder":
-        return path
-    elif _RESULT.match(name):
-        listing.ignored["results of infogrowth"] += 1
-    elif kind == "file":
-        listing.files.append(path)
-    else:
-        listing.ignored["neither files nor folders"] += 1
-    return None
 
 
 def _content(file: BinaryIO) -> Iterator[bytes]:

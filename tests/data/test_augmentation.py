@@ -8,7 +8,7 @@ import pytest
 from drawn_pictures import drawn
 from PIL import Image
 
-from infogrowth.data.augmentation import OPERATIONS, WARPS, random_augment
+from infogrowth.data.transforms import OPERATIONS, WARPS, random_augment
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PICTURES = np.load(GOLDEN / "augment_ops.npz")

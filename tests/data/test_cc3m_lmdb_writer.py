@@ -25,7 +25,7 @@ from infogrowth.annotations import load_annotations
 from infogrowth.cli import run_script
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.data.pairs import PairDataset
-from infogrowth.data.transforms import evaluation_transform
+from infogrowth.data.transforms import EvaluationTransform
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cc3m_lmdb_writer.py"
 
@@ -90,7 +90,7 @@ def test_train_and_val_of_every_layout_are_packed(tmp_path, pairs, layout, capsy
     dataset = PairDataset(
         load_annotations(tmp_path / "cc3m_train.json"),
         tmp_path / "lmdb_train",
-        evaluation_transform(16),
+        EvaluationTransform(16),
     )
     assert [dataset[row]["replaced"] for row in range(8)] == [0] * 8
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter, open_images
 from infogrowth.data.loading import Collate
 from infogrowth.data.pairs import PairDataset
-from infogrowth.data.transforms import evaluation_transform, training_transform
+from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 
 
@@ -41,7 +41,7 @@ def items(dataset, places, workers):
 
 def test_items_do_not_depend_on_the_number_of_workers(packed, annotations):
     """Trap 14: the dataset has been used in this process before its workers are forked."""
-    dataset = PairDataset(annotations, packed, training_transform(32), seed=3)
+    dataset = PairDataset(annotations, packed, TrainingTransform(32), seed=3)
     places = [(row % 12, 1, 100 + row) for row in range(24)]
     here = [dataset[place] for place in places]
     for workers in (1, 2):
@@ -52,14 +52,14 @@ def test_items_do_not_depend_on_the_number_of_workers(packed, annotations):
 
 
 def test_a_dataset_can_be_pickled_while_in_use(packed, annotations):
-    dataset = PairDataset(annotations, str(packed), training_transform(32))
+    dataset = PairDataset(annotations, str(packed), TrainingTransform(32))
     first = dataset[0]
     again = pickle.loads(pickle.dumps(dataset))[0]
     assert torch.equal(first["image"], again["image"])
 
 
 def test_an_item_tells_its_row_and_cleaned_caption(packed, annotations):
-    dataset = PairDataset(annotations, packed, evaluation_transform(32), max_words=1, prompt="a ")
+    dataset = PairDataset(annotations, packed, EvaluationTransform(32), max_words=1, prompt="a ")
     assert len(dataset) == 12
     item = dataset[5]
     assert (item["caption"], item["index"], item["replaced"]) == ("a picture", 5, 0)
@@ -69,9 +69,9 @@ def test_an_item_tells_its_row_and_cleaned_caption(packed, annotations):
 
 
 def test_a_plain_row_is_augmented_the_same_every_time(packed, annotations):
-    dataset = PairDataset(annotations, packed, training_transform(32), seed=1)
+    dataset = PairDataset(annotations, packed, TrainingTransform(32), seed=1)
     assert torch.equal(dataset[2]["image"], dataset[(2, 0, 2)]["image"])
-    other = PairDataset(annotations, packed, training_transform(32), seed=2)
+    other = PairDataset(annotations, packed, TrainingTransform(32), seed=2)
     assert not torch.equal(dataset[2]["image"], other[2]["image"])
 
 
@@ -79,7 +79,7 @@ def test_one_of_several_captions_is_chosen_by_the_place(packed):
     dataset = PairDataset(
         [{"image": "000000000", "caption": ["one", "two", "three"]}],
         packed,
-        evaluation_transform(8),
+        EvaluationTransform(8),
     )
     chosen = [dataset[(0, 0, position)]["caption"] for position in range(600)]
     assert chosen[:50] == [dataset[(0, 0, position)]["caption"] for position in range(50)]
@@ -98,7 +98,7 @@ def damaged(tmp_path, pictures):
 
 
 def test_a_bad_picture_is_replaced_the_same_way_every_time(damaged, annotations, caplog):
-    dataset = PairDataset(annotations, damaged, evaluation_transform(16), seed=0)
+    dataset = PairDataset(annotations, damaged, EvaluationTransform(16), seed=0)
     with caplog.at_level(logging.WARNING):
         shown = [dataset[(3, 0, position)] for position in range(40)]
     assert all(item["replaced"] == 1 for item in shown)
@@ -116,13 +116,13 @@ def test_only_bad_pictures_are_an_error_not_an_endless_search(tmp_path, annotati
     with LmdbWriter(tmp_path / "bad") as writer:
         for key in pictures:
             writer.put(key, b"no picture")
-    dataset = PairDataset(annotations, tmp_path / "bad", evaluation_transform(16))
+    dataset = PairDataset(annotations, tmp_path / "bad", EvaluationTransform(16))
     with pytest.raises(UserError, match="20 images in a row could not be decoded"):
         dataset[0]
 
 
 def test_a_picture_that_is_not_there_is_an_error_that_names_it(packed):
-    dataset = PairDataset([{"image": "gone", "caption": "x"}], packed, evaluation_transform(8))
+    dataset = PairDataset([{"image": "gone", "caption": "x"}], packed, EvaluationTransform(8))
     with pytest.raises(UserError, match="'gone' is not in the LMDB"):
         dataset[0]
 
@@ -131,7 +131,7 @@ def test_pictures_come_from_a_folder_as_well(tmp_path, pictures):
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "x.png").write_bytes(encoded(drawn(1), "PNG"))
     annotations = [{"image": name, "caption": "c"} for name in ("val2014/x.png", "val2014/x")]
-    dataset = PairDataset(annotations, tmp_path, evaluation_transform(16))
+    dataset = PairDataset(annotations, tmp_path, EvaluationTransform(16))
     assert torch.equal(dataset[0]["image"], dataset[1]["image"])
     assert np.isfinite(dataset[0]["image"].numpy()).all()
 
@@ -162,7 +162,7 @@ WORDINGS = [f"wording {name}" for name in ("one", "two", "three", "four", "five"
 
 def test_several_captions_a_visit_are_different_and_a_function_of_the_position(packed):
     annotations = [{"image": "000000001", "caption": WORDINGS}]
-    dataset = PairDataset(annotations, packed, training_transform(32), seed=3, captions_per_visit=2)
+    dataset = PairDataset(annotations, packed, TrainingTransform(32), seed=3, captions_per_visit=2)
     visits = [dataset[0, epoch, position] for epoch in (0, 1) for position in range(20)]
     texts = [item["caption"] for item in visits]
     assert all(len(set(two)) == 2 and set(two) <= set(WORDINGS) for two in texts)
@@ -175,7 +175,7 @@ def test_several_captions_a_visit_are_different_and_a_function_of_the_position(p
 
 def test_an_item_with_fewer_captions_than_asked_for_repeats_them_and_has_its_class(packed):
     annotations = [{"image": "000000001", "caption": "A dog."}]
-    transform = training_transform(32)
+    transform = TrainingTransform(32)
     dataset = PairDataset(annotations, packed, transform, captions_per_visit=3, classes=[8])
     assert dataset[0]["caption"] == ["a dog"] * 3 and dataset[0]["class"] == 8
 

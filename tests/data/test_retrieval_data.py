@@ -9,10 +9,10 @@ from drawn_pictures import drawn, encoded
 
 from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
-from infogrowth.data.transforms import MEAN, STD, evaluation_transform, training_transform
+from infogrowth.data.transforms import MEAN, STD, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 
-TRANSFORM = evaluation_transform(16)
+TRANSFORM = EvaluationTransform(16)
 
 
 def write(path, content):
@@ -90,7 +90,7 @@ def official(tmp_path):
 
 
 def test_training_rows_are_pairs_with_the_number_of_their_image(images, blip_train):
-    dataset = RetrievalTrain([blip_train], images, training_transform(16), seed=1)
+    dataset = RetrievalTrain([blip_train], images, TrainingTransform(16), seed=1)
     found = [(dataset[n]["caption"], dataset[n]["image_id"]) for n in range(len(dataset))]
     assert found == [("a dog", 0), ("a big dog", 0), ("a cat", 1)]
     assert dataset[(0, 3, 7)]["image"].shape == (3, 16, 16)

@@ -11,13 +11,13 @@ from torchvision.transforms import InterpolationMode
 from infogrowth.data.transforms import (
     MEAN,
     STD,
-    evaluation_transform,
+    EvaluationTransform,
+    TrainingTransform,
     jittered,
     normalized,
     pixels,
     random_crop,
     tinted,
-    training_transform,
 )
 from infogrowth.randomness import generator
 
@@ -33,16 +33,16 @@ def test_evaluation_is_a_bicubic_resize_and_one_normalisation(size, picture_size
             reference.Normalize(MEAN, STD),
         ]
     )(picture)
-    torch.testing.assert_close(evaluation_transform(size)(picture), expected)
+    torch.testing.assert_close(EvaluationTransform(size)(picture), expected)
 
 
 def test_evaluation_is_the_same_every_time():
-    transform, picture = evaluation_transform(48), drawn(2)
+    transform, picture = EvaluationTransform(48), drawn(2)
     assert torch.equal(transform(picture), transform(picture, generator(1, "x")))
 
 
 def test_training_is_a_function_of_the_generator_alone():
-    transform, picture = training_transform(48), drawn(2)
+    transform, picture = TrainingTransform(48), drawn(2)
     np.random.seed(0)
     torch.manual_seed(0)
     state, torch_state = np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -63,8 +63,8 @@ def test_normalised_values_are_those_of_the_pixels():
 
 @pytest.mark.parametrize("augment", ["blip", "jitter", "none"])
 def test_pixels_normalised_as_a_batch_are_the_images_that_a_worker_normalises(augment):
-    picture, whole = drawn(3, (90, 70)), training_transform(48, augment=augment)
-    raw = training_transform(48, augment=augment, normalize=False)
+    picture, whole = drawn(3, (90, 70)), TrainingTransform(48, augment=augment)
+    raw = TrainingTransform(48, augment=augment, normalize=False)
     shown = torch.stack([raw(picture, generator(0, "augment", n)) for n in range(5)])
     assert shown.dtype == torch.uint8 and shown.shape == (5, 3, 48, 48)
     expected = [whole(picture, generator(0, "augment", n)) for n in range(5)]
@@ -101,8 +101,8 @@ def test_crops_lie_inside_the_picture(size):
 
 def test_without_augmentation_a_whole_crop_is_the_evaluation_or_its_mirror():
     picture = drawn(4, (96, 96))
-    whole = evaluation_transform(32)(picture)
-    transform = training_transform(32, min_scale=1.0, augment="none")
+    whole = EvaluationTransform(32)(picture)
+    transform = TrainingTransform(32, min_scale=1.0, augment="none")
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(300):
@@ -112,11 +112,11 @@ def test_without_augmentation_a_whole_crop_is_the_evaluation_or_its_mirror():
 
 
 def test_a_smaller_decoding_never_starves_the_smallest_crop():
-    transform = training_transform(224, min_scale=0.2)
+    transform = TrainingTransform(224, min_scale=0.2)
     side = transform.pixels_needed
     # The narrowest crop: the smallest area at the widest aspect.
     assert np.sqrt(0.2 * side * side * 3 / 4) >= 224
-    assert evaluation_transform(224).pixels_needed is None
+    assert EvaluationTransform(224).pixels_needed is None
 
 
 def test_only_images_without_colors_are_tinted_and_always_the_same_way():
@@ -135,7 +135,7 @@ def test_only_images_without_colors_are_tinted_and_always_the_same_way():
 
 def test_jitter_is_a_function_of_its_generator_and_gives_the_size_asked_for():
     picture = drawn(4, (96, 64))
-    transform = training_transform(32, min_scale=0.6, augment="jitter", tint=True)
+    transform = TrainingTransform(32, min_scale=0.6, augment="jitter", tint=True)
     first, again, other = (transform(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, 32, 32)
     assert torch.equal(first, again) and not torch.equal(first, other)

@@ -10,7 +10,7 @@ from transformers import BertTokenizer
 from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.dual import BlipDual
 from infogrowth.data.captions import pre_caption
-from infogrowth.data.transforms import evaluation_transform
+from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.encoders.blip import Normalize
 from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.models import Captioner, DualEncoder
@@ -37,7 +37,7 @@ def expected(blip_models, pil_images, captions):
         [pre_caption(caption, 30) for caption in captions],
         padding=True, return_token_type_ids=False, return_tensors="pt",
     )  # fmt: skip
-    pixels = torch.stack([evaluation_transform(32)(image) for image in pil_images])
+    pixels = torch.stack([EvaluationTransform(32)(image) for image in pil_images])
     with torch.no_grad():
         seen = model.vision_model(pixel_values=pixels).last_hidden_state[:, 0]
         read = model.text_encoder(**tokens).last_hidden_state[:, 0]
@@ -67,7 +67,7 @@ def test_preprocessing_is_the_evaluation_transform(blip_folder, pil_images):
     preprocess = load_encoder(str(blip_folder)).preprocess
     for image in pil_images:
         ours = Normalize(CPU)(preprocess(image)[None])[0]
-        torch.testing.assert_close(ours, evaluation_transform(32)(image), atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours, EvaluationTransform(32)(image), atol=1e-6, rtol=0)
 
 
 def test_dropout_in_the_config_does_not_reach_the_features(blip_folder, captions):
@@ -116,7 +116,7 @@ def test_captions_are_those_of_transformers_own_beam_search(
     captioner = load_captioner(str(blip_captioning_folder), beams=3, max_tokens=12)
     assert isinstance(captioner, Captioner)
     _, model, vocabulary = blip_models
-    pixels = torch.stack([evaluation_transform(32)(image) for image in pil_images])
+    pixels = torch.stack([EvaluationTransform(32)(image) for image in pil_images])
     ids = model.generate(pixels, num_beams=3, do_sample=False, max_length=12)
     texts = BertTokenizer(vocab=str(vocabulary)).batch_decode(
         ids[:, 1:].clamp(max=len(vocabulary.read_text().split()) - 1), skip_special_tokens=True

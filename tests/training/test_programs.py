@@ -24,7 +24,7 @@ from infogrowth.cli import run_script
 from infogrowth.config import load_config
 from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation
-from infogrowth.data.transforms import evaluation_transform
+from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.recall import recall_table
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
@@ -210,9 +210,7 @@ def test_validation_is_logged_and_changes_nothing_of_the_training(
     assert [r["step"] for r in validations] == sorted({*range(4, last + 1, 4), 6, last})
     # Only the cosines count: no text was matched with an image.
     model, tokenizer, _ = load_blip(tmp_path / "validated" / "model", BlipDual)
-    images = RetrievalEvaluation(
-        world / "val.json", str(world / "images"), evaluation_transform(16)
-    )
+    images = RetrievalEvaluation(world / "val.json", str(world / "images"), EvaluationTransform(16))
     features = torch.stack([images[i]["image"] for i in range(18)])
     with torch.no_grad():
         cosine = model.encode_image(features)[1] @ (
