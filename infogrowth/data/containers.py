@@ -25,11 +25,11 @@ from infogrowth.data.captions import (
 )
 from infogrowth.data.names import NO_IMAGE, Entry, entries_of, extension_of, image_id
 from infogrowth.data.tables import (
-    Downloads,
     Note,
     Records,
     download_problem,
     image_column,
+    read_downloads,
     split_of,
     unreadable,
 )
@@ -74,29 +74,30 @@ class Files(Container):
         read: the content of a file by its number.
         is_json: of each file, 0 or 1.
         entries: which files are a sample.
-        downloads: what should be there.
+        downloads: the downloader's table of what should be there.
         records: by number of an image file what records say of it.
     """
 
     def __init__(
         self,
+        tree: Tree,
         name: str,
         kind: str,
         read: Callable[[int], bytes],
         is_json: bytes,
         entries: list[Entry],
-        downloads: Downloads,
+        downloads: str | None,
         records: Mapping[int, Sequence[Captioned | str]] = {},
     ) -> None:
         super().__init__(name, kind, repeats=True)
-        self.notes += downloads.notes
         self._read, self._is_json, self._records = read, is_json, records
-        missing = downloads.problems.keys() - {entry.id for entry in entries}
+        problems = read_downloads(tree, downloads, self.notes) if downloads else {}
+        missing = problems.keys() - {entry.id for entry in entries}
         entries = [*entries, *(Entry(key, -1, (), NO_IMAGE) for key in missing)]
         entries.sort(key=lambda entry: entry.id)
         self.ids = [entry.id for entry in entries]
         self._problems = {
-            number: downloads.problems.get(entry.id) or entry.problem
+            number: problems.get(entry.id) or entry.problem
             for number, entry in enumerate(entries)
             if entry.problem
         }
@@ -149,7 +150,7 @@ def open_folder(
     files: Sequence[str],
     records: Records,
     missing: Sequence[Note],
-    downloads: Downloads,
+    downloads: str | None,
 ) -> Files:
     """Image files with captions beside them or in records.
 
@@ -164,7 +165,7 @@ def open_folder(
     entries, ignored = entries_of([file[start:] for file in files], named=of_file)
     entries += [Entry(lost, -1, (), reason) for lost, reason in missing]
     read = partial(_read_file, tree, files)
-    folder = Files(name, kind, read, _are_json(files), entries, downloads, of_file)
+    folder = Files(tree, name, kind, read, _are_json(files), entries, downloads, of_file)
     folder.ignored = ignored
     return folder
 
@@ -177,7 +178,7 @@ def _are_json(names: Sequence[str]) -> bytes:
     return bytes(extension_of(name) == ".json" for name in names)
 
 
-def open_tar(tree: Tree, name: str, downloads: Downloads) -> Files:
+def open_tar(tree: Tree, name: str, downloads: str | None) -> Files:
     """Members of a tar, compressed or not; one that breaks off is read as far as it goes."""
     opened = tree.open if tree.is_plain(name) else tree.open_copy
     names: list[str] = []
@@ -202,7 +203,7 @@ def open_tar(tree: Tree, name: str, downloads: Downloads) -> Files:
         notes = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
     entries, ignored = entries_of(names, archive=True)
     read = partial(_read_member, opened, name, offsets, sizes)
-    tar = Files(name, "webdataset", read, _are_json(names), entries, downloads)
+    tar = Files(tree, name, "webdataset", read, _are_json(names), entries, downloads)
     tar.ignored, tar.notes = ignored + other, tar.notes + notes
     return tar
 

@@ -28,7 +28,6 @@ from infogrowth.data.tables import (
     SPLITS,
     Note,
     kind_of_table,
-    read_downloads,
     read_records,
     split_of,
 )
@@ -264,7 +263,7 @@ class _Part(NamedTuple):
 def _shards(tree: Tree, contents: _Contents) -> Iterator[_Part]:
     for name in contents.tars:
         stem = _TAR.sub("", name)
-        downloads = read_downloads(tree, contents.downloads.pop(stem, None))
+        downloads = contents.downloads.pop(stem, None)
         if not contents.is_unfinished(stem, 1):
             yield _Part(stem, split_of(stem), 1, partial(open_tar, tree, name, downloads))
     for name, splits in contents.tables.items():
@@ -294,7 +293,7 @@ def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
     for stem in contents.downloads:
         groups.setdefault((stem, split_of(stem)), ([], []))
     for (base, split), (names, missing) in groups.items():
-        downloads = read_downloads(tree, contents.downloads.get(base))
+        downloads = contents.downloads.get(base)
         shard = bool(base) and contents.is_shard(base)
         kind = "files" if shard else "folder"
         opened = partial(open_folder, tree, base, kind, names, records, missing, downloads)

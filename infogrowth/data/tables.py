@@ -88,32 +88,19 @@ def image_column(schema: pa.Schema) -> str | None:
     return min(names, key=lambda name: rank.get(name.lower(), len(rank)), default=None)
 
 
-@dataclass
-class Downloads:
-    """What img2dataset's table beside a shard says of its downloads.
-
-    Attributes:
-        problems: by key, why a download failed; None for one that the shard must hold.
-        notes: the table if it cannot be read.
-    """
-
-    problems: dict[str, str | None] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
-
-
-def read_downloads(tree: Tree, table: str | None) -> Downloads:
-    """The downloads of a table; none where there is no table."""
-    if table is None:
-        return Downloads()
+def read_downloads(tree: Tree, table: str, notes: list[Note]) -> dict[str, str | None]:
+    """What img2dataset's table beside a shard says of its downloads: by key, why one failed; None
+    for one that the shard must hold. A table that cannot be read is noted."""
     try:
         with tree.open(table) as file:
             rows = pq.read_table(file, columns=["key", "status"])
     except (OSError, pa.ArrowException) as error:
-        return Downloads(notes=[unreadable(table, error)])
+        notes.append(unreadable(table, error))
+        return {}
     keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
     problems = list(map(download_problem, rows["status"].to_pylist()))
     failed = {key: problem for key, problem in zip(keys, problems, strict=True) if problem}
-    return Downloads({**dict.fromkeys(keys), **failed})
+    return {**dict.fromkeys(keys), **failed}
 
 
 def download_problem(status: Any) -> str | None:

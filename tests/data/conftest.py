@@ -1,10 +1,10 @@
-"""Fixtures of the data tests; the pictures themselves are drawn in drawn_pictures.py."""
+"""Fixtures of the data tests; the images themselves are drawn in drawn_images.py."""
 
 import pytest
-from drawn_pictures import jpeg
+from drawn_images import jpeg
 
 
 @pytest.fixture(scope="session")
-def pictures() -> dict[str, bytes]:
+def jpegs() -> dict[str, bytes]:
     """Twelve JPEGs by key."""
     return {f"{number:09d}": jpeg(number) for number in range(12)}

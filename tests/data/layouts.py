@@ -1,4 +1,4 @@
-"""Writes the same pairs in every layout that people have: key → (picture, caption)."""
+"""Writes the same pairs in every layout that people have: key → (image, caption)."""
 
 import io
 import json

@@ -1,19 +1,19 @@
-"""The random augmentation against the paper's own pictures, to the bit."""
+"""The random augmentation against the paper's own images, to the bit."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_pictures import drawn
+from drawn_images import drawn
 from PIL import Image
 
 from infogrowth.data.transforms import OPERATIONS, WARPS, random_augment
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PICTURES = np.load(GOLDEN / "augment_ops.npz")
+GOLDEN_IMAGES = np.load(GOLDEN / "augment_ops.npz")
 NAMES = json.loads((GOLDEN / "augment_ops.json").read_text())
-IMAGE = Image.fromarray(PICTURES["image"])
+IMAGE = Image.fromarray(GOLDEN_IMAGES["image"])
 
 
 class LegacyDraws:
@@ -31,22 +31,22 @@ class LegacyDraws:
 
 @pytest.mark.parametrize("sign", [0, 1])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_gives_the_papers_picture_at_both_signs(name, sign):
+def test_every_operation_gives_the_papers_image_at_both_signs(name, sign):
     result = OPERATIONS[name](IMAGE, (1.0, -1.0)[sign])
-    assert np.array_equal(np.asarray(result), PICTURES[f"{name}_sign{sign}"])
+    assert np.array_equal(np.asarray(result), GOLDEN_IMAGES[f"{name}_sign{sign}"])
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_chains_of_two_operations_give_the_papers_pictures(seed):
+def test_chains_of_two_operations_give_the_papers_images(seed):
     result = random_augment(IMAGE, LegacyDraws(seed))
-    assert np.array_equal(np.asarray(result), PICTURES[f"chain_seed{seed}"])
+    assert np.array_equal(np.asarray(result), GOLDEN_IMAGES[f"chain_seed{seed}"])
     names = [list(OPERATIONS)[n] for n in LegacyDraws(seed).integers(10, 2)]
     assert names == NAMES[f"chain_seed{seed}"]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (224, 224), (225, 17)])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_keep_the_size_of_odd_pictures(name, size):
+def test_operations_keep_the_size_of_odd_images(name, size):
     result = OPERATIONS[name](drawn(1, (256, 256)).resize(size), -1.0)
     assert result.size == size and result.mode == "RGB"
 
@@ -65,7 +65,7 @@ def test_a_constant_channel_has_no_contrast_to_stretch():
 
 
 def test_every_operation_is_drawn_equally_often_and_happens_half_the_time():
-    """20,000 pictures: a share p of n draws lies within 5 standard deviations."""
+    """20,000 images: a share p of n draws lies within 5 standard deviations."""
     counts = dict.fromkeys(OPERATIONS, 0)
     calls = {
         name: (lambda image, sign, name=name: counts.__setitem__(name, counts[name] + 1) or image)

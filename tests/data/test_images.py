@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from drawn_pictures import drawn, encoded
+from drawn_images import drawn, encoded
 from PIL import Image, ImageFile, PngImagePlugin
 
 from infogrowth.data.images import FORMATS, BadImage, decode_image
@@ -62,7 +62,7 @@ def test_a_transparent_palette_color_is_white():
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [0, 0, 200]
 
 
-def test_a_color_declared_transparent_in_an_rgb_picture_is_white():
+def test_a_color_declared_transparent_in_an_rgb_image_is_white():
     picture = Image.new("RGB", (4, 4), (9, 8, 7))
     picture.paste((200, 10, 10), (0, 0, 2, 4))
     pixels = array(encoded(picture, "PNG", transparency=(200, 10, 10)))
@@ -75,7 +75,7 @@ def test_grey_with_alpha_is_laid_on_white():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
-def test_grey_and_palette_pictures_become_rgb(mode):
+def test_grey_and_palette_images_become_rgb(mode):
     picture = drawn(3).convert(mode)
     expected = np.asarray(picture.convert("RGB"))
     assert np.array_equal(array(encoded(picture, "PNG")), expected)
@@ -103,7 +103,7 @@ def test_an_animation_gives_its_first_frame():
     ("orientation", "turn"),
     [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 4), (7, 6), (8, 2)],
 )
-def test_pictures_are_turned_upright(orientation, turn):
+def test_images_are_turned_upright(orientation, turn):
     picture = drawn(5)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -111,7 +111,7 @@ def test_pictures_are_turned_upright(orientation, turn):
     assert np.array_equal(array(encoded(picture, "PNG", exif=exif)), np.asarray(upright))
 
 
-def test_damaged_exif_does_not_make_a_bad_picture():
+def test_damaged_exif_does_not_make_a_bad_image():
     data = encoded(drawn(5), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert array(data).shape == (48, 64, 3)
 
@@ -200,7 +200,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_pictures_are_refused_with_a_reason(data, reason):
+def test_bad_images_are_refused_with_a_reason(data, reason):
     with pytest.raises(BadImage) as caught:
         decode_image(data, max_pixels=100_000_000)
     assert caught.value.reason.startswith(reason)

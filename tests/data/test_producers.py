@@ -10,8 +10,8 @@ from infogrowth.data.sources import open_source, open_splits
 
 
 @pytest.fixture(scope="module")
-def pairs(pictures):
-    return {key: (data, f"picture number {int(key)}") for key, data in pictures.items()}
+def pairs(jpegs):
+    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
 
 
 def found(source):

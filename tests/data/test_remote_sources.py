@@ -53,8 +53,8 @@ def upload(server, monkeypatch, request):
 
 
 @pytest.fixture
-def pairs(pictures):
-    return {key: (data, f"picture number {int(key)}") for key, data in pictures.items()}
+def pairs(jpegs):
+    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
 
 
 @pytest.mark.parametrize("layout", ["files", "webdataset", "parquet", "imagefolder below train"])

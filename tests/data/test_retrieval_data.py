@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from drawn_pictures import drawn, encoded
+from drawn_images import drawn, encoded
 
 from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
@@ -164,29 +164,29 @@ def test_an_image_that_cannot_be_evaluated_is_named(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(encoded(drawn(0))[:300])
     file = write(tmp_path / "f.json", [{"image": n, "caption": "x"} for n in ("bad.jpg", "gone")])
     dataset = RetrievalEvaluation(file, tmp_path, TRANSFORM)
-    with pytest.raises(UserError, match=r"'bad\.jpg' cannot be evaluated: the image is truncated"):
+    with pytest.raises(UserError, match=r"bad\.jpg.*truncated"):
         dataset[0]
-    with pytest.raises(UserError, match="'gone' is not in the folder"):
+    with pytest.raises(UserError, match="gone"):
         dataset[1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text", "neither a list of images with captions"),
-        ({"a": 1}, "neither a list of images with captions"),
-        ([], "holds no image with a caption"),
-        ([{"image": "x", "caption": ["", " "]}], "holds no image with a caption"),
+        ("text", "neither"),
+        ({"a": 1}, "neither"),
+        ([], "no image"),
+        ([{"image": "x", "caption": ["", " "]}], "no image"),
         ([1], "it names no image"),
         ([{"caption": "x"}], "it names no image"),
-        ([{"image": "x"}], "'x': the caption is missing"),
-        ([{"image": "x", "caption": [1]}], "'x': the caption is not text"),
-        ({"images": [{"split": "val"}]}, "holds no image with a caption"),
-        ({"images": [1]}, "holds no image with a caption"),
-        ({"images": [{"id": 1}], "annotations": [{"id": 0}]}, "holds no image with a caption"),
+        ([{"image": "x"}], "x.*missing"),
+        ([{"image": "x", "caption": [1]}], "x.*not text"),
+        ({"images": [{"split": "val"}]}, "no image"),
+        ({"images": [1]}, "no image"),
+        ({"images": [{"id": 1}], "annotations": [{"id": 0}]}, "no image"),
         (
             {"images": [], "annotations": [{"id": 0, "image_id": 7, "caption": "x"}]},
-            "image 7, which is not listed",
+            "image 7",
         ),
     ],
 )
@@ -220,9 +220,9 @@ def test_images_of_a_folder_are_found_whatever_their_capitals_and_unicode(tmp_pa
 
 
 def test_karpathys_file_needs_a_split_to_evaluate(tmp_path, images, karpathy):
-    with pytest.raises(UserError, match=r"holds the splits restval, test, train, val: write"):
+    with pytest.raises(UserError, match="restval, test, train, val"):
         RetrievalEvaluation(karpathy, images, TRANSFORM)
     with pytest.raises(UserError, match="does not exist"):
         RetrievalEvaluation(tmp_path / "gone.json:test", images, TRANSFORM)
-    with pytest.raises(UserError, match="must be train, val or test"):
+    with pytest.raises(UserError, match="dev"):
         RetrievalEvaluation(karpathy, images, TRANSFORM, split="dev")

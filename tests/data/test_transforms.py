@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from drawn_pictures import drawn
+from drawn_images import drawn
 from PIL import Image
 from torchvision import transforms as reference
 from torchvision.transforms import InterpolationMode
@@ -92,7 +92,7 @@ def test_crops_are_distributed_as_torchvisions(width, height):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (7, 3), (640, 480)])
-def test_crops_lie_inside_the_picture(size):
+def test_crops_lie_inside_the_image(size):
     random = np.random.default_rng(2)
     for _ in range(300):
         left, top, right, bottom = random_crop(*size, 0.2, random)

@@ -1,4 +1,4 @@
-"""Small pictures, drawn with Pillow: no two numbers give the same."""
+"""Small images, drawn with Pillow: no two numbers give the same."""
 
 import io
 
@@ -9,7 +9,7 @@ COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral
 
 
 def drawn(number: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A picture that no other number gives."""
+    """An image that no other number gives."""
     random = np.random.default_rng(number)
     image = Image.new("RGB", size, tuple(random.integers(180, 255, 3).tolist()))
     draw = ImageDraw.Draw(image)
