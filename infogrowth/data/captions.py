@@ -96,14 +96,14 @@ def caption_of(value: Any) -> Captioned:
     repairs: tuple[str, ...] = ()
     for text in value if isinstance(value, list | tuple) else [value]:
         if isinstance(text, bytes):
-            text, told = decode_text(text)
+            text, more = decode_text(text)
         elif isinstance(text, str):
-            text, told = repaired(text)
-        elif text is None or text != text:  # NaN is how a table says that there is none
+            text, more = repaired(text)
+        elif text is None or text != text:  # NaN stands for a missing value in a table
             continue
         else:
             raise Unusable(f"the caption is not text but {type(text).__name__}")
-        repairs += told
+        repairs += more
         if text.strip():
             texts.append(text.strip())
     if not texts:
@@ -160,7 +160,7 @@ def first_caption(value: Any) -> str | None:
 
 
 def pre_caption(caption: str, max_words: int = 50) -> str:
-    """A caption in lower case, without ``. ! " ( ) * # : ; ~``, cut to ``max_words`` words.
+    """A caption in lower case, without ``. ! " ( ) * # : ; ~`` and of at most ``max_words`` words.
 
     The marks become spaces, runs of whitespace one space; a single tab or newline between words
     stays, as do commas, dashes and apostrophes (BLIP's own rule: golden/schedules_pre_caption).

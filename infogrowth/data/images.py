@@ -81,38 +81,33 @@ def decode_image(
     except BadImage as error:
         if not bytes(data[:4]).startswith((b"\x89PNG", b"\xff\xd8")):
             raise
-        try:  # perhaps only what is told about the image is damaged, or too large for Pillow
+        try:  # perhaps only the metadata is damaged, or too large for Pillow
             return _decoded(_without_metadata(bytes(data)), max_pixels, at_least)
         except (BadImage, IndexError):
             raise error from None
 
 
 def _decoded(data: bytes | memoryview, max_pixels: int, at_least: int | None) -> Image.Image:
-    image = _opened(data)
-    if image.width * image.height > max_pixels:
-        raise BadImage(f"the image has more than {max_pixels} pixels")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"the image has more than {max_pixels} pixels")
         if at_least is not None and image.format == "JPEG":
-            _draft(image, at_least)
+            scale = min(image.width, image.height) // at_least
+            if scale >= 2:  # several times quicker for a large photograph
+                image.draft(None, (image.width // scale, image.height // scale))
         image.load()  # before anything is asked for: asking a PNG for its EXIF may hide an error
         turn = _TURNS.get(_orientation(image))
         return _rgb(image if turn is None else image.transpose(turn))
     except BadImage:
         raise
-    except Exception as error:  # a decoder may say anything to hostile bytes
-        raise BadImage(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
-
-
-def _opened(data: bytes | memoryview) -> Image.Image:
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
         raise BadImage(_unidentified(bytes(data[:512]), formats)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("the image has too many pixels for Pillow") from error
-    except Exception as error:
+    except Exception as error:  # a decoder may say anything to hostile bytes
         raise BadImage(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
 
 
@@ -129,7 +124,7 @@ def _unidentified(start: bytes, formats: list[str]) -> str:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG without the parts that only tell about the image.
+    """A PNG or JPEG without its metadata.
 
     In a PNG the chunks of pixels, palette, transparency and EXIF stay, in a JPEG all but comments
     and the segments of applications (except Adobe's, which says how colors are stored).
@@ -153,13 +148,6 @@ def _without_metadata(data: bytes) -> bytes:
             kept.append(data[position : position + size])
         position += size
     return data[:2] + b"".join(kept) + data[position:]
-
-
-def _draft(image: Image.Image, at_least: int) -> None:
-    """Let libjpeg decode fewer pixels, which is several times quicker for a large photograph."""
-    scale = min(image.width, image.height) // at_least
-    if scale >= 2:
-        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -187,16 +175,10 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "F":
         raise BadImage("the image has floating-point pixels")
-    if image.mode.startswith("I"):
-        return _eight_bits(image).convert("RGB")
+    if image.mode.startswith("I"):  # grey of 16 bits, whose upper 8 are kept: convert would clip
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits a pixel, of which the upper 8 are kept (Pillow's convert would clip)."""
-    wide = image.convert("I")
-    return wide.point(lambda value: value * (1 / 256)).convert("L")

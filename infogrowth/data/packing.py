@@ -1,6 +1,6 @@
 """Packing a source into an LMDB and an annotation JSON: verified, resumable, every loss recorded.
 
-There is no journal: the samples are gone through in the same order every time, and one whose very
+No log is kept: the samples are gone through in the same order every time, and one whose very
 bytes are in the LMDB has been verified by an earlier run. So a killed run that is started again
 ends with the same files as one that was never killed.
 """

@@ -248,7 +248,7 @@ def _official_entries(
         coco.createIndex()
     for image_id, image in coco.imgs.items():
         name, address = image.get("file_name"), str(image.get("coco_url")).split("/")
-        # The address tells the folder, as in ".../val2017/000000397133.jpg".
+        # The address names the folder, as in ".../val2017/000000397133.jpg".
         folder = f"{address[-2]}/" if len(address) > 2 and address[-1] == name else ""
         captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
         yield name and f"{folder}{name}", captions, image_id

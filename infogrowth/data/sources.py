@@ -131,7 +131,7 @@ def _reason(error: Unusable | OSError) -> str:
 
 
 def _make_unique(containers: Sequence[Container]) -> None:
-    """Let ids tell apart images of one name: the first keeps it, others get their container's."""
+    """Make ids of images of one name differ: the first keeps it, others get their container's."""
     taken: set[str] = set()
     for part in containers:
         stem = _TAR.sub("", part.name) if part.kind == "webdataset" else sample_id(part.name)
@@ -165,7 +165,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     """The sources of ``train``, ``val`` and ``test``, as far as a folder holds them.
 
-    Folders and files tell their split by the words in their names, records by a field ``split``.
+    A split is named by words in the names of folders and files, and by a field ``split`` of records.
     What names none is for training, unless something else is. A folder in which all files, but no
     folders, name one and the same split is taken as a training set: it is all that there is.
 
