@@ -62,6 +62,7 @@ def check_outputs(paths: Sequence[str], folders: bool = False) -> None:
     """
     if not paths:
         raise UserError("output is empty: give --output at least one file")
+    seen: set[str] = set()
     for path in paths:
         is_folder = folders and is_folder_output(path)
         if Path(path).suffix not in _FILES and not is_folder:
@@ -69,9 +70,9 @@ def check_outputs(paths: Sequence[str], folders: bool = False) -> None:
             raise UserError(f"--output {path} must end in one of {', '.join(_FILES)}{or_folder}")
         if Path(path).is_dir() and not is_folder:
             raise UserError(f"--output {path} is a folder; give a file")
-    for path, times in Counter(map(os.path.realpath, paths)).items():
-        if times > 1:
+        if (real_path := os.path.realpath(path)) in seen:
             raise UserError(f"--output {path} is given twice")
+        seen.add(real_path)
 
 
 def write_export(

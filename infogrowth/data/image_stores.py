@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import lmdb
-
 from infogrowth.data.names import (
     IMAGE_EXTENSIONS,
     extension_of,
@@ -178,6 +176,8 @@ class LmdbWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], map_size: int = _FIRST_MAP_SIZE) -> None:
+        import lmdb  # not at the top: whoever reads folders of images need not have it
+
         self.path = Path(path)
         with _refusing(self.path, "write"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -218,6 +218,8 @@ class LmdbWriter:
 
     def commit(self) -> None:
         """Write what is pending in one transaction; it is on disk when this returns."""
+        import lmdb
+
         with _refusing(self.path, "write"):
             while self._pending:
                 try:
@@ -266,6 +268,8 @@ def _environment(path: str) -> Any:
     """The environment at a real path, open for reading until the process ends or writes to it."""
     opened = _environments.get(path)
     if opened is None:
+        import lmdb
+
         with _opening, _refusing(path, "read"):
             opened = _environments.get(path) or lmdb.open(
                 path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False
@@ -309,5 +313,7 @@ def _encoded(name: str) -> bytes:
 
 
 def _refusing(path: str | Path, action: str) -> AbstractContextManager[None]:
+    import lmdb
+
     fault = "cannot be read" if action == "read" else "cannot be written"
     return refusing(path, "the LMDB", lmdb.Error, fault=fault, action=action)

@@ -165,7 +165,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     """The sources of ``train``, ``val`` and ``test``, as far as a folder holds them.
 
-    A split is named by words in the names of folders and files, and by a field ``split`` of records.
+    A split is named by words in the names of folders and files, and by a field ``split``.
     What names none is for training, unless something else is. A folder in which all files, but no
     folders, name one and the same split is taken as a training set: it is all that there is.
 
