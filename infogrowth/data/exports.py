@@ -118,8 +118,7 @@ def as_column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        texts = (v if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values)
-        return pa.array(list(texts))
+        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values])
 
 
 def uid_repeats(normalized_gains: np.ndarray, max_repeats: int) -> np.ndarray:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.data.captions import text_of, unicode_values
-from infogrowth.data.exports import as_column
 from infogrowth.errors import UserError, refusing
 from infogrowth.remote import AnyPath, RemotePath, open_file, opened
 
@@ -170,8 +169,15 @@ def read_arrays(
     lists = {part: list(map(text_of, values)) for part, values in lists.items()}
     lists |= {n: unicode_values(_as_list(path, n, content[n])) for n in extra if n in content}
     rows = same_rows({f"{path}:{name}": len(values) for name, values in lists.items()})
-    table = pa.table(list(map(as_column, lists.values())), list(lists))
+    table = pa.table([_column_of(values) for values in lists.values()], list(lists))
     return arrays, Part(f"{path}:ids", (rows,), lambda: table)
+
+
+def _column_of(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):  # of several types: as text
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def _read_npz(path: AnyPath) -> dict[str, Any]:
