@@ -31,7 +31,8 @@ from infogrowth.blip.tokenizer import save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch
-from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
+from infogrowth.data.pairs import PairDataset
+from infogrowth.data.retrieval import RetrievalEvaluation, training_pairs
 from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.recall import save_tables
@@ -175,7 +176,7 @@ def losses(
 ) -> dict[str, torch.Tensor]:
     """The losses of a batch by name; their sum is minimised."""
     return model(
-        batch["image"], batch["ids"], batch["mask"], batch["image_id"], alpha, generator=negatives
+        batch["image"], batch["ids"], batch["mask"], batch["class"], alpha, generator=negatives
     )
 
 
@@ -210,12 +211,14 @@ def build_loader(
     """The training pairs of this rank, each once per epoch in random order."""
     if not config.train_annotations:
         raise UserError("fine-tuning needs train_annotations; or give --evaluate")
-    dataset = RetrievalTrain(
-        config.train_annotations,
+    pairs, images = training_pairs(config.train_annotations)
+    dataset = PairDataset(
+        pairs,
         config.images,
         TrainingTransform(model.config.image_size, min_scale=config.min_crop, normalize=False),
         max_words=config.max_words,
         seed=config.seed,
+        classes=images,
     )
     sampler = GainSampler(
         np.ones(len(dataset)),

@@ -24,7 +24,7 @@ _MAX_REPLACEMENTS = 20
 
 
 class PairDataset(Dataset):
-    """Image–caption pairs for pretraining.
+    """Image–caption pairs to train on.
 
     Ask for an item by its row, or by ``(row, epoch, position)`` with the position in the epoch's
     global sequence. The choice among several captions and the augmentation are a function of
@@ -43,7 +43,7 @@ class PairDataset(Dataset):
         prompt: put before every caption.
         captions_per_visit: captions of an item, different ones as far as there are that many;
             above 1 ``caption`` is a list.
-        classes: the class of each row; then items have ``class`` too.
+        classes: the class of each row, in retrieval its image; then items have ``class`` too.
 
     Items are ``{"image": tensor, "caption": str, "index": int, "replaced": 0 or 1}``: what the
     transform gives, ``(3, S, S)``; ``index`` is the row that is really shown.
@@ -84,12 +84,8 @@ class PairDataset(Dataset):
             "image": self._transform(image, random),
             "index": shown,
             "replaced": int(shown != row),
-            **self._extra(shown),
+            **({} if self._classes is None else {"class": int(self._classes[shown])}),
         }
-
-    def _extra(self, row: int) -> dict[str, Any]:
-        """What a kind of pairs has beside the rest."""
-        return {} if self._classes is None else {"class": int(self._classes[row])}
 
     def _captions(
         self, caption: str | Sequence[str], random: np.random.Generator

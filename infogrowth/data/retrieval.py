@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from infogrowth.annotations import as_id
+from infogrowth.annotations import Annotation, as_id
 from infogrowth.data.captions import Unusable, caption_of, pre_caption
 from infogrowth.data.image_stores import ImageStore, open_images
 from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.pairs import PairDataset, Transform
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
@@ -32,44 +31,25 @@ PathLike = str | os.PathLike[str]
 _SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
-class RetrievalTrain(PairDataset):
-    """Image–caption pairs with the image's number: one row per caption, file after file.
+def training_pairs(paths: PathLike | Sequence[PathLike]) -> tuple[list[Annotation], list[int]]:
+    """The pairs of caption files, one per caption, file after file; and the number of each one's
+    image, from 0 on, the same for all captions of an image (also across files).
 
-    Items and the way to ask for them are those of :class:`PairDataset`, and ``image_id``, an int
-    from 0 on, the same for all captions of an image (also across files).
-
-    Args:
-        annotations: caption files in any form of the above. Of Karpathy's own file the
-            training split is taken, unless the path names another.
-        images: LMDB or folder of the images, as a path or opened.
-        transform, max_words, seed, prompt: as for PairDataset.
+    Of Karpathy's own file the training split is taken, unless the path names another.
 
     Raises:
-        UserError: a file that cannot be read as captions, or no images at ``images``.
+        UserError: a file that cannot be read as captions.
     """
-
-    def __init__(
-        self,
-        annotations: PathLike | Sequence[PathLike],
-        images: Any,
-        transform: Transform,
-        max_words: int = 30,
-        seed: int = 0,
-        prompt: str = "",
-    ) -> None:
-        paths = [annotations] if isinstance(annotations, str | os.PathLike) else annotations
-        numbers: dict[str, int] = {}
-        rows: list[dict[str, Any]] = []
-        self._image_ids: list[int] = []
-        for path in paths:
-            for entry in read_captioned_images(path, split="train"):
-                number = numbers.setdefault(entry.image_id, len(numbers))
-                rows.extend({"image": entry.image, "caption": text} for text in entry.captions)
-                self._image_ids.extend([number] * len(entry.captions))
-        super().__init__(rows, images, transform, max_words, seed, prompt)
-
-    def _extra(self, row: int) -> dict[str, Any]:
-        return {"image_id": self._image_ids[row]}
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    numbers: dict[str, int] = {}
+    pairs: list[Annotation] = []
+    images: list[int] = []
+    for path in paths:
+        for entry in read_captioned_images(path, split="train"):
+            number = numbers.setdefault(entry.image_id, len(numbers))
+            pairs.extend({"image": entry.image, "caption": text} for text in entry.captions)
+            images.extend([number] * len(entry.captions))
+    return pairs, images
 
 
 class RetrievalEvaluation(Dataset):
@@ -92,7 +72,7 @@ class RetrievalEvaluation(Dataset):
         split: of Karpathy's own file, where the path names none.
 
     Raises:
-        UserError: as for RetrievalTrain.
+        UserError: a file that cannot be read as captions, or no images at ``images``.
     """
 
     def __init__(

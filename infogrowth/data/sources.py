@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -275,22 +275,19 @@ def _shards(tree: Tree, contents: _Contents) -> Iterator[_Part]:
 
 def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
     """Files by split, and by the folder from which their ids are paths."""
-    records = contents.records
+    records, base_of = contents.records, cache(contents.base)
     groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
-    bases: dict[str, str] = {}
     for name in contents.files:
         folder = posixpath.dirname(name)
-        if folder not in bases:
-            bases[folder] = contents.base(folder)
         split = records.splits.get(sample_id(name)) if records.splits else None
-        group = bases[folder], split_of(folder, split)
+        group = base_of(folder), split_of(folder, split)
         groups.setdefault(group, ([], []))[0].append(name)
     for folder, name, split, reason in records.missing:
-        base = contents.base(folder)
+        base = base_of(folder)
         below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
         group = base, split_of(folder, split)
         groups.setdefault(group, ([], []))[1].append((strip_extension(below), reason))
-    for stem in contents.downloads:
+    for stem in contents.downloads:  # those of tars are gone from there
         groups.setdefault((stem, split_of(stem)), ([], []))
     for (base, split), (names, missing) in groups.items():
         downloads = contents.downloads.get(base)

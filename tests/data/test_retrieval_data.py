@@ -8,7 +8,8 @@ import torch
 from drawn_images import drawn, encoded
 
 from infogrowth.data.image_stores import LmdbWriter
-from infogrowth.data.retrieval import RetrievalEvaluation, RetrievalTrain
+from infogrowth.data.pairs import PairDataset
+from infogrowth.data.retrieval import RetrievalEvaluation, training_pairs
 from infogrowth.data.transforms import MEAN, STD, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 
@@ -90,19 +91,20 @@ def official(tmp_path):
 
 
 def test_training_rows_are_pairs_with_the_number_of_their_image(images, blip_train):
-    dataset = RetrievalTrain([blip_train], images, TrainingTransform(16), seed=1)
-    found = [(dataset[n]["caption"], dataset[n]["image_id"]) for n in range(len(dataset))]
+    pairs, numbers = training_pairs([blip_train])
+    dataset = PairDataset(pairs, images, TrainingTransform(16), seed=1, classes=numbers)
+    found = [(dataset[n]["caption"], dataset[n]["class"]) for n in range(len(dataset))]
     assert found == [("a dog", 0), ("a big dog", 0), ("a cat", 1)]
     assert dataset[(0, 3, 7)]["image"].shape == (3, 16, 16)
     assert not torch.equal(dataset[(0, 3, 7)]["image"], dataset[(0, 3, 8)]["image"])
 
 
 def test_restval_is_for_training_and_files_can_be_joined(images, karpathy, blip_train):
-    dataset = RetrievalTrain([karpathy, blip_train], images, TRANSFORM)
+    pairs, ids = training_pairs([karpathy, blip_train])
+    dataset = PairDataset(pairs, images, TRANSFORM)
     texts = [dataset[n]["caption"] for n in range(len(dataset))]
     assert len(texts) == 5 + 6 + 10 + 3
     assert texts[:2] == ["text 0, 0", "text 0, 1"] and "text 1, 5" in texts
-    ids = [dataset[n]["image_id"] for n in range(len(dataset))]
     assert ids == [0] * 5 + [1] * 6 + [2] * 10 + [3, 3, 4]
 
 
