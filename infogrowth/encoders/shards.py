@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infogrowth import distributed
-from infogrowth.data.feature_writer import FeatureWriter
+from infogrowth.data.feature_files import FeatureWriter
 from infogrowth.errors import UserError
 from infogrowth.files import TEMPORARY_MARK, atomic_write_json, read_json
 

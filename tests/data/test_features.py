@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infogrowth.data.feature_writer import FeatureWriter
+from infogrowth.data.feature_files import FeatureWriter
 from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 
