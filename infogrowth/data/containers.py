@@ -1,6 +1,7 @@
 """What holds samples: folders, tars, and tables with the images inside, each read in any order."""
 
 import json
+import os
 import posixpath
 import tarfile
 import threading
@@ -294,7 +295,7 @@ class Table(Container):
 _reading = threading.Lock()  # so that threads which want one row group read it once
 
 
-@lru_cache(maxsize=16)  # groups in memory; img2dataset's are of 100 rows
+@lru_cache(maxsize=8)  # groups in memory; img2dataset's are of 100 rows
 def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     return _parquet(tree, name).read_row_group(group, list(columns), use_threads=False)
 
@@ -302,6 +303,9 @@ def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> p
 @lru_cache(maxsize=16)
 def _parquet(tree: Tree, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(tree.open(name))
+
+
+os.register_at_fork(after_in_child=_parquet.cache_clear)  # a child would move the parent's files
 
 
 def _paths(file: pq.ParquetFile, image: str) -> list[str | None] | None:
