@@ -194,7 +194,7 @@ def test_the_database_reads_no_other_file(tmp_path):
         (["--where", "gain > 0", "--scores", "missing.parquet"], "does not exist"),
         (["--where", "gain > 0", "--scores", "strangers.parquet"], "no id of"),
         (["--where", "gain > 0", "--scores", "nameless.parquet"], "no column of ids"),
-        (["--where", "gain > 0", "--scores", "in.json"], "readable parquet"),
+        (["--where", "gain > 0", "--scores", "in.json"], "cannot be read"),
         (["--scores", "strangers.parquet", "--top", "1"], "--where"),
         (["--where", "gain > 0", "--among", "dropped"], "--growth"),
         (["--where", "gain > 0", "--growth", "folder"], "either --annotations"),
