@@ -186,7 +186,7 @@ def _pending(config: Config) -> "PendingRecaptions | None":
         open_pairs,
         pending_in_features,
         pending_in_growth,
-        thresholds_of_seeds,
+        stream_alignments,
     )
 
     if config.growth is not None:
@@ -200,8 +200,9 @@ def _pending(config: Config) -> "PendingRecaptions | None":
     ids = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if not thresholds.resolved:
         seeds = _seeds(config)
-        assert seeds is not None
-        thresholds = thresholds_of_seeds(thresholds, seeds, features, ids)
+        assert seeds is not None and seeds.text is not None
+        stream = stream_alignments(features, ids) if thresholds.purity else None
+        thresholds = thresholds.resolve(seeds.image, seeds.text, stream)  # the rules of growth
     return pending_in_features(features, thresholds.min_align, ids)
 
 

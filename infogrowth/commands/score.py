@@ -28,8 +28,6 @@ from infogrowth.neighbors.rows import row_products, unit_rows
 if TYPE_CHECKING:
     import torch
 
-    from infogrowth.encoders.blip import BlipMatcher
-
 HELP = "score pairs by cosine, normalised cosine (negCLIP) and BLIP's matching head (ITM)"
 log = logging.getLogger(__name__)
 
@@ -81,22 +79,20 @@ def run(config: Config) -> int:
     recaptions = open_features(config.recaptions, ("text",)) if config.recaptions else None
     with distributed.process_group(config.device) as device:
         scores: dict[str, Score] = {}
-        identity: dict[str, Any] = {"negclip": None, "itm": None}
+        models: dict[str, str | None] = {"negclip": None, "itm": None}
         for name in config.by:
-            if name == "cosine":
-                scores[name] = _of_features(row_products)
+            if name == "itm":
+                scores[name], models[name] = _itm(config, features, device)
             elif name == "negclip":
                 negclip = _negclip(config, features)
-                scores[name], identity[name] = _of_features(negclip), negclip.digest()
+                scores[name], models[name] = _of_features(negclip), negclip.digest()
             else:
-                matcher, images = _matcher(config, features, device)
-                scores[name] = _of_images(config, matcher, images)
-                identity[name] = matcher.fingerprint
+                scores[name] = _of_features(row_products)
         identity = {
             "features": features.fingerprint(features.rows),
             "rows": features.rows,
             "scores": list(config.by),
-            **identity,
+            **models,
             "recaptions": recaptions and recaptions.fingerprint(recaptions.rows),
         }
         folder = Path(config.output)
@@ -135,11 +131,13 @@ def _negclip(config: Config, features: FeatureStream) -> NegClip:
     return draw_reference(features, config.temperature, config.reference_rows)
 
 
-def _matcher(
-    config: Config, features: FeatureStream, device: "torch.device"
-) -> "tuple[BlipMatcher, str]":
-    """BLIP's matching head, and where the images of the features are."""
+def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tuple[Score, str]:
+    """BLIP's probability that a caption belongs to its image, and that BLIP's fingerprint."""
+    import torch
+
     from infogrowth import distributed
+    from infogrowth.encoders import dataset
+    from infogrowth.encoders.embedding import Timing, computed, threads_for, workers_for
     from infogrowth.encoders.loading import load_matcher
 
     name = config.matcher or (features.encoder or {}).get("name")
@@ -149,16 +147,8 @@ def _matcher(
     if images is None:
         raise UserError(f"{config.features} does not record where its images are: give --images")
     with distributed.main_first():  # rank 0 downloads, the others find the files
-        return load_matcher(str(name), device, config.vocabulary), str(images)
-
-
-def _of_images(config: Config, matcher: "BlipMatcher", images: str) -> Score:
-    """The matcher's probability that a caption belongs to its image."""
-
-    import torch
-
-    from infogrowth.encoders import dataset
-    from infogrowth.encoders.embedding import Timing, computed, threads_for, workers_for
+        matcher = load_matcher(str(name), device, config.vocabulary)
+    workers = workers_for(device) if config.workers == "auto" else config.workers
 
     def match(batch: dataset.DecodedBatch) -> np.ndarray:
         if batch.tokens is None or not isinstance(batch.images, torch.Tensor):
@@ -168,18 +158,17 @@ def _of_images(config: Config, matcher: "BlipMatcher", images: str) -> Score:
     def scored(
         ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
     ) -> np.ndarray:
-        table = dataset.PairTable(ids, {}, dataset.pairs_by_id(images, ids, captions))
+        table = dataset.PairTable(ids, {}, dataset.pairs_by_id(str(images), ids, captions))
         batches = dataset.decoded_batches(
-            table, matcher.preprocess, matcher.tokenize, [(0, range(len(ids)))], config.batch_size,
-            workers_for(matcher.device) if config.workers == "auto" else config.workers,
-            pinned=matcher.device.type == "cuda",
+            table, matcher.preprocess, matcher.tokenize, [(0, range(len(ids)))],
+            config.batch_size, workers, pinned=device.type == "cuda",
         )  # fmt: skip
         values = np.full(len(ids), np.nan)
-        for batch, found in computed(batches, match, threads_for(matcher.device), Timing()):
+        for batch, found in computed(batches, match, threads_for(device), Timing()):
             values[batch.rows] = found
         return values
 
-    return scored
+    return scored, matcher.fingerprint
 
 
 def _prepare(folder: Path, identity: dict[str, Any]) -> None:

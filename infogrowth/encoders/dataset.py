@@ -76,21 +76,19 @@ class StoredPairs:
 
 @dataclass(frozen=True)
 class SourcePairs:
-    """Rows of a download: all of them as they lie there, or those of some ids.
+    """Rows of a download.
 
     Attributes:
-        numbers: the source's number of each row, None where it has no such sample; without it
-            rows are the source's own.
+        numbers: the source's number of each row, None where it has no such sample.
         captions: instead of the source's own.
     """
 
     source: Source
-    numbers: Sequence[int | None] | None = None
+    numbers: Sequence[int | None]
     captions: Sequence[str] | None = None
 
     def read(self, row: int) -> tuple[str, bytes]:
-        number = row if self.numbers is None else self.numbers[row]
-        if number is None:
+        if (number := self.numbers[row]) is None:
             raise BadImage(NO_IMAGE)
         sample = self.source.read(number)
         caption = first_caption(sample.caption) if self.captions is None else self.captions[row]
@@ -136,7 +134,7 @@ def pairs_of_source(path: str) -> PairTable:
         "containers": {name: version for name, version in versions.items() if name in shards},
         "samples": list_digest([*ids, *(f"{name} {size}" for name, size in versions.items())]),
     }
-    return PairTable(ids, problems, SourcePairs(source), origin)
+    return PairTable(ids, problems, SourcePairs(source, range(len(source))), origin)
 
 
 def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> PairReader:

@@ -14,7 +14,6 @@ from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import Reason, validate
 from infogrowth.growth.ledger import PENDING_REASONS, read_growth
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.growth.thresholds import Thresholds
 from infogrowth.neighbors.rows import row_products
 
 if TYPE_CHECKING:
@@ -146,23 +145,6 @@ def seeds_of_growth(directory: str) -> Seeds | None:
         return None
     image = growth.first_kept_features("image", len(ids))
     return Seeds(ids, image, None, np.array(alignment), growth.settings.get("images"))
-
-
-def thresholds_of_seeds(
-    requested: Thresholds, seeds: Seeds, features: FeatureStream, seed_ids: Collection[str] = ()
-) -> Thresholds:
-    """What ``auto`` means with these seeds and features; the very rules of growth.
-
-    Args:
-        features: the stream.
-        seed_ids: its samples that are seeds.
-
-    Raises:
-        UserError: too few seeds.
-    """
-    stream = stream_alignments(features, seed_ids) if requested.purity else None
-    assert seeds.text is not None
-    return requested.resolve(seeds.image, seeds.text, stream)
 
 
 def stream_alignments(
