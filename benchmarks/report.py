@@ -66,7 +66,7 @@ def make_growth(root: Path, samples: int, dimension: int) -> None:
     neighbors = [[ids[near] for near in line] for line in before.tolist()]
     distances = np.sort(random.random((samples, 4)) * gain[:, None], axis=1).tolist()
     captions = [f"a picture of something, number {number}, in a dozen words" for number in rows]
-    columns = {
+    columns = dict.fromkeys(SCHEMA.names, pa.nulls(samples)) | {
         "row": rows,
         "source": np.zeros(samples),
         "source_row": rows,

@@ -33,7 +33,7 @@ def option(
     Args:
         default: the value when neither file nor flag gives one; without it the key is required.
         help: one line for ``--help``.
-        min: the least that a number may be.
+        min: the smallest that a number may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
     """
     metadata = {"help": help, "min": min, "short": short}
@@ -80,9 +80,9 @@ def build_config(
     hints = typing.get_type_hints(cls)
     values = {key: _coerce(value, hints[key], where) for key, (value, where) in given.items()}
     for key, value in values.items():
-        least = fields[key].metadata.get("min")
-        if least is not None and isinstance(value, int | float) and not value >= least:
-            raise UserError(f"{given[key][1]} must be at least {least}, not {value}")
+        smallest = fields[key].metadata.get("min")
+        if smallest is not None and isinstance(value, int | float) and not value >= smallest:
+            raise UserError(f"{given[key][1]} must be at least {smallest}, not {value}")
     for name, field in fields.items():
         if name not in values and _is_required(field):
             how = f"--{_flag(name)}"

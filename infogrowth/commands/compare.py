@@ -19,7 +19,7 @@ class Config:
 
     a: str = option(help="a result JSON or a growth folder")
     b: str = option(help="the other one")
-    limit: int = option(10, "how many ids to list of what only one kept")
+    limit: int = option(10, "how many ids to list of what only one kept", min=0)
     output: str | None = option(None, "also write a page with images: FILE.html", short="-o")
     lmdb: str | None = option(None, "LMDB of the images for the page")
     json: bool = option(False, "print JSON instead of text")
@@ -30,8 +30,6 @@ def run(config: Config) -> int:
     from infogrowth.report.compare import as_text, compare, page
     from infogrowth.report.dataset import open_dataset
 
-    if config.limit < 0:
-        raise UserError("--limit counts ids: it cannot be negative")
     if config.output and not config.output.endswith(".html"):
         raise UserError(f"--output {config.output} must end in .html")
     a, b = open_dataset(config.a), open_dataset(config.b)

@@ -30,14 +30,10 @@ class Config:
         "where the results go; none: into --image_root, or into its folder packed/ if it is a "
         "downloader's own folder",
     )
-    workers: int | Literal["auto"] = option("auto", "threads that decode; auto: one per processor")
-    max_pixels: int = option(MAX_PIXELS, "larger images are skipped")
-
-    def __post_init__(self) -> None:
-        if self.workers != "auto" and self.workers < 1:
-            raise UserError(f"--workers must be at least 1 or auto, not {self.workers}")
-        if self.max_pixels < 1:
-            raise UserError(f"--max_pixels must be at least 1, not {self.max_pixels}")
+    workers: int | Literal["auto"] = option(
+        "auto", "threads that decode; auto: one per processor", min=1
+    )
+    max_pixels: int = option(MAX_PIXELS, "larger images are skipped", min=1)
 
 
 def run(config: Config) -> int:

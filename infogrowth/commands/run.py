@@ -7,9 +7,9 @@
     grow: {min_align: 0.4}
     report:                           # a stage is run when its key is there; null is its defaults
 
-A stage's keys are the options of the command of that name. What a stage reads and writes need not
-be said: each takes the results of the stages before it. A run that was stopped goes on when it is
-started again, since every command does.
+A stage's keys are the options of the command of that name. What a stage reads and writes has
+defaults: the results of the stages before it. A run that was stopped goes on when it is started
+again, since every command does.
 """
 
 import contextlib
@@ -41,6 +41,27 @@ SHARED = (
     *("seed_ids", "seed_features", "min_align", "min_recaption_align"),
     *("encoder", "vocabulary", "lmdb", "workers", "device", "seed"),
 )
+# What each stage writes and reads below the folder of all results, unless the file says otherwise.
+DEFAULTS = {
+    "pack": {"output_root": "."},
+    "embed": {"output": "features", "lmdb": "lmdb_train", "annotations": "cc3m_train.json"},
+    "recaption": {"output": "recaptions", "features": "features"},
+    "grow": {
+        "features": "features",
+        "recaptions": "recaptions",
+        "growth": "growth",
+        "output": "grown.json",
+    },
+    "select": {"output": "selected.json", "growth": "growth"},
+    "report": {"output": "report.html", "growth": "growth"},
+}
+# Each of these keys says what the stage reads: where one is given, none of them has a default.
+SOURCES = {
+    "embed": {"source", "lmdb", "annotations"},
+    "recaption": {"features", "growth"},
+    "select": {"annotations", "growth"},
+    "report": {"annotations", "growth"},
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,7 @@ def _stage(
     known = {field.name for field in fields(module.Config)}
     values: dict[str, tuple[Any, str]] = {
         key: (value, f"the default of {key!r}")
-        for key, value in _wiring(name, given, output, present).items()
+        for key, value in _defaults(name, given, output, present).items()
     }
     values |= {k: (v, f"key {k!r} in {path}") for k, v in shared.items() if k in known}
     values |= {k: (v, f"key {k!r} of stage {name} in {path}") for k, v in given.items()}
@@ -159,29 +180,13 @@ def _stage(
         raise UserError(f"the stage {name} of {path} needs a key {missing[0]}") from error
 
 
-def _wiring(name: str, given: dict[str, Any], output: Path, present: list[str]) -> dict[str, Any]:
-    """What a stage reads and writes when the file does not say: the results of earlier stages."""
-    features, growth = str(output / "features"), str(output / "growth")
-    if name == "pack":
-        return {"output_root": str(output)}
-    if name == "embed":
-        packed = {
-            "lmdb": str(output / "lmdb_train"),
-            "annotations": str(output / "cc3m_train.json"),
-        }
-        own = given.keys() & {"source", "lmdb", "annotations"}
-        return {"output": features, **({} if own else packed)}
-    if name == "recaption":
-        own = given.keys() & {"features", "growth"}
-        return {"output": str(output / "recaptions"), **({} if own else {"features": features})}
-    if name == "grow":
-        recaptions = {"recaptions": str(output / "recaptions")} if "recaption" in present else {}
-        result = [str(output / "grown.json")]
-        return {"features": features, "growth": growth, "output": result, **recaptions}
-    source = {} if given.keys() & {"annotations", "growth"} else {"growth": growth}
-    if name == "select":
-        return {"output": [str(output / "selected.json")], **source}
-    return {"output": str(output / "report.html"), **source}
+def _defaults(name: str, given: dict[str, Any], output: Path, present: list[str]) -> dict[str, str]:
+    """What a stage reads and writes when the file does not say."""
+    sources = SOURCES.get(name, set())
+    left_out = sources if given.keys() & sources else set()
+    if "recaption" not in present:
+        left_out = left_out | {"recaptions"}
+    return {key: str(output / path) for key, path in DEFAULTS[name].items() if key not in left_out}
 
 
 @contextlib.contextmanager

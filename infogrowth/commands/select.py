@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,17 +20,15 @@ from infogrowth.data.exports import (
     write_export,
     write_shards,
 )
+from infogrowth.data.sample_table import SampleTable, columns_of
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.sampling import normalized_gains, select_bernoulli, select_top
 
-if TYPE_CHECKING:
-    from infogrowth.data.sample_table import SampleTable
-
 HELP = "select by gain (the top N, or at random), by a condition in SQL, or both"
 log = logging.getLogger(__name__)
 
-# Columns that tell where a sample comes from and why it was kept, for tables and shards.
+# Columns of where a sample comes from and why it was kept, for tables and shards.
 _PROVENANCE = ("verdict", "reason", "alignment", "original_alignment", "original_caption")
 
 
@@ -57,11 +55,11 @@ class Config:
     )
     seed: int = option(0, help="of the random choice")
     images: str | None = option(
-        None, help="for shards: LMDB, folder or shards of the pictures [those of the growth folder]"
+        None, help="for shards: LMDB, folder or shards of the images [those of the growth folder]"
     )
-    shard_size: int = option(10_000, help="samples per webdataset shard")
+    shard_size: int = option(10_000, min=1, help="samples per webdataset shard")
     legacy_strings: bool = option(False, help="write JSON gains as strings, as the paper's files")
-    uid_repeats: int = option(1, help="repeat a .npy uid up to this often, by its gain")
+    uid_repeats: int = option(1, min=1, help="repeat a .npy uid up to this often, by its gain")
     file_ending: str = option(".jpg", help="for ids without one, in file_name of a .jsonl")
 
 
@@ -102,7 +100,7 @@ class _Choice:
 
     positions: np.ndarray
     gains: np.ndarray
-    table: "SampleTable | None" = None
+    table: SampleTable | None = None
     entries: Sequence[Annotation] | None = None
     extra: list[str] = field(default_factory=list)
 
@@ -110,7 +108,14 @@ class _Choice:
         """The samples at these positions, as a result JSON has them."""
         if self.entries is not None:
             return [self.entries[position] for position in positions.tolist()]
-        return (_annotation(row) for table in self.rows(positions) for row in table.to_pylist())
+        return (
+            {
+                "image": r["image"],
+                "caption": r["caption"],
+                "gains": [r["gain_image"], r["gain_text"]],
+            }
+            for r in self.records(positions)
+        )
 
     def records(self, positions: np.ndarray) -> Iterator[dict[str, Any]]:
         """The samples at these positions with all that is known of them."""
@@ -129,11 +134,6 @@ class _Choice:
         return self.table.rows(positions, [*wanted, *self.extra])
 
 
-def _annotation(row: dict[str, Any]) -> Annotation:
-    gains = [row["gain_image"], row["gain_text"]]
-    return {"image": row["image"], "caption": row["caption"], "gains": gains}
-
-
 def _check(config: Config) -> None:
     check_outputs(config.output, folders=True)
     if (config.annotations is None) == (config.growth is None):
@@ -148,11 +148,8 @@ def _check(config: Config) -> None:
         )
     if config.scores and config.where is None:
         raise UserError("--scores brings columns for a condition: give --where")
-    for name in ("uid_repeats", "shard_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
     if any(map(is_folder_output, config.output)) and not (config.growth or config.images):
-        raise UserError("shards hold pictures: give --images, the LMDB or folder that has them")
+        raise UserError("shards hold images: give --images, the LMDB or folder that has them")
 
 
 def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
@@ -162,19 +159,14 @@ def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
     gains = gains_array(annotations)
     choice = _Choice(np.arange(len(annotations)), gains, entries=annotations)
     if config.where is not None:
-        from infogrowth.data.sample_table import SampleTable, columns_of
-
         columns = columns_of(annotations, gains)
-        query = "SELECT * FROM {source}"
-        choice.table = stack.enter_context(SampleTable(columns, query, config.scores))
+        table = SampleTable(columns, "SELECT * FROM {source}", config.scores)
+        choice.table = stack.enter_context(table)
     return choice
 
 
 def _from_growth(config: Config, stack: ExitStack) -> _Choice:
-    from infogrowth.data.sample_table import SampleTable
-
-    folder = read_growth(str(config.growth))
-    parts = folder.decision_files
+    parts = read_growth(str(config.growth)).decision_files
     if not parts:
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
     query = (
@@ -239,25 +231,24 @@ def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: 
 def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
     from infogrowth.encoders.dataset import pairs_by_id
 
-    where = config.images or (read_growth(config.growth).settings if config.growth else {}).get(
-        "images"
-    )
+    where = config.images
+    if where is None and config.growth:
+        where = read_growth(config.growth).settings.get("images")
     if where is None:
-        raise UserError(f"{config.growth} does not tell where its pictures are: give --images")
+        raise UserError(f"{config.growth} does not record where its images are: give --images")
     ids = [sample["image"] for sample in choice.samples(positions)]
     images = pairs_by_id(where, ids, [""] * len(ids))
     read = lambda row: images.read(row)[1]  # noqa: E731
     records = choice.records(positions)
     quiet = not log.isEnabledFor(logging.INFO)
     written = write_shards(folder, records, len(ids), read, config.shard_size, quiet)
+    count = f"{written.samples:,}"
     earlier = f" ({written.resumed} of them by an earlier run)" if written.resumed else ""
-    log.info(
-        "%s: %s samples in %s shards%s", folder, f"{written.samples:,}", written.shards, earlier
-    )
+    log.info("%s: %s samples in %s shards%s", *(folder, count, written.shards, earlier))
     for reason, number in written.skipped.most_common(5):
         log.warning("  %s left out: %s", f"{number:,}", reason)
     if written.unusual:
         log.warning(
-            "  %s pictures are neither JPEG nor PNG nor WebP: common loaders pass them over",
+            "  %s images are neither JPEG nor PNG nor WebP: common loaders skip them",
             f"{written.unusual:,}",
         )

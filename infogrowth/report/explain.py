@@ -29,7 +29,7 @@ class Explanation:
     neighbors: dict[str, list[Neighbor]]  # by space, nearest first
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``: a `Decision` and what is said of it; None is unknown."""
+        """Plain values for ``--json``: a `Decision` and what is known about it; None is unknown."""
         near = {f"{space}_neighbors": found for space, found in self.neighbors.items()}
         decision = {
             field.name: [asdict(neighbor) for neighbor in near[field.name]]

@@ -147,7 +147,7 @@ def purity_note(estimate: StreamEstimate) -> str:
 def settings_line(table: GrowthTable) -> str:
     """The settings that matter in one line."""
     if table.neighbors is None:
-        return "A result JSON: kept samples with their gains. A growth folder tells more."
+        return "A result JSON: kept samples with their gains. A growth folder shows more."
     settings = table.settings
     # An encoder from a folder is named by its path: the last part says enough.
     encoder = str((settings.get("encoder") or {}).get("name") or "").rstrip("/").rsplit("/", 1)[-1]

@@ -95,7 +95,7 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
 
 
 def read_runs(directories: list[str]) -> list[TrainingRun]:
-    """Several runs; those of the same folder name are told apart by their parent folder."""
+    """Several runs; those of the same folder name are named with their parent folder."""
     names = [Path(d).resolve().name for d in directories]
     runs = []
     for directory, name in zip(directories, names, strict=True):

@@ -42,7 +42,7 @@ class Selection:
     """The golden selection: 100 seeds, then 1,500 samples, and a recaption table."""
 
     arrays: Any
-    told: dict[str, Any]
+    expected: dict[str, Any]
     home: Path
 
     def folder(self, name: str, rows: range, shard_rows: int = 400) -> Path:
@@ -50,8 +50,8 @@ class Selection:
         chosen = slice(rows.start, rows.stop)
         return write_folder(
             self.home / name,
-            self.told["ids"][chosen],
-            self.told["captions"][chosen],
+            self.expected["ids"][chosen],
+            self.expected["captions"][chosen],
             self.arrays["image_feat"][chosen],
             self.arrays["text_feat"][chosen],
             shard_rows,
@@ -61,8 +61,8 @@ class Selection:
         """The first ``count`` recaptions as a folder."""
         return write_folder(
             self.home / name,
-            self.told["recap_ids"][:count],
-            self.told["recap_captions"][:count],
+            self.expected["recap_ids"][:count],
+            self.expected["recap_captions"][:count],
             None,
             self.arrays["recap_text_feat"][:count],
         )
@@ -70,8 +70,8 @@ class Selection:
     def check_golden(self, output: Path) -> None:
         """The file is the golden result: ids, captions, and gains of exact search."""
         annotations = json.loads(output.read_text(encoding="utf-8"))
-        assert [a["image"] for a in annotations] == self.told["kept_ids"]
-        assert [a["caption"] for a in annotations] == self.told["final_captions"]
+        assert [a["image"] for a in annotations] == self.expected["kept_ids"]
+        assert [a["caption"] for a in annotations] == self.expected["final_captions"]
         gains = np.array([a["gains"] for a in annotations])
         np.testing.assert_allclose(gains, self.arrays["gains_exact"], rtol=0, atol=1e-6)
 
@@ -79,8 +79,8 @@ class Selection:
 @pytest.fixture(scope="session")
 def golden_files(golden: Path) -> tuple[Any, dict[str, Any]]:
     arrays = np.load(golden / "selection_seed0.npz")
-    told = json.loads((golden / "selection_seed0.json").read_text(encoding="utf-8"))
-    return {name: arrays[name] for name in arrays.files}, told
+    expected = json.loads((golden / "selection_seed0.json").read_text(encoding="utf-8"))
+    return {name: arrays[name] for name in arrays.files}, expected
 
 
 @pytest.fixture

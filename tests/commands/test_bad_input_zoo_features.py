@@ -1,7 +1,8 @@
-"""The zoo of broken feature folders and files: told in one sentence, nothing written."""
+"""The zoo of broken feature folders and files: refused in one sentence, nothing written."""
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -97,19 +98,19 @@ BROKEN_FOLDERS = {
     ),
     "two files of one shard": (
         lambda f: np.save(f / "img_emb/img_emb_0.npy", np.ones((6, 8), np.float32)),
-        r"img_emb_0\.npy and .*img_emb_00\.npy both claim shard 0",
+        r"img_emb_0\.npy .*img_emb_00\.npy",
     ),
     "no text features": (
         lambda f: rename_away(f, "text_emb"),
-        r"has image features but no text features \(text_emb/\).*--modality image",
+        "text_emb.*--modality image",
     ),
     "no image features": (
         lambda f: rename_away(f, "img_emb"),
-        r"has text features but no image features \(img_emb/\)",
+        "no image features",
     ),
     "no metadata": (
         lambda f: rename_away(f, "metadata"),
-        r"has image features and text features but no metadata \(metadata/\)",
+        "no metadata",
     ),
     "metadata cut off": (
         lambda f: truncate(first(f, "metadata")),
@@ -117,27 +118,27 @@ BROKEN_FOLDERS = {
     ),
     "metadata without ids": (
         lambda f: metadata(f, caption=["c"] * 6, url=["u"] * 6),
-        r"no column for the sample id: expected 'image_path' .*found caption, url",
+        "image_path.*caption, url",
     ),
     "metadata without captions": (
         lambda f: metadata(f, image_path=list("abcdef")),
-        "no column for the caption: expected 'caption'",
+        "no column .*'caption'",
     ),
     "metadata with two columns of captions": (
         lambda f: metadata_with_twice(f, "caption"),
-        r"metadata_00\.parquet has 2 columns named 'caption'",
+        r"metadata_00\.parquet .*'caption'",
     ),
     "metadata with two columns of ids": (
         lambda f: metadata_with_twice(f, "image_path"),
-        r"metadata_00\.parquet has 2 columns named 'image_path'",
+        r"metadata_00\.parquet .*'image_path'",
     ),
     "embed not finished": (
         lambda f: describe(f, finished=False),
-        "are not finished .*run the same command again",
+        "not finished",
     ),
     "shards missing": (
         lambda f: describe(f, finished=True, shards=3),
-        r"has 1 feature shards, but its features\.json counts 3",
+        r"1 .*features\.json .*3",
     ),
     "description is no JSON": (
         lambda f: (f / "features.json").write_text("{"),
@@ -145,50 +146,47 @@ BROKEN_FOLDERS = {
     ),
     "description is a list": (
         lambda f: (f / "features.json").write_text("[]"),
-        r"features\.json must hold an object",
+        r"features\.json .*object",
     ),
     "list of skipped samples is damaged": (
         lambda f: (f / "skipped.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id":\n'),
-        r"line 2 of .*skipped\.jsonl is not a skipped sample",
+        r"line 2 of .*skipped\.jsonl",
     ),
 }
 
 
 def refused(infogrowth, tmp_path, features, *more):
     """Run `grow`; it must end with status 2 and one sentence, and leave nothing behind."""
-    status, told = infogrowth(
+    status, printed = infogrowth(
         "grow", "--features", features, "--growth", tmp_path / "growth",
         "--output", tmp_path / "out.json", *more,
     )  # fmt: skip
     assert status == 2
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
     assert not (tmp_path / "out.json").exists()
     assert not (tmp_path / "growth/manifest.json").exists()
-    return told
+    return printed
 
 
 @pytest.mark.parametrize("name", BROKEN_FOLDERS)
 def test_a_broken_features_folder_is_refused(feature_folder, infogrowth, tmp_path, name):
-    breaking, told = BROKEN_FOLDERS[name]
+    breaking, pattern = BROKEN_FOLDERS[name]
     folder = feature_folder("features")
     breaking(folder)
-    assert_told(told, refused(infogrowth, tmp_path, folder))
-
-
-def assert_told(pattern, message):
-    with pytest.raises(AssertionError, match=pattern):
-        raise AssertionError(message)
+    assert re.search(pattern, refused(infogrowth, tmp_path, folder))
 
 
 def test_a_missing_folder_is_refused(infogrowth, tmp_path):
-    assert_told("nowhere do not exist", refused(infogrowth, tmp_path, tmp_path / "nowhere"))
+    assert re.search("nowhere do not exist", refused(infogrowth, tmp_path, tmp_path / "nowhere"))
 
 
 def test_an_empty_folder_is_refused(infogrowth, tmp_path):
     (tmp_path / "empty").mkdir()
-    told = refused(infogrowth, tmp_path, tmp_path / "empty")
-    assert_told(r"empty holds no features: expected img_emb/\*\.npy", told)
+    assert re.search(
+        r"empty holds no features: expected img_emb/\*\.npy",
+        refused(infogrowth, tmp_path, tmp_path / "empty"),
+    )
 
 
 def test_a_folder_of_no_samples_is_refused(feature_folder, infogrowth, tmp_path):
@@ -196,7 +194,7 @@ def test_a_folder_of_no_samples_is_refused(feature_folder, infogrowth, tmp_path)
     for name in ("img_emb", "text_emb"):
         replace_array(folder, name, np.ones((0, 8), np.float32))
     metadata(folder, image_path=pa.array([], pa.string()), caption=pa.array([], pa.string()))
-    assert_told("features hold no samples", refused(infogrowth, tmp_path, folder))
+    assert re.search("features hold no samples", refused(infogrowth, tmp_path, folder))
 
 
 def torch_file(path, **change):
@@ -256,7 +254,7 @@ def arrays_file(path, **change):
 BROKEN_FILES = {
     "another kind of file": (
         lambda d: (d / "f.csv").write_text("a,b") and d / "f.csv",
-        r"f\.csv is not a features folder nor a \.npz or \.pth file",
+        r"f\.csv .*\.npz",
     ),
     "npz that is no zip": (
         lambda d: (d / "f.npz").write_bytes(b"PK nonsense") and d / "f.npz",
@@ -264,64 +262,64 @@ BROKEN_FILES = {
     ),
     "npz of Python objects": (
         lambda d: arrays_file(d / "f.npz", captions=np.array([{}, 1, "x"], object)),
-        r"f\.npz cannot be read as plain arrays.*Object arrays",
+        r"f\.npz .*Object arrays",
     ),
     "compressed npz with damaged members": (
         lambda d: compressed_arrays(d / "f.npz"),
-        r"f\.npz cannot be read.*Error -3 while decompressing",
+        r"f\.npz .*decompressing",
     ),
     "npy renamed npz": (
         lambda d: renamed_npy(d / "f.npz"),
-        r"f\.npz cannot be read.*it is a single array \(\.npy\)",
+        r"f\.npz .*single array",
     ),
     "npz without ids": (
         lambda d: arrays_file(d / "f.npz", ids=None),
-        r"f\.npz has no 'ids' .*it holds captions, image, text",
+        r"f\.npz .*'ids' .*captions, image, text",
     ),
     "npz without captions": (
         lambda d: arrays_file(d / "f.npz", captions=None),
-        r"f\.npz has no 'captions'",
+        r"f\.npz .*'captions'",
     ),
     "npz of different lengths": (
         lambda d: arrays_file(d / "f.npz", text=np.ones((2, 4), np.float32)),
-        r"row counts do not agree: .*f\.npz:image has 3, .*f\.npz:text has 2",
+        r"f\.npz:image .*3, .*f\.npz:text .*2",
     ),
     "pth of lists where arrays should be": (
         lambda d: arrays_file(d / "f.pth"),
-        r"f\.pth must hold floating-point features",
+        r"f\.pth .*floating-point",
     ),
     "pth of a sparse tensor": (
         lambda d: torch_file(d / "f.pth", image=torch.ones(3, 4).to_sparse()),
-        r"f\.pth has 'image' as a tensor that is no plain array.*Sparse",
+        r"f\.pth .*'image' .*[Ss]parse",
     ),
     "pth of a single id": (
         lambda d: torch_file(d / "f.pth", ids=torch.tensor(3)),
-        r"f\.pth: 'ids' must have one row per sample",
+        r"f\.pth: 'ids'",
     ),
     "pth of Python objects": (
         lambda d: torch_file(d / "f.pth", ids=Path("a")),
-        r"f\.pth cannot be read as tensors and plain lists \(weights_only\); save [^\x1b]+lists\n$",
+        r"f\.pth .*weights_only[^\x1b]+\n$",
     ),
     "pth that is cut off": (
         lambda d: (d / "f.pth").write_bytes(b"\x80\x02") and d / "f.pth",
-        r"f\.pth cannot be read as tensors and plain lists \(weights_only\); save [^\x1b]+lists\n$",
+        r"f\.pth .*weights_only[^\x1b]+\n$",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_a_broken_file_of_arrays_is_refused(infogrowth, tmp_path, name):
-    making, told = BROKEN_FILES[name]
-    assert_told(told, refused(infogrowth, tmp_path, making(tmp_path)))
+    making, pattern = BROKEN_FILES[name]
+    assert re.search(pattern, refused(infogrowth, tmp_path, making(tmp_path)))
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(infogrowth, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"ids": Unsafe()}, protocol=2))
-    assert_told(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
+    assert re.search(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
     torch.save({"ids": Unsafe()}, path)
-    assert_told(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
+    assert re.search(r"evil\.pth cannot be read", refused(infogrowth, tmp_path, path))
     assert not (tmp_path / "run-by-pickle").exists()
 
 
@@ -345,26 +343,25 @@ BROKEN_DATACOMP = {
     "a npz without its parquet": (lone_datacomp, r"1{32}\.parquet is missing"),
     "two kinds of features": (
         lambda f: datacomp(f, ("b32", "l14")),
-        "has features of b32 and l14; choose with --feature-key",
+        "b32 and l14.*--feature-key",
     ),
     "no known kind of features": (
         lambda f: datacomp(f, ("h14",)),
-        "has no features b32_img, b32_txt: it holds h14_img, h14_txt",
+        "b32_img.*h14_img",
     ),
     "row counts that differ": (
         lambda f: datacomp(f, rows=3),
-        r"row counts do not agree: .*\.npz:b32_img has 3, .*\.parquet has 4",
+        r"\.npz:b32_img .*3, .*\.parquet .*4",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_DATACOMP)
 def test_a_broken_datacomp_folder_is_refused(infogrowth, tmp_path, name):
-    making, told = BROKEN_DATACOMP[name]
-    assert_told(told, refused(infogrowth, tmp_path, making(tmp_path / "datacomp")))
+    making, pattern = BROKEN_DATACOMP[name]
+    assert re.search(pattern, refused(infogrowth, tmp_path, making(tmp_path / "datacomp")))
 
 
 def test_a_kind_of_features_that_datacomp_does_not_hold_is_refused(infogrowth, tmp_path):
     folder = datacomp(tmp_path / "datacomp")
-    told = refused(infogrowth, tmp_path, folder, "--feature-key", "l14")
-    assert_told("has no features l14: it holds b32_img, b32_txt", told)
+    assert re.search("l14.*b32_img", refused(infogrowth, tmp_path, folder, "--feature-key", "l14"))

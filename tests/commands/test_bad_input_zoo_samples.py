@@ -66,7 +66,7 @@ def test_a_bad_sample_is_dropped_with_its_reason_and_the_others_are_kept(
     parts, reason = BAD_SAMPLES[name]
     parts = {"ids": IDS, "captions": CAPTIONS, "image": GOOD, "text": GOOD, **parts}
     folder = feature_folder("features", **parts)
-    status, told = infogrowth(
+    status, printed = infogrowth(
         "grow", "--features", folder, "--growth", tmp_path / "g", "--output", tmp_path / "o.json"
     )
     assert status == 0
@@ -76,7 +76,7 @@ def test_a_bad_sample_is_dropped_with_its_reason_and_the_others_are_kept(
     kept = [IDS[row] for row in range(ROWS) if row != BAD]
     assert [a["image"] for a in load_annotations(tmp_path / "o.json")] == kept
     assert grown.totals["reasons"] == {"aligned": 5, reason: 1}
-    assert [line for line in told.splitlines() if line.split("  ")[1:2] == [reason]]
+    assert [line for line in printed.splitlines() if line.split("  ")[1:2] == [reason]]
 
 
 BAD_RECAPTIONS = {
@@ -154,9 +154,9 @@ def test_what_embed_skipped_is_counted_in_the_summary(feature_folder, infogrowth
     folder = feature_folder("features")
     lines = ['{"id": "x", "reason": "image is truncated"}\n'] * 3
     (folder / "skipped.jsonl").write_text("".join(lines))
-    status, told = infogrowth(
+    status, printed = infogrowth(
         "grow", "--features", folder, "--growth", tmp_path / "g", "--output", tmp_path / "o.json"
     )
     assert status == 0
-    assert "skipped before (no features)  3" in told
+    assert "skipped before (no features)  3" in printed
     assert read_growth(tmp_path / "g").sources[0]["skipped"] == {"image is truncated": 3}

@@ -1,4 +1,4 @@
-"""The zoo of broken records of skipped samples: told before anything is decided or committed."""
+"""The zoo of broken records of skipped samples: refused before anything is decided or committed."""
 
 import json
 
@@ -34,9 +34,11 @@ BAD_COUNTS = {
 
 @pytest.mark.parametrize("name", BAD_COUNTS)
 def test_skipped_counts_that_are_no_counts_are_refused(grow, tmp_path, name):
-    status, told = grow("features.json", json.dumps({"skipped": BAD_COUNTS[name]}).encode())
+    status, printed = grow("features.json", json.dumps({"skipped": BAD_COUNTS[name]}).encode())
     assert status == 2
-    assert "features.json" in told and '"skipped" must be' in told and told.count("\n") == 1
+    assert (
+        "features.json" in printed and '"skipped" must be' in printed and printed.count("\n") == 1
+    )
     assert not (tmp_path / "growth").exists()
 
 
@@ -54,16 +56,16 @@ BAD_LINES = {
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_broken_list_of_skipped_samples_is_refused(grow, tmp_path, name):
     content, expected = BAD_LINES[name]
-    status, told = grow("skipped.jsonl", content)
+    status, printed = grow("skipped.jsonl", content)
     assert status == 2
-    assert expected in told and "skipped.jsonl" in told and told.count("\n") == 1
+    assert expected in printed and "skipped.jsonl" in printed and printed.count("\n") == 1
     assert not (tmp_path / "growth").exists()
 
 
 def test_good_records_of_skipped_samples_are_counted(grow, tmp_path):
     lines = b'{"id": "a", "reason": "no caption"}\n{"id": "b", "reason": "no caption"}\n'
-    status, told = grow("skipped.jsonl", lines)
-    assert status == 0, told
+    status, printed = grow("skipped.jsonl", lines)
+    assert status == 0, printed
     assert read_growth(tmp_path / "growth").sources[0]["skipped"] == {"no caption": 2}
 
 
@@ -73,6 +75,6 @@ def test_a_manifest_with_skipped_counts_of_words_is_told_as_damaged(grow, infogr
     manifest = json.loads(path.read_text())
     manifest["sources"][0]["skipped"] = {"a": "b"}
     path.write_text(json.dumps(manifest))
-    status, told = infogrowth("sweep", tmp_path / "growth")
+    status, printed = infogrowth("sweep", tmp_path / "growth")
     assert status == 2
-    assert "manifest.json is damaged" in told and told.count("\n") == 1
+    assert "manifest.json is damaged" in printed and printed.count("\n") == 1

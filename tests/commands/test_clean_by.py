@@ -51,7 +51,7 @@ def test_negclip_decides_and_does_not_depend_on_batches_or_stops(selection, info
 
 def test_a_column_of_a_table_decides_and_its_gaps_are_reported(selection, infogrowth, tmp_path):
     features = selection.folder("all", range(200))
-    ids = selection.told["ids"][:200]
+    ids = selection.expected["ids"][:200]
     scores = {name: row / 200 for row, name in enumerate(ids)}
     del scores[ids[150]]
     table = pd.DataFrame({"id": list(scores), "itm": list(scores.values())})

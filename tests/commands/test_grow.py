@@ -28,7 +28,7 @@ def flags(selection, output="out.json", growth="growth", **more):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 4096])
 def test_the_golden_selection_at_any_batch_size(selection, infogrowth, batch_size):
-    stop = 1600 if batch_size > 1 else 500  # one by one is slow; the prefix tells as much
+    stop = 1600 if batch_size > 1 else 500  # one by one is slow; the prefix shows as much
     inputs = flags(
         selection,
         features=selection.folder("stream", range(100, stop)),
@@ -44,7 +44,7 @@ def test_the_golden_selection_at_any_batch_size(selection, infogrowth, batch_siz
         return
     kept = [row for row in selection.arrays["kept_rows"] if row < stop]
     annotations = load_annotations(output)
-    assert [a["image"] for a in annotations] == [selection.told["ids"][row] for row in kept]
+    assert [a["image"] for a in annotations] == [selection.expected["ids"][row] for row in kept]
     expected = selection.arrays["gains_exact"][: len(kept)]
     np.testing.assert_allclose([a["gains"] for a in annotations], expected, rtol=0, atol=1e-6)
 
@@ -70,7 +70,7 @@ def test_new_data_later_continues_the_same_dataset(selection, infogrowth):
     folder = read_growth(selection.home / "growth")
     assert [source["kind"] for source in folder.sources] == ["seed", "stream", "stream"]
     assert folder.totals["pairs"] == 1600
-    assert folder.totals["dataset"] == len(selection.told["kept_ids"])
+    assert folder.totals["dataset"] == len(selection.expected["kept_ids"])
 
 
 def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
@@ -81,7 +81,7 @@ def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
     from_golden = {name: selection.arrays[name][order] for name in ("image_feat", "text_feat")}
     write_all(selection, everything, order, from_golden)
     seed_file = selection.home / "seeds.json"
-    seed_file.write_text(json.dumps([selection.told["ids"][row] for row in seeds]))
+    seed_file.write_text(json.dumps([selection.expected["ids"][row] for row in seeds]))
     inputs = flags(
         selection, features=everything, seed_ids=seed_file, recaptions=selection.recaptions()
     )
@@ -89,18 +89,20 @@ def test_seed_ids_take_rows_of_the_features_first(selection, infogrowth):
     selection.check_golden(selection.home / "out.json")
     folder = read_growth(selection.home / "growth")
     assert folder.totals["pairs"] == 1600  # the seeds are not processed a second time
-    status, told = infogrowth("grow", *inputs)
+    status, printed = infogrowth("grow", *inputs)
     assert status == 0
-    assert "nothing new" in told
+    assert "nothing new" in printed
 
 
 def write_all(selection, folder, order, arrays):
-    from_told = {name: [selection.told[name][row] for row in order] for name in ("ids", "captions")}
+    from_rows = {
+        name: [selection.expected[name][row] for row in order] for name in ("ids", "captions")
+    }
     for name, key in (("img_emb", "image_feat"), ("text_emb", "text_feat")):
         (folder / name).mkdir(parents=True)
         np.save(folder / name / f"{name}_0.npy", arrays[key])
     (folder / "metadata").mkdir()
-    frame = pd.DataFrame({"image_path": from_told["ids"], "caption": from_told["captions"]})
+    frame = pd.DataFrame({"image_path": from_rows["ids"], "caption": from_rows["captions"]})
     frame.to_parquet(folder / "metadata" / "metadata_0.parquet")
 
 
@@ -109,9 +111,9 @@ def test_the_same_command_again_has_nothing_to_do(selection, infogrowth):
     assert infogrowth("grow", *inputs)[0] == 0
     before = (selection.home / "out.json").read_bytes()
     manifest = (selection.home / "growth/manifest.json").read_bytes()
-    status, told = infogrowth("grow", *inputs)
+    status, printed = infogrowth("grow", *inputs)
     assert status == 0
-    assert "nothing new in" in told
+    assert "nothing new in" in printed
     assert (selection.home / "out.json").read_bytes() == before
     assert (selection.home / "growth/manifest.json").read_bytes() == manifest
 
@@ -120,9 +122,9 @@ def test_a_moved_features_folder_is_known_by_its_content(selection, infogrowth):
     stream = selection.folder("stream", range(300))
     assert infogrowth("grow", *flags(selection, features=stream))[0] == 0
     moved = stream.rename(selection.home / "elsewhere")
-    status, told = infogrowth("grow", *flags(selection, features=moved))
+    status, printed = infogrowth("grow", *flags(selection, features=moved))
     assert status == 0
-    assert "nothing new in" in told
+    assert "nothing new in" in printed
 
 
 def test_added_shards_go_on_where_the_stream_was_left(selection, infogrowth):
@@ -156,11 +158,13 @@ def test_dropped_samples_join_later_with_a_recaption_table(selection, infogrowth
     processed_again = decisions[decisions["source"] == 1]
     # Independently: which golden rows below 600 are recaptioned in a run with the table?
     rows = [row for row in selection.arrays["kept_rows"] if row < 600]
-    told = selection.arrays["recaptioned"][: len(rows)]
-    joined = [selection.told["ids"][row] for row, new in zip(rows, told, strict=True) if new]
+    recaptioned = selection.arrays["recaptioned"][: len(rows)]
+    joined = [
+        selection.expected["ids"][row] for row, new in zip(rows, recaptioned, strict=True) if new
+    ]
     assert [a["image"] for a in folder.annotations()] == plain + joined
     assert list(processed_again[processed_again["verdict"] == "recaptioned"]["id"]) == joined
-    assert set(processed_again["id"]) <= set(selection.told["recap_ids"])
+    assert set(processed_again["id"]) <= set(selection.expected["recap_ids"])
     assert 0 < len(joined) < len(processed_again) <= dropped
     assert re.search(rf"^samples still out +{600 - len(plain + joined)}$", message, re.MULTILINE)
     assert (processed_again["source_row"].diff().dropna() > 0).all()  # in their old order
@@ -189,7 +193,7 @@ def test_every_sample_has_a_decision_with_its_neighbors(selection, infogrowth):
     inputs = flags(selection, features=selection.folder("stream", range(300)), batch_size=50)
     assert infogrowth("grow", *inputs, "--output", selection.home / "all.parquet")[0] == 0
     frame = pd.read_parquet(selection.home / "all.parquet")
-    assert list(frame["id"]) == selection.told["ids"][:300]
+    assert list(frame["id"]) == selection.expected["ids"][:300]
     assert list(frame["row"]) == list(range(300))
     unit = selection.arrays["image_feat"].astype(np.float64)[:300]
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -373,27 +377,27 @@ def test_a_second_run_on_one_folder_is_refused_with_the_process_named(
         lock.truncate(0)
         lock.write("4242\n")
         lock.flush()
-        status, told = infogrowth("grow", *arguments, "--growth", growth)
+        status, printed = infogrowth("grow", *arguments, "--growth", growth)
     assert status == 2
-    assert "is in use by another run (process 4242)" in told
+    assert "is in use by another run (process 4242)" in printed
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "word"),
     [
         (["--k", "5"], "k 4, and this run has 5"),
         (["--min-align", "0.3"], "min_align 0.4, and this run has 0.3"),
         (["--modality", "image"], "modality pair, and this run has image"),
     ],
 )
-def test_a_changed_setting_is_refused_and_named(feature_folder, infogrowth, tmp_path, change, told):
+def test_a_changed_setting_is_refused_and_named(feature_folder, infogrowth, tmp_path, change, word):
     arguments = ["--features", feature_folder("f"), "--output", tmp_path / "o.json"]
     arguments += ["--growth", tmp_path / "growth"]
     assert infogrowth("grow", *arguments)[0] == 0
     before = (tmp_path / "growth/manifest.json").read_bytes()
     status, message = infogrowth("grow", *arguments, *change)
     assert status == 2
-    assert told in message
+    assert word in message
     assert (tmp_path / "growth/manifest.json").read_bytes() == before
 
 
@@ -412,13 +416,13 @@ def test_a_changed_encoder_or_dimension_is_refused_and_named(feature_folder, inf
     first = describe(feature_folder("first"), "tiny", "aa11")
     assert grow(first)[0] == 0
     other = describe(feature_folder("other", seed=1), "big", "bb22")
-    status, told = grow(other)
+    status, printed = grow(other)
     assert status == 2
-    assert "encoder tiny (aa11), and this run has big (bb22)" in told
+    assert "encoder tiny (aa11), and this run has big (bb22)" in printed
     wide = np.random.default_rng(0).normal(size=(6, 16))
-    status, told = grow(describe(feature_folder("wide", image=wide, text=wide), "tiny", "aa11"))
+    status, printed = grow(describe(feature_folder("wide", image=wide, text=wide), "tiny", "aa11"))
     assert status == 2
-    assert "dimension image 8, text 8, and this run has image 16, text 16" in told
+    assert "dimension image 8, text 8, and this run has image 16, text 16" in printed
 
 
 def describe(folder: Path, name: str, fingerprint: str) -> Path:
@@ -431,9 +435,9 @@ def test_other_seeds_for_a_begun_dataset_are_refused(feature_folder, infogrowth,
     common = ("--growth", tmp_path / "g", "--output", tmp_path / "o.json")
     features, seeds = feature_folder("f"), feature_folder("s", seed=5)
     assert infogrowth("grow", *common, "--features", features)[0] == 0
-    status, told = infogrowth("grow", *common, "--features", features, "--seed-features", seeds)
+    status, printed = infogrowth("grow", *common, "--features", features, "--seed-features", seeds)
     assert status == 2
-    assert "seeds must come first" in told
+    assert "seeds must come first" in printed
 
 
 def test_images_with_class_labels_grow_in_the_image_space_alone(infogrowth, tmp_path):

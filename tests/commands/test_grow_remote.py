@@ -17,7 +17,7 @@ def datacomp(folder, selection, rows):
     folder.mkdir()
     for number, part in enumerate(np.array_split(np.arange(rows), 3)):
         uids = [f"{row:032x}" for row in part]
-        captions = [selection.told["captions"][row] for row in part]
+        captions = [selection.expected["captions"][row] for row in part]
         pq.write_table(pa.table({"uid": uids, "text": captions}), folder / f"{number:032x}.parquet")
         image, text = (
             selection.arrays[n][part].astype(np.float16) for n in ("image_feat", "text_feat")
@@ -67,7 +67,7 @@ def test_datacomp_and_single_files_in_a_bucket(selection, infogrowth, upload, tm
     np.savez(
         tmp_path / "one.npz",
         ids=[f"{row:032x}" for row in range(300)],
-        captions=selection.told["captions"][:300],
+        captions=selection.expected["captions"][:300],
         image=selection.arrays["image_feat"][:300].astype(np.float16),
         text=selection.arrays["text_feat"][:300].astype(np.float16),
     )
@@ -92,7 +92,7 @@ def test_only_what_is_read_is_fetched(selection, upload, monkeypatch):
 
     monkeypatch.setattr(remote.RemotePath, "read_range", counting)
     batch = next(features.batches(50, 1250, 1300))
-    assert batch.ids == selection.told["ids"][1250:1300]
+    assert batch.ids == selection.expected["ids"][1250:1300]
     np.testing.assert_array_equal(batch.text, selection.arrays["text_feat"][1250:1300])
     rows = 50 * batch.text.shape[1] * selection.arrays["text_feat"].itemsize
     parts = [f"{address}/{part}/{part}_03.npy" for part in ("img_emb", "text_emb")]

@@ -71,17 +71,17 @@ def test_scores_are_written_by_id_and_selected_by(selection, infogrowth, tmp_pat
     arguments = ("--features", features, "--recaptions", recaptions, "--output", output)
     assert infogrowth("score", *arguments)[0] == 0
     table = pd.read_parquet(output)
-    assert table.id.tolist() == selection.told["ids"]
+    assert table.id.tolist() == selection.expected["ids"]
     assert len(list(output.glob("*.parquet"))) == 3
     image, text = (unit_rows(selection.arrays[name])[0] for name in ("image_feat", "text_feat"))
     np.testing.assert_array_equal(table.cosine, row_products(image, text))
     reference = draw_reference(open_features(features))
     np.testing.assert_array_equal(table.negclip, reference(image, text))
     scored = table.dropna(subset="recaption_cosine")
-    told = selection.told
-    assert set(scored.id) == set(told["recap_ids"]) & set(told["ids"])
+    expected = selection.expected
+    assert set(scored.id) == set(expected["recap_ids"]) & set(expected["ids"])
     row = scored.index[0]
-    number = max(n for n, i in enumerate(told["recap_ids"]) if i == scored.id[row])
+    number = max(n for n, i in enumerate(expected["recap_ids"]) if i == scored.id[row])
     other = unit_rows(selection.arrays["recap_text_feat"][number : number + 1])[0]
     assert scored.recaption_cosine[row] == row_products(image[row : row + 1], other)[0]
     before = {path.name: path.read_bytes() for path in output.iterdir()}

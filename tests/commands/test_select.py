@@ -22,9 +22,11 @@ def grown(golden, tmp_path):
 
 def test_top_takes_the_highest_gains_in_their_old_order(grown, infogrowth, tmp_path):
     output = tmp_path / "top.json"
-    status, told = infogrowth("select", "--annotations", grown, "--output", output, "--top", "25")
+    status, printed = infogrowth(
+        "select", "--annotations", grown, "--output", output, "--top", "25"
+    )
     assert status == 0
-    assert "selected 25 of 200 samples" in told
+    assert "selected 25 of 200 samples" in printed
     everything, chosen = load_annotations(grown), load_annotations(output)
     mean = gains_array(everything).mean(axis=1)
     best = sorted(np.argsort(-mean, kind="stable")[:25])
@@ -96,13 +98,13 @@ def test_the_top_of_gains_that_are_all_zero_is_the_first_rows(infogrowth, tmp_pa
     assert infogrowth("select", *arguments)[0] == 0
     assert [entry["image"][-1] for entry in load_annotations(outputs[0])] == ["0", "1"]
     assert [low for _, low in np.load(outputs[1]).tolist()] == [0, 1]  # no gain, no repeats
-    status, told = infogrowth("select", "--annotations", source, "--bernoulli", *arguments[4:])
+    status, printed = infogrowth("select", "--annotations", source, "--bernoulli", *arguments[4:])
     assert status == 2
-    assert "the total gain of the 3 samples is zero" in told
+    assert "the total gain of the 3 samples is zero" in printed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
         ([], "give either --top N or --bernoulli"),
         (["--top", "5", "--bernoulli"], "give either --top N or --bernoulli"),
@@ -111,11 +113,11 @@ def test_the_top_of_gains_that_are_all_zero_is_the_first_rows(infogrowth, tmp_pa
         (["--top", "many"], "--top must be a whole number"),
     ],
 )
-def test_what_cannot_be_selected_is_told(grown, infogrowth, tmp_path, arguments, told):
+def test_what_cannot_be_selected_is_refused(grown, infogrowth, tmp_path, arguments, words):
     output = tmp_path / "out.json"
     status, message = infogrowth("select", "--annotations", grown, "--output", output, *arguments)
     assert status == 2
-    assert told in message
+    assert words in message
     assert not output.exists()
 
 
@@ -123,9 +125,9 @@ def test_what_cannot_be_selected_is_told(grown, infogrowth, tmp_path, arguments,
 def test_an_empty_list_of_outputs_is_refused(infogrowth, tmp_path, verb):
     required = {"select": "annotations: in.json\n", "grow": "features: f\ngrowth: g\n"}
     (tmp_path / "run.yaml").write_text(required[verb] + "output: []\n")
-    status, told = infogrowth(verb, "--config", tmp_path / "run.yaml")
+    status, printed = infogrowth(verb, "--config", tmp_path / "run.yaml")
     assert status == 2
-    assert told == "error: output is empty: give --output at least one file\n"
+    assert printed == "error: output is empty: give --output at least one file\n"
 
 
 def test_one_file_under_two_names_is_an_output_given_twice(
@@ -135,6 +137,6 @@ def test_one_file_under_two_names_is_an_output_given_twice(
     (tmp_path / "link").symlink_to(tmp_path)
     for other in ("./y.json", tmp_path / "y.json", "link/y.json"):
         outputs = ("--output", "y.json", other)
-        status, told = infogrowth("select", "--annotations", grown, *outputs, "--top", "5")
+        status, printed = infogrowth("select", "--annotations", grown, *outputs, "--top", "5")
         assert status == 2
-        assert told == f"error: --output {other} is given twice\n"
+        assert printed == f"error: --output {other} is given twice\n"

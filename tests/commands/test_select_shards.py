@@ -48,10 +48,10 @@ def test_shards_hold_pictures_captions_and_gains(shards, grown):
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [len(urls), len(read)] == [3, 120]
     for sample, expected in zip(read, best, strict=True):
-        told = json.loads(sample["json"])
-        assert told["id"] == expected["image"]
-        assert sample["txt"].decode() == told["caption"] == expected["caption"]
-        assert [told["gain_image"], told["gain_text"]] == expected["gains"]
+        metadata = json.loads(sample["json"])
+        assert metadata["id"] == expected["image"]
+        assert sample["txt"].decode() == metadata["caption"] == expected["caption"]
+        assert [metadata["gain_image"], metadata["gain_text"]] == expected["gains"]
         extension = next(kind for kind in ("png", "webp", "jpg") if kind in sample)
         assert sample[extension] == stored[f"{expected['image']}.{extension}"]
     sizes = json.loads((shards / "sizes.json").read_text())

