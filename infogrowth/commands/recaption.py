@@ -94,8 +94,8 @@ def run(config: Config) -> int:
             encoder = _encoder(config, about, device)
             if config.captions is None:
                 captioner = load_captioner(
-                    config.captioner, device, config.vocabulary,
-                    config.prompt, config.beams, config.max_tokens, encoder, config.min_margin,
+                    config.captioner, device, config.vocabulary, encoder, config.min_margin,
+                    prompt=config.prompt, beams=config.beams, max_tokens=config.max_tokens,
                 )  # fmt: skip
         checked = {}
         if captioner is not None:

@@ -16,6 +16,7 @@ from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import MEAN, STD
 from infogrowth.encoders.models import (
     CaptionTokenizer,
+    Generation,
     Tokens,
     UnitFeatures,
     fingerprint,
@@ -119,14 +120,7 @@ class BlipMatcher(_Blip):
 
 
 class BlipDescriber(_Blip):
-    """BLIP's vision tower and text decoder as a captioner (beam search, no sampling).
-
-    Args:
-        prompt: the words that the caption continues; they are removed from it. Official
-            captioning weights were tuned with "a picture of ", pretrained ones without.
-        beams: hypotheses kept by beam search.
-        max_tokens: longest caption, the prompt included.
-    """
+    """BLIP's vision tower and text decoder as a captioner."""
 
     kind = BlipCaptioner
 
@@ -135,16 +129,14 @@ class BlipDescriber(_Blip):
         path: Path,
         name: str,
         device: torch.device,
-        vocabulary: str | None = None,
-        prompt: str = "",
-        beams: int = 3,
-        max_tokens: int = 30,
+        vocabulary: str | None,
+        generation: Generation,
     ) -> None:
         super().__init__(path, name, device, vocabulary)
         self._options = {
-            "prompt": prompt,
-            "beams": beams,
-            "max_length": min(max_tokens, self._model.config.text_positions),
+            "prompt": generation.prompt,
+            "beams": generation.beams,
+            "max_length": min(generation.max_tokens, self._model.config.text_positions),
             "min_length": 0,
         }
         self.fingerprint = self._fingerprint(self._options)

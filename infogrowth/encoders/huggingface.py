@@ -11,6 +11,7 @@ from PIL import Image
 
 from infogrowth.encoders.models import (
     CaptionTokenizer,
+    Generation,
     Tokens,
     UnitFeatures,
     fingerprint,
@@ -94,30 +95,19 @@ class ProcessorTransform:
 class HuggingFaceCaptioner:
     """A model of transformers' image-text-to-text family with the processor beside its weights.
 
-    Beam search without sampling, so that the same image always gets the same words. On CUDA the
-    weights are bfloat16 (what such models are published in), on a CPU float32.
+    On CUDA the weights are bfloat16 (what such models are published in), on a CPU float32.
 
     Args:
         folder: config.json, weights, and processor files.
         name: what the user called it.
         device: where to run it.
-        prompt: what a chat model is asked, or what the others' caption continues; empty asks a
-            chat model for a sentence and lets the others begin by themselves.
-        beams: hypotheses kept by beam search.
-        max_tokens: longest caption.
 
     Raises:
         UserError: not an image-to-text model, or one of its files is missing or broken.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        device: torch.device,
-        prompt: str = "",
-        beams: int = 3,
-        max_tokens: int = 30,
+        self, folder: Path, name: str, device: torch.device, generation: Generation
     ) -> None:
         self.name = name
         self.preprocess = ToPixels()
@@ -126,9 +116,15 @@ class HuggingFaceCaptioner:
         model = _load_model("AutoModelForImageTextToText", folder, name)
         self._load_processor(folder)
         self._processing = Lock()
-        self._prompt = prompt
-        self._options = {"do_sample": False, "num_beams": beams, "max_new_tokens": max_tokens}
-        self.fingerprint = _fingerprint(model, self._tokenizer, {"prompt": prompt, **self._options})
+        self._prompt = generation.prompt
+        self._options = {
+            "do_sample": False,
+            "num_beams": generation.beams,
+            "max_new_tokens": generation.max_tokens,
+        }
+        self.fingerprint = _fingerprint(
+            model, self._tokenizer, {"prompt": self._prompt, **self._options}
+        )
         self._model = model.eval().to(device, self._dtype)
 
     def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
@@ -69,23 +69,20 @@ def load_captioner(
     name: str,
     device: "str | torch.device" = "cpu",
     vocabulary: str | None = None,
-    prompt: str = "",
-    beams: int = 3,
-    max_tokens: int = 30,
     encoder: "DualEncoder | None" = None,
     min_margin: float = 0.0,
+    **generation: Any,
 ) -> "Captioner":
     """The captioner called ``name``: a BLIP with a text decoder, a Hugging Face image-to-text
     model (names as for :func:`load_encoder`), or ``nearest:FILE``, which picks from a list.
 
     Args:
-        prompt: words that the caption continues.
-        beams: hypotheses kept by beam search; sampling is never used.
-        max_tokens: longest caption.
         encoder, min_margin: by which, and how clearly, ``nearest:FILE`` picks.
+        generation: how the others write, see :class:`infogrowth.encoders.models.Generation`.
     """
     import torch
 
+    from infogrowth.encoders.models import Generation
     from infogrowth.encoders.nearest import PREFIX, NearestCaptioner
 
     if name.startswith(PREFIX):
@@ -95,10 +92,10 @@ def load_captioner(
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipDescriber
 
-        return BlipDescriber(path, name, device, vocabulary, prompt, beams, max_tokens)
+        return BlipDescriber(path, name, device, vocabulary, Generation(**generation))
     from infogrowth.encoders.huggingface import HuggingFaceCaptioner
 
-    return HuggingFaceCaptioner(path, name, device, prompt, beams, max_tokens)
+    return HuggingFaceCaptioner(path, name, device, Generation(**generation))
 
 
 def find_model(name: str, what: str) -> Path:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -60,6 +61,23 @@ class DualEncoder(Protocol):
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
         """``encode_tokens(tokenize(captions))``."""
         ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a captioner writes: beam search without sampling.
+
+    Attributes:
+        prompt: what a chat model is asked (empty: for a sentence), or the words that another
+            model's caption continues and that are removed from it. BLIP's official captioning
+            weights were tuned with "a picture of ", pretrained ones without.
+        beams: hypotheses kept by beam search.
+        max_tokens: longest caption (for BLIP the prompt included).
+    """
+
+    prompt: str = ""
+    beams: int = 3
+    max_tokens: int = 30
 
 
 @runtime_checkable
