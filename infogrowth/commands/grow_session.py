@@ -1,7 +1,7 @@
 """One run of `grow` over the growth folder: restore, read the sources, decide, commit.
 
 Under the launcher every rank runs the same session over the same features, the engine shares out
-the search, and rank 0 alone holds the folder's lock, builds records and writes.
+the search, and rank 0 alone holds the folder's lock, builds the records and writes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -25,9 +27,8 @@ from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
 from infogrowth.growth.engine import DEFAULT_MIN_ALIGN, InfoGrowth
-from infogrowth.growth.ledger import GrowthFolder, GrowthPaths, Manifest
-from infogrowth.growth.ledger_writer import GrowthLedger, check_settings
-from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
+from infogrowth.growth.ledger import GrowthFolder
+from infogrowth.growth.ledger_writer import GrowthLedger
 from infogrowth.growth.scores import (
     Measure,
     NegClip,
@@ -36,6 +37,7 @@ from infogrowth.growth.scores import (
     draw_reference,
     reference_path,
 )
+from infogrowth.growth.sources import plan_seeds, plan_stream
 from infogrowth.growth.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -71,23 +73,23 @@ class GrowSession:
         recaptions: FeatureStream | None,
     ):
         self.processed = 0
-        self._config = config
-        self._device = device
-        self._features = features
+        self._config, self._features = config, features
         self._recaptions = RecaptionTable(recaptions) if recaptions else None
         self._recaptions_digest = recaptions.fingerprint(recaptions.rows) if recaptions else None
-        self._stream_alignments: np.ndarray | None = None
         self._ledger: GrowthLedger | None = None
         self._last_commit = time.monotonic()
-        given = config.min_align
-        self._requested = Thresholds.requested(
-            DEFAULT_MIN_ALIGN if given is None else given, config.min_recaption_align
-        )
         try:
-            settings, manifest = on_main(self._open_folder)
-            self._measure = self._chosen_measure(begun=settings is not None)
-            self._sources = manifest.sources if self._ledger is None else self._ledger.sources
-            self._engine = self._restore(settings, manifest)
+            folder = on_main(self._open)
+            self._sources = deepcopy(folder.manifest.sources)
+            self._measure = self._chosen_measure(begun=bool(folder.settings))
+            before: dict[str, Any] = {"min_align": DEFAULT_MIN_ALIGN, "min_recaption_align": None}
+            if folder.settings:  # its thresholds, unless others are given
+                before = Thresholds.of_settings(folder.settings).requests
+            given = {name: getattr(config, name) for name in before}
+            requests = {name: before[name] if v is None else v for name, v in given.items()}
+            self._settings = folder.settings
+            self._asked = self._settings_asked(Thresholds.requested(**requests))
+            self._engine = self._restored(folder, requests, device)
             self._engine.measure = self._measure
         except BaseException:
             self.__exit__()
@@ -98,7 +100,7 @@ class GrowSession:
 
     def __exit__(self, *exception: object) -> None:
         if self._ledger is not None:
-            self._ledger.close()
+            self._ledger.__exit__(*exception)
 
     def folder(self) -> GrowthFolder:
         """What is committed (rank 0)."""
@@ -112,48 +114,45 @@ class GrowSession:
             stream: where the seeds are; None when the run has none.
             seed_ids: only these samples of the stream; None for all.
         """
+        thresholds = self._engine.thresholds
         todo = plan_seeds(self._sources, stream, _digest(seed_ids))
-        undetermined = not self._engine.thresholds.resolved
-        if undetermined and stream is None:
-            name = (
-                "min_align" if self._engine.thresholds.min_align is None else "min_recaption_align"
-            )
+        if stream is None and not thresholds.resolved:
+            name = "min_align" if thresholds.min_align is None else "min_recaption_align"
             raise UserError(
                 f"{name} auto is found from a clean starting set: give --seed-features or "
                 "--seed-ids, or a number"
             )
-        if not undetermined:
-            self._begin()
-        if stream is None:
-            return
-        choose = None
-        if todo and seed_ids is not None:
-            choose = _with_id(_found_seeds(stream, seed_ids))
-        if todo and undetermined and self._engine.thresholds.purity:
-            log.info("estimating how many captions of %s are wrong", self._features.path)
-            alignments = partial(stream_alignments, self._features, seed_ids or (), self._measure)
-            self._stream_alignments = on_main(alignments)
         for number in todo:
+            assert stream is not None
+            choose, alignments = None, None
+            if seed_ids is not None:
+                choose = _with_id(_found_seeds(stream, seed_ids))
+            if not thresholds.resolved and thresholds.purity:
+                log.info("estimating how many captions of %s are wrong", self._features.path)
+                find = partial(stream_alignments, self._features, seed_ids or (), self._measure)
+                alignments = on_main(find)
             # The thresholds come from all seeds together, so they are inserted in one step.
-            size = stream.rows if undetermined else self._config.batch_size
-            self._read(number, stream, "seeding", choose, size)
-        if undetermined:
-            self._begin()
+            size = self._config.batch_size if thresholds.resolved else stream.rows
+            insert = partial(self._engine.seed, stream=alignments)
+            self._read(number, stream, "seeding", choose, size, insert)
 
     def grow(self) -> None:
         """Process the features' new samples, then what waits for the recaption table."""
-        stream, sources = self._features, self._sources
-        todo = plan_stream(sources, stream, self._recaptions_digest)
+        stream, size = self._features, self._config.batch_size
+        todo = plan_stream(self._sources, stream, self._recaptions_digest)
         if not todo:
             log.info("nothing new in %s: all its samples are decided", stream.path)
+
+        process = partial(self._engine.process, recaptions=self._recaptions)
         for number in todo:
-            if sources[number].kind == "retry":
+            if self._sources[number].kind == "retry":
                 pending = on_main(partial(self._pending, number))
-                self._read(number, stream, "processing again", _with_id(pending))
+                self._read(number, stream, "processing again", _with_id(pending), size, process)
             else:
                 seeds = on_main(lambda: self.folder().seeded_rows(stream))
-                sources[number].skipped = stream.skipped
-                self._read(number, stream, "growing", _not_in_rows(seeds) if len(seeds) else None)
+                self._sources[number].skipped = stream.skipped
+                choose = _not_in_rows(seeds) if len(seeds) else None
+                self._read(number, stream, "growing", choose, size, process)
 
     # --- underneath ------------------------------------------------------------------------------
 
@@ -163,74 +162,74 @@ class GrowSession:
         stream: FeatureStream,
         what: str,
         choose: Choose | None,
-        batch_size: int | None = None,
+        batch_size: int,
+        decide: Callable[..., Decisions],
     ) -> None:
         """Decide the rest of a source, batch by batch."""
         source = self._sources[number]
-        size = batch_size or self._config.batch_size
         quiet = not (is_main() and log.isEnabledFor(logging.INFO))
         with tqdm(
             desc=what, total=source.rows, initial=source.position, unit="pair",
             disable=True if quiet else None,
         ) as bar:  # fmt: skip
-            for batch in stream.batches(size, source.position, source.rows, choose):
-                self._process(number, batch)
+            for batch in stream.batches(batch_size, source.position, source.rows, choose):
+                decisions = self._decided(batch, decide)
                 self.processed += len(batch)
                 bar.update(int(batch.rows[-1]) + 1 - source.position)
                 source.position = int(batch.rows[-1]) + 1
-                self._commit(source, stream, even_if_small=False)
                 if self._ledger is not None:
+                    self._ledger.record(number, decisions, batch.rows)
+                    self._commit_if_due(number, stream)
                     counts = {"kept": len(self._engine), "dropped": self._ledger.dropped}
                     bar.set_postfix(counts, refresh=False)
             bar.update(source.rows - source.position)
         source.position = source.rows
-        self._commit(source, stream, even_if_small=True)
+        self._commit(number, stream)
 
-    def _process(self, number: int, batch: FeatureBatch) -> None:
-        """Let the engine decide about a batch, and record its decisions."""
-        captions = batch.captions
+    def _decided(self, batch: FeatureBatch, decide: Callable[..., Decisions]) -> Decisions:
+        """What the engine decides about a batch; samples without id or caption are dropped."""
+        captions, image = batch.captions, batch.image
         if self._config.modality == "image" and "label" in batch.extra:
             captions = ["" if label is None else str(label) for label in batch.extra["label"]]
-        decided = []
         complete = np.fromiter(map(all, zip(batch.ids, captions, strict=True)), bool, len(batch))
         if not complete.all():
-            incomplete = np.flatnonzero(~complete)
-            decided.append((_dropped(batch, captions, incomplete), batch.rows[incomplete]))
-            batch = batch.take(np.flatnonzero(complete))
-            captions = [caption for caption, good in zip(captions, complete, strict=True) if good]
-        if len(batch):
-            samples = (batch.ids, captions, batch.image, batch.text)
-            if self._sources[number].kind == "seed":
-                decisions = self._engine.seed(*samples, stream=self._stream_alignments)
-            else:
-                decisions = self._engine.process(*samples, recaptions=self._recaptions)
-            decided.append((decisions, batch.rows))
-        if self._ledger is not None:
-            self._ledger.record(number, decided)
+            assert image is not None
+            image = np.where(complete[:, None], image, np.nan)  # what the engine cannot use
+        decisions = decide(batch.ids, captions, image, batch.text)
+        for row in np.flatnonzero(~complete).tolist():
+            reason = Reason.CAPTION_MISSING if batch.ids[row] else Reason.ID_MISSING
+            decisions.reason_codes[row] = REASON_CODE[reason]
+        return decisions
 
-    def _commit(self, source: SourceProgress, stream: FeatureStream, even_if_small: bool) -> None:
-        ledger = self._ledger
-        if ledger is None:
+    def _commit_if_due(self, number: int, stream: FeatureStream) -> None:
+        assert self._ledger is not None
+        pending, late = self._ledger.pending_rows, time.monotonic() - self._last_commit
+        if pending >= self._config.commit_rows or (pending and late >= COMMIT_SECONDS):
+            self._commit(number, stream)
+
+    def _commit(self, number: int, stream: FeatureStream) -> None:
+        if self._ledger is None:
             return
-        big = ledger.pending_rows >= self._config.commit_rows
-        late = time.monotonic() - self._last_commit >= COMMIT_SECONDS
-        if not (even_if_small or big or (late and ledger.pending_rows)):
-            return
-        if ledger.settings is None:
-            self._begin()
+        source = self._sources[number]
         source.digest = stream.fingerprint(source.position)
-        ledger.record_search(self._engine.settings["search"])
-        ledger.commit()
+        if not self._settings:  # the folder begins, with the thresholds that were found
+            self._settings = self._asked | asdict(self._engine.thresholds)
+            if isinstance(self._measure, NegClip):
+                self._measure.save(reference_path(self._config.growth))
+        if search := self._engine.settings["search"]:
+            self._settings = {**self._settings, "search": search}
+        self._ledger.commit(self._settings, self._sources)
         self._last_commit = time.monotonic()
 
     def _pending(self, retry: int) -> set[str]:
         """Ids to process again: those that wait for a caption, and that the table has one for."""
         assert self._recaptions is not None
-        return self.folder().pending_ids(before_source=retry).intersection(self._recaptions)
+        waiting = self.folder().pending(before_source=retry)["id"].to_pylist()
+        return set(waiting).intersection(self._recaptions)
 
-    def _open_folder(self) -> tuple[dict[str, Any] | None, Manifest]:
+    def _open(self) -> GrowthFolder:
         self._ledger = GrowthLedger(self._config.growth)
-        return self._ledger.settings, self._ledger.manifest
+        return self._ledger.folder()
 
     def _chosen_measure(self, begun: bool) -> Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
@@ -250,69 +249,44 @@ class GrowSession:
             )
         return column
 
-    def _restore(self, settings: dict[str, Any] | None, manifest: Manifest) -> InfoGrowth:
+    def _restored(
+        self, folder: GrowthFolder, requests: dict[str, Any], device: torch.device
+    ) -> InfoGrowth:
         """The engine as the folder left it, or a new one."""
-        config = self._config
-        common: dict[str, Any] = {"device": self._device.type, "memory_mb": config.memory_mb}
-        if settings is not None:
-            # Those of the folder, unless others are given.
-            before: dict[str, Any] = Thresholds.of_settings(settings).requests
-            asked: dict[str, Any] = {name: getattr(config, name) for name in before}
-            self._requested = Thresholds.requested(
-                **{name: before[name] if value is None else value for name, value in asked.items()}
-            )
-            wanted = self._settings()
-            check_settings(GrowthPaths(config.growth).directory, settings, wanted)
-            if settings.get("index") != wanted["index"]:
+        config, settings = self._config, folder.settings
+        if settings:
+            folder.refuse_other(self._asked)
+            if settings.get("index") != config.index:
                 log.info("note: the dataset was begun with index %s", settings.get("index"))
-            if bool(settings.get("encoder")) != bool(wanted["encoder"]):
+            if bool(settings.get("encoder")) != bool(self._asked["encoder"]):
                 log.warning(
                     "it is not known whether these features have the encoder of the dataset"
                 )
-        if settings is None or manifest.rows == 0:
-            requests: dict[str, Any] = self._requested.requests
-            return InfoGrowth(
-                config.k, index=config.index, modality=config.modality, **requests, **common
-            )
-        folder = GrowthFolder(GrowthPaths(config.growth).directory, settings, manifest)
-        ids, captions, gains = folder.kept_samples()
-        log.info("continuing with %s samples in the dataset", f"{len(ids):,}")
-        features = {space: folder.kept_feature_parts(space) for space in folder.spaces}
-        return InfoGrowth.restore(
-            settings,
-            ids,
-            captions,
-            gains,
-            features["image"],
-            features.get("text"),
-            index=config.index,
-            **common,
-        )
+        options: dict[str, Any] = {"device": device.type, "memory_mb": config.memory_mb}
+        options["index"] = config.index
+        if folder.manifest.rows == 0:
+            return InfoGrowth(config.k, modality=config.modality, **requests, **options)
+        table = pa.concat_tables(folder.kept_parts())
+        log.info("continuing with %s samples in the dataset", f"{len(table):,}")
+        ids, captions = table["id"].to_pylist(), table["caption"].to_pylist()
+        gains = np.stack([table["gain_image"].to_numpy(), table["gain_text"].to_numpy()], axis=1)
+        for space in folder.spaces:
+            options[f"{space}_features"] = folder.kept_feature_parts(space)
+        return InfoGrowth.restore(settings, ids, captions, gains, **options)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings_asked(self, thresholds: Thresholds) -> dict[str, Any]:
         """The settings of this run, in the form of growth.json."""
-        config, features = self._config, self._features
-        encoder = features.encoder
+        features, encoder = self._features, self._features.encoder
         return {
             **({"clean_by": self._measure.about} if self._measure.about else {}),
-            "k": config.k,
-            **asdict(self._requested),
-            "modality": config.modality,
-            "index": config.index,
+            "k": self._config.k,
+            **asdict(thresholds),
+            "modality": self._config.modality,
+            "index": self._config.index,
             "dimension": {space: features.dimensions.get(space) for space in SPACES},
             "encoder": encoder and {name: encoder.get(name) for name in ("name", "fingerprint")},
             "images": features.description.get("images"),
         }
-
-    def _begin(self) -> None:
-        if self._ledger is None:
-            return
-        settings = self._settings()
-        if self._ledger.settings is None:
-            settings |= asdict(self._engine.thresholds)
-            if isinstance(self._measure, NegClip):
-                self._measure.save(reference_path(self._config.growth))
-        self._ledger.begin(settings)
 
 
 class RecaptionTable(Mapping[str, Recaption]):
@@ -338,15 +312,6 @@ class RecaptionTable(Mapping[str, Recaption]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def _dropped(batch: FeatureBatch, captions: list[str], rows: np.ndarray) -> Decisions:
-    """Samples without an id or a caption: dropped before the engine sees them."""
-    chosen = rows.tolist()
-    ids = [batch.ids[row] for row in chosen]
-    reasons = [Reason.CAPTION_MISSING if name else Reason.ID_MISSING for name in ids]
-    codes = np.array([REASON_CODE[reason] for reason in reasons], np.int8)
-    return Decisions(ids, [captions[row] for row in chosen], {}, codes, [])
 
 
 def _with_id(wanted: Collection[str]) -> Choose:

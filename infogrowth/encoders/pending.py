@@ -12,7 +12,7 @@ from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import Reason, validate
-from infogrowth.growth.ledger import PENDING_REASONS, read_growth
+from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.scores import Measure, cosine
 from infogrowth.neighbors.rows import row_products
 
@@ -78,16 +78,9 @@ def pending_in_growth(directory: str) -> PendingRecaptions:
         UserError: not a growth folder.
     """
     growth = read_growth(directory)
-    wanted = set(growth.pending_ids())
-    pending = PendingRecaptions(float(growth.settings["min_align"]))
-    names = ("id", "verdict", "reason", "original_caption", "original_alignment")
-    for table in growth.decision_parts(names):
-        pending.examined += len(table)
-        for row in table.filter(pc.equal(table["verdict"], "dropped")).to_pylist():
-            if row["reason"] in PENDING_REASONS and row["id"] in wanted:
-                wanted.discard(row["id"])  # its first decision counts
-                pending.add(row["id"], row["original_caption"], row["original_alignment"])
-    return pending
+    ids, captions, alignments = (column.to_pylist() for column in growth.pending().columns)
+    min_align = float(growth.settings["min_align"])
+    return PendingRecaptions(min_align, ids, captions, alignments, growth.totals["pairs"])
 
 
 @dataclass(frozen=True)

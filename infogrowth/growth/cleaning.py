@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
+from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, one_row
 from infogrowth.growth.scores import Measure, cosine
 from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
 
@@ -99,9 +99,8 @@ def _recaption_feature(
         return None, Reason.RECAPTION_WITHOUT_CAPTION
     if recaption.text_feature is None:
         return None, Reason.RECAPTION_WITHOUT_FEATURE
-    feature = recaption.text_feature
-    vector = feature.reshape(1, -1) if hasattr(feature, "reshape") else [feature]
-    matrix = as_matrix(vector, f"The recaption feature of sample {sample_id!r}")
+    feature = one_row(recaption.text_feature)
+    matrix = as_matrix(feature, f"The recaption feature of sample {sample_id!r}")
     if matrix.shape[1] != dimension:
         return None, Reason.RECAPTION_MISFIT
     unit, problem = unit_rows(matrix)

@@ -146,7 +146,6 @@ class Decisions(Sequence[Decision]):
     features: dict[str, np.ndarray]
     reason_codes: np.ndarray
     dataset_ids: list[str] = field(repr=False)
-    neighbors: dict[str, Neighbors] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -158,6 +157,7 @@ class Decisions(Sequence[Decision]):
         self.captioners: dict[int, str | None] = {}
         self.recaption_rule: str | None = None
         self.gains = np.full((count, 2), np.nan)
+        self.neighbors = {space: no_neighbors(count, 0) for space in SPACES}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -167,17 +167,20 @@ class Decisions(Sequence[Decision]):
     @overload
     def __getitem__(self, index: slice) -> list[Decision]: ...
     def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
-        if isinstance(index, slice):
-            return [self._record(row) for row in range(len(self))[index]]
-        return self._record(range(len(self))[index])
+        rows = range(len(self))[index]
+        return self._record(rows) if isinstance(rows, int) else [self._record(row) for row in rows]
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [self._verdict(row) for row in range(len(self))]
+        return [_VERDICTS[code] for code in self._verdict_codes.tolist()]
 
     @property
     def reasons(self) -> list[Reason]:
         return [_REASONS[code] for code in self.reason_codes.tolist()]
+
+    @property
+    def _verdict_codes(self) -> np.ndarray:
+        return np.where(self.kept, 1 + self.recaptioned.astype(np.int8), 0)
 
     def table(self, source: int, source_rows: np.ndarray) -> pa.Table:
         """The columns of :data:`SCHEMA` but ``row``, NaN as null.
@@ -186,82 +189,69 @@ class Decisions(Sequence[Decision]):
             source: number of the source among those of the growth folder.
             source_rows: (N,) the samples' rows in its features.
         """
-        recaptioned = 1 + self.recaptioned.astype(np.int8)
-        verdicts = np.where(self.kept, recaptioned, 0)  # in the order of `Verdict`
+        numbers = {
+            "alignment": self.alignment,
+            "original_alignment": self.original_alignment,
+            "gain_image": self.gains[:, 0],
+            "gain_text": self.gains[:, 1],
+            "recaption_alignment": self.recaption_alignment,
+        }
         caption = pa.array(self.captions, pa.string())
-        unchanged = self.original_captions is self.captions
+        if self.original_captions is self.captions:
+            original_caption = caption
+        else:
+            original_caption = pa.array(self.original_captions, pa.string())
+        rule = [self.recaption_rule if taken else None for taken in self.recaptioned.tolist()]
         columns: dict[str, Any] = {
             "source": pa.array(np.full(len(self), source, np.int32)),
             "source_row": pa.array(source_rows, pa.int64()),
             "id": pa.array(self.ids, pa.string()),
-            "verdict": pa.array(_VERDICTS, pa.string()).take(pa.array(verdicts)),
+            "verdict": pa.array(_VERDICTS, pa.string()).take(pa.array(self._verdict_codes)),
             "reason": pa.array(_REASONS, pa.string()).take(pa.array(self.reason_codes)),
-            "alignment": pa.array(self.alignment, from_pandas=True),
-            "original_alignment": pa.array(self.original_alignment, from_pandas=True),
-            "gain_image": pa.array(self.gains[:, 0], from_pandas=True),
-            "gain_text": pa.array(self.gains[:, 1], from_pandas=True),
+            **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
             "caption": caption,
-            "original_caption": caption
-            if unchanged
-            else pa.array(self.original_captions, pa.string()),
+            "original_caption": original_caption,
+            "captioner": pa.array(map(self.captioners.get, range(len(self))), pa.string()),
+            "recaption_rule": pa.array(rule, pa.string()),
         }
-        rows = range(len(self))
-        columns["recaption_alignment"] = pa.array(self.recaption_alignment, from_pandas=True)
-        columns["captioner"] = pa.array(map(self.captioners.get, rows), pa.string())
-        columns["recaption_rule"] = pa.array(
-            (self.recaption_rule if taken else None for taken in self.recaptioned), pa.string()
-        )
-        for space in SPACES:
-            columns |= self._neighbor_columns(space)
+        for space, found in self.neighbors.items():
+            present = found.positions >= 0
+            starts = np.zeros(len(self) + 1, np.int32)
+            np.cumsum(present.sum(axis=1), out=starts[1:])
+            names = [self.dataset_ids[position] for position in found.positions[present].tolist()]
+            distances = found.distances[present]
+            for name, values in (("neighbors", pa.array(names, pa.string())),
+                                 ("distances", pa.array(distances))):  # fmt: skip
+                columns[f"{space}_{name}"] = pa.ListArray.from_arrays(pa.array(starts), values)
         return pa.table({name: columns[name] for name in SCHEMA.names[1:]})
-
-    def _neighbor_columns(self, space: str) -> dict[str, pa.Array]:
-        found = self.neighbors.get(space) or no_neighbors(len(self), 0)
-        present = found.positions >= 0
-        offsets = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(present.sum(axis=1), out=offsets[1:])
-        names = [self.dataset_ids[position] for position in found.positions[present].tolist()]
-        values = {
-            "neighbors": pa.array(names, pa.string()),
-            "distances": pa.array(found.distances[present]),
-        }
-        starts = pa.array(offsets)
-        return {
-            f"{space}_{name}": pa.ListArray.from_arrays(starts, column)
-            for name, column in values.items()
-        }
 
     def blocks(self, size: int) -> Iterator[slice]:
         """All rows in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def _verdict(self, row: int) -> Verdict:
-        if not self.kept[row]:
-            return Verdict.DROPPED
-        return Verdict.RECAPTIONED if self.recaptioned[row] else Verdict.KEPT
-
     def _record(self, row: int) -> Decision:
-        def neighbors(space: str) -> list[tuple[str, float]]:
-            found = (self.neighbors.get(space) or no_neighbors(len(self), 0)).part(
-                slice(row, row + 1)
-            )
+        def number(value: np.float64) -> float | None:
+            return None if np.isnan(value) else float(value)
+
+        def nearest(space: str) -> list[tuple[str, float]]:
+            found = self.neighbors[space].part(slice(row, row + 1))
             pairs = zip(found.positions[0].tolist(), found.distances[0].tolist(), strict=True)
             return [(self.dataset_ids[at], distance) for at, distance in pairs if at >= 0]
 
         return Decision(
             id=self.ids[row],
-            verdict=self._verdict(row),
+            verdict=_VERDICTS[(1 + self.recaptioned[row]) * self.kept[row]],
             reason=_REASONS[self.reason_codes[row]],
-            alignment=_number(self.alignment[row]),
-            original_alignment=_number(self.original_alignment[row]),
-            gain_image=_number(self.gains[row, 0]),
-            gain_text=_number(self.gains[row, 1]),
-            image_neighbors=neighbors("image"),
-            text_neighbors=neighbors("text"),
+            alignment=number(self.alignment[row]),
+            original_alignment=number(self.original_alignment[row]),
+            gain_image=number(self.gains[row, 0]),
+            gain_text=number(self.gains[row, 1]),
+            image_neighbors=nearest("image"),
+            text_neighbors=nearest("text"),
             caption=self.captions[row],
             original_caption=self.original_captions[row],
-            recaption_alignment=_number(self.recaption_alignment[row]),
+            recaption_alignment=number(self.recaption_alignment[row]),
             captioner=self.captioners.get(row),
             recaption_rule=self.recaption_rule if self.recaptioned[row] else None,
         )
@@ -290,11 +280,10 @@ def validate(
         UserError: the arrays do not fit each other or the dataset (the argument is named), or ids
             are not strings.
     """
-    names = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    for row, name in enumerate(names):
-        if type(name) is not str and not isinstance(name, str):
-            raise UserError(f"Sample ids must be strings; number {row} is {name!r}.")
-    texts = captions.tolist() if hasattr(captions, "tolist") else list(captions)
+    names, texts = (v.tolist() if hasattr(v, "tolist") else list(v) for v in (ids, captions))
+    odd = next((row for row, name in enumerate(names) if not isinstance(name, str)), None)
+    if odd is not None:
+        raise UserError(f"Sample ids must be strings; number {odd} is {names[odd]!r}.")
     if len(texts) != len(names):
         raise UserError(f"There are {len(names)} ids but {len(texts)} captions.")
     if features.get("text", ()) is None:
@@ -305,11 +294,11 @@ def validate(
         for space in SPACES
         if space in features
     }
-    widths = {space: unit.shape[1] for space, unit in rows.items()}
-    if len(names) and len(set(widths.values())) > 1:
+    widths = [unit.shape[1] for unit in rows.values()]
+    if len(names) and len(set(widths)) > 1:
         raise UserError(
-            f"Image features have {widths['image']} columns but text features {widths['text']}; "
-            "both must come from one dual encoder."
+            "Image features have {} columns but text features {}; both must come from one dual "
+            "encoder.".format(*widths)
         )
     return Decisions(names, texts, rows, codes, [] if dataset_ids is None else dataset_ids)
 
@@ -335,11 +324,8 @@ def _validate_features(
     return rows
 
 
-def _number(value: np.float64) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def one_row(features: Any) -> Any:
-    """The features of a single sample (D,) as one row (1, D)."""
-    one = None if features is None else [features]
-    return features.reshape(1, -1) if hasattr(features, "reshape") else one
+def one_row(feature: Any) -> Any:
+    """The feature of a single sample (D,), of any array type, as one row (1, D); None as None."""
+    if feature is None:
+        return None
+    return feature.reshape(1, -1) if hasattr(feature, "reshape") else [feature]

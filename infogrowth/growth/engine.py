@@ -154,7 +154,7 @@ class InfoGrowth:
         if not self._indexes:
             widths = {space: rows.shape[1] for space, rows in batch.features.items()}
             self._indexes = {s: self._new_index(s, width) for s, width in widths.items()}
-        batch.neighbors = {space: no_neighbors(len(batch), self.k) for space in self.spaces}
+        batch.neighbors |= {space: no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "pair":
             recaption_align = self.thresholds.min_recaption_align
             assert recaption_align is not None

@@ -6,7 +6,8 @@
     kept/image_000000.npy     unit features of the samples that joined, a file per commit and space
     lock                      held by the one process that writes
 
-This is the reading side; writing is ledger_writer.py.
+Files come in this order: where a later one is there without an earlier one, that one was lost. This
+is the reading side; writing is ledger_writer.py.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import SPACES, Annotation
-from infogrowth.errors import UserError
+from infogrowth.errors import UserError, refusing
 from infogrowth.files import read_json
 from infogrowth.growth.decisions import SCHEMA, Reason
-from infogrowth.growth.plan import Features, SourceProgress
-from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, estimate_stream
+from infogrowth.growth.sources import Features, SourceProgress
+from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, Thresholds, estimate_stream
 
 FORMAT = 1
 PENDING_REASONS = frozenset(
@@ -54,34 +55,13 @@ class Manifest:
         return {"format": FORMAT, **asdict(self)}
 
 
-class GrowthPaths:
-    """The paths inside a growth folder."""
-
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
-        self.settings = self.directory / "growth.json"
-        self.manifest = self.directory / "manifest.json"
-        self.lock = self.directory / "lock"
-        self.decisions_folder = self.directory / "decisions"
-        self.kept_folder = self.directory / "kept"
-
-    def decisions(self, part: int) -> Path:
-        return self.decisions_folder / f"{part:06d}.parquet"
-
-    def kept(self, space: str, part: int) -> Path:
-        return self.kept_folder / f"{space}_{part:06d}.npy"
-
-    def data(self) -> list[Path]:
-        """Files of decisions and features, committed or not."""
-        return [*self.decisions_folder.glob("*.parquet"), *self.kept_folder.glob("*.npy")]
-
-
 @dataclass(frozen=True)
 class GrowthFolder:
     """A growth folder as it was committed when it was opened; a running `grow` does not disturb it.
 
     Attributes:
-        settings: growth.json (``k``, ``min_align``, ``modality``, ``dimension``, ``encoder`` …).
+        settings: growth.json (``k``, ``min_align``, ``modality``, ``dimension``, ``encoder`` …);
+            empty before the dataset is begun.
         totals: decisions by verdict (``pairs``, ``kept``, ``recaptioned``, ``dropped``) and by
             reason (``reasons``), and ``dataset``, the number of samples now in the dataset.
         sources: the sources in the order in which they were first read.
@@ -90,10 +70,6 @@ class GrowthFolder:
     directory: Path
     settings: dict[str, Any]
     manifest: Manifest
-
-    @property
-    def paths(self) -> GrowthPaths:
-        return GrowthPaths(self.directory)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -108,10 +84,16 @@ class GrowthFolder:
         """The spaces in which features are kept: image and text, or image alone."""
         return tuple(space for space in SPACES if self.settings["dimension"].get(space))
 
+    def file(self, part: int, space: str | None = None) -> Path:
+        """The decisions of a part, or the features that it kept in a space."""
+        if space is None:
+            return self.directory / "decisions" / f"{part:06d}.parquet"
+        return self.directory / "kept" / f"{space}_{part:06d}.npy"
+
     @property
     def decision_files(self) -> list[Path]:
         """The committed parquet files, in order; others that lie beside them do not count."""
-        return [self.paths.decisions(part) for part in range(self.manifest.parts)]
+        return [self.file(part) for part in range(self.manifest.parts)]
 
     def decision_parts(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The decisions in the order they were made, a table per commit; one empty table when there
@@ -124,10 +106,8 @@ class GrowthFolder:
         if not self.manifest.parts:
             yield schema.empty_table()
         for path in self.decision_files:
-            try:
+            with refusing(path, "the decisions", pa.ArrowException, fault="are damaged"):
                 table = pq.ParquetFile(path).read(list(columns))
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{path} of the growth folder is damaged: {error}") from error
             for name in set(columns) - set(table.column_names):
                 table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
             yield table.select(columns)
@@ -135,6 +115,27 @@ class GrowthFolder:
     def decisions(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """All decisions as one table (columns of :data:`SCHEMA`), in the order they were made."""
         return pa.concat_tables(self.decision_parts(columns))
+
+    def kept_parts(self) -> Iterator[pa.Table]:
+        """``id``, ``caption``, ``gain_image`` and ``gain_text`` of the dataset's samples in
+        insertion order, a table per commit."""
+        for table in self.decision_parts(("id", "caption", "gain_image", "gain_text", "verdict")):
+            kept = table.filter(pc.not_equal(table["verdict"], "dropped")).drop("verdict")
+            if len(self.spaces) < 2:  # growth in the image space alone has one gain, for both
+                kept = kept.set_column(3, "gain_text", kept["gain_image"])
+            yield kept
+
+    def iter_annotations(self) -> Iterator[Annotation]:
+        """``{"image", "caption", "gains"}`` of the dataset's samples in insertion order (spec §3),
+        one at a time: the size of the dataset is no matter."""
+        for table in self.kept_parts():
+            columns = (column.to_pylist() for column in table.columns)
+            for sample, caption, image, text in zip(*columns, strict=True):
+                yield {"image": sample, "caption": caption, "gains": [image, text]}
+
+    def annotations(self) -> list[Annotation]:
+        """All of :meth:`iter_annotations`."""
+        return list(self.iter_annotations())
 
     def kept_feature_parts(self, space: str) -> Iterator[np.ndarray]:
         """``(n, D) float32`` unit rows of the kept samples, memory-mapped, one array per part.
@@ -144,70 +145,51 @@ class GrowthFolder:
         """
         width = self.settings["dimension"].get(space)
         for part in range(self.manifest.parts):
-            path = self.paths.kept(space, part)
-            try:
+            path = self.file(part, space)
+            with refusing(path, "the kept features", ValueError, EOFError, fault="are damaged"):
                 rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:  # EOFError: a file of 0 bytes
-                raise UserError(f"{path} of the growth folder is damaged: {error}") from error
-            if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != np.float32:
-                raise UserError(
-                    f"{path} of the growth folder is damaged: it holds {rows.dtype} of shape "
-                    f"{rows.shape}, not float32 rows of {width} numbers"
-                )
+                if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != np.float32:
+                    raise ValueError(f"{rows.dtype} {rows.shape}, not float32 rows of {width}")
             yield rows
 
     def kept_features(self, space: str) -> np.ndarray:
         """All kept samples' unit features ``(N, D) float32`` in ``space``, in insertion order."""
-        dimension = self.settings["dimension"].get(space) or 0
-        parts = list(self.kept_feature_parts(space)) if dimension else []
-        return np.concatenate([np.empty((0, dimension), np.float32), *parts])
+        return self.first_kept_features(space, self.totals["dataset"])
 
-    def kept_samples(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Ids, captions and gains ``(N, 2) float64`` of the dataset, in insertion order."""
-        table = pa.concat_tables(self._kept_parts())
-        gains = np.stack([table["gain_image"].to_numpy(), table["gain_text"].to_numpy()], axis=1)
-        return table["id"].to_pylist(), table["caption"].to_pylist(), gains
+    def first_kept_features(self, space: str, count: int) -> np.ndarray:
+        """Unit rows of the first ``count`` kept samples: the seeds come first."""
+        width = self.settings["dimension"].get(space) or 0
+        rows, filled = np.empty((count if width else 0, width), np.float32), 0
+        for part in self.kept_feature_parts(space) if width else ():
+            part = part[: count - filled]
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == count:
+                break
+        return rows[:filled]
 
-    def iter_annotations(self) -> Iterator[Annotation]:
-        """``{"image", "caption", "gains"}`` of the dataset's samples in insertion order (spec §3),
-        one at a time: the size of the dataset is no matter."""
-        for table in self._kept_parts():
-            columns = (table[name].to_pylist() for name in table.column_names)
-            for sample, caption, image, text in zip(*columns, strict=True):
-                yield {"image": sample, "caption": caption, "gains": [image, text]}
-
-    def annotations(self) -> list[Annotation]:
-        """All of :meth:`iter_annotations`."""
-        return list(self.iter_annotations())
-
-    def _kept_parts(self) -> Iterator[pa.Table]:
-        """Ids, captions, image and text gains of the samples in the dataset, a table per part."""
-        for table in self.decision_parts(("id", "caption", "gain_image", "gain_text", "verdict")):
-            kept = table.filter(pc.not_equal(table["verdict"], "dropped")).drop("verdict")
-            if len(self.spaces) < 2:  # growth in the image space alone has one gain, for both
-                kept = kept.set_column(3, "gain_text", kept["gain_image"])
-            yield kept
-
-    def pending_ids(self, before_source: int | None = None) -> set[str]:
-        """Ids that wait for a better caption: dropped for their alignment, and never joined since.
+    def pending(self, before_source: int | None = None) -> pa.Table:
+        """Samples that wait for a better caption: dropped for their alignment, and never joined
+        since. ``id``, ``original_caption`` and ``original_alignment`` as they came first.
 
         Args:
             before_source: count only what was decided before this source began (a retry that goes
                 on must process the same samples as one that was never interrupted).
         """
-        pending: set[str] = set()
-        joined: set[str] = set()
-        names = ("source", "id", "verdict", "reason")
-        for table in self.decision_parts(names):
-            columns = (table[name].to_pylist() for name in names)
-            for source, sample, verdict, reason in zip(*columns, strict=True):
-                if source == before_source:
-                    return pending - joined
-                if verdict != "dropped":
-                    joined.add(sample)
-                elif reason in PENDING_REASONS:
-                    pending.add(sample)
-        return pending - joined
+        names = ("id", "original_caption", "original_alignment")
+        table = self.decisions(("source", "verdict", "reason", *names))
+        if (
+            before_source is not None
+            and (end := pc.index(table["source"], before_source).as_py()) >= 0
+        ):
+            table = table.slice(0, end)
+        dropped = pc.equal(table["verdict"], "dropped")
+        joined = table.filter(pc.invert(dropped))["id"]
+        waits = pc.and_(dropped, pc.is_in(table["reason"], pa.array(sorted(PENDING_REASONS))))
+        waits = pc.and_(waits, pc.invert(pc.is_in(table["id"], joined.combine_chunks())))
+        first = [(name, "first") for name in names[1:]]
+        found = table.filter(waits).group_by("id", use_threads=False).aggregate(first)
+        return found.select(["id", *(f"{name}_first" for name in names[1:])]).rename_columns(names)
 
     def estimate(self) -> StreamEstimate | None:
         """How many captions of all that was processed are wrong, by the seeds and the recorded
@@ -227,23 +209,12 @@ class GrowthFolder:
         image, text = (self.first_kept_features(space, seeds) for space in SPACES)
         return estimate_stream(image, text, stream)
 
-    def first_kept_features(self, space: str, count: int) -> np.ndarray:
-        """Unit rows of the first ``count`` kept samples: the seeds come first."""
-        parts: list[np.ndarray] = []
-        for rows in self.kept_feature_parts(space):
-            parts.append(rows[: count - sum(map(len, parts))])
-            if sum(map(len, parts)) == count:
-                break
-        return np.concatenate(parts)
-
     def rows_of(self, sources: Sequence[int]) -> np.ndarray:
         """Rows in their features of all samples decided in these sources, in order."""
-        rows = [np.empty(0, np.int64)]
-        for table in self.decision_parts(("source", "source_row")) if sources else ():
-            rows.append(
-                table["source_row"].to_numpy()[np.isin(table["source"].to_numpy(), sources)]
-            )
-        return np.concatenate(rows)
+        if not sources:
+            return np.empty(0, np.int64)
+        table = self.decisions(("source", "source_row"))
+        return table["source_row"].to_numpy()[np.isin(table["source"].to_numpy(), sources)]
 
     def seeded_rows(self, features: Features) -> np.ndarray:
         """Rows of ``features`` that were taken out of it as seeds, so are not processed again."""
@@ -252,46 +223,83 @@ class GrowthFolder:
             [n for n, s in sources if s.kind == "seed" and s.seed_ids and s.is_of(features)]
         )
 
+    def refuse_other(self, settings: dict[str, Any]) -> None:
+        """Refuse to continue with other settings; UserError names the first difference."""
+        before, now = _identity(self.settings), _identity(settings)
+        for name, value in before.items():
+            if now.get(name, value) != value:
+                raise UserError(
+                    f"{self.directory} was grown with {name} {value}, and this run has "
+                    f"{now[name]}; use the same, or another --growth folder"
+                )
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, str]:
+    """What must stay as it was when the folder was begun, human-readable; without the encoder
+    where it is unknown. ``index`` may change: it is only recorded."""
+
+    def readable(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    parts = {name: settings.get(name) for name in ("k", "modality", "dimension", "clean_by")}
+    parts |= Thresholds.of_settings(settings).requests
+    if encoder := settings.get("encoder"):
+        fingerprint = str(encoder.get("fingerprint") or "")[:12]
+        parts["encoder"] = str(encoder.get("name")) + (f" ({fingerprint})" if fingerprint else "")
+    return {name: readable(value) for name, value in parts.items()}
+
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
     """Open a growth folder for reading.
 
     Raises:
-        UserError: no such folder, not a growth folder, or one written by another format.
+        UserError: no such folder, not a growth folder, one written by another format, or damaged.
     """
-    paths = GrowthPaths(directory)
-    if not paths.settings.is_file():
+    folder = read_folder(Path(directory))
+    if not folder.settings:
         raise UserError(
-            f"{paths.directory} is not a growth folder (it has no growth.json); "
+            f"{directory} is not a growth folder (it has no growth.json); "
             "give the --growth folder of `python -m infogrowth grow`"
         )
-    settings = read_json(paths.settings, "the growth folder's file")
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise UserError(f"{paths.settings} has an unknown format; this version reads {FORMAT}")
-    return GrowthFolder(paths.directory, settings, read_manifest(paths))
+    return folder
 
 
-def read_manifest(paths: GrowthPaths) -> Manifest:
-    """The commit point; an empty one when nothing was committed yet. UserError where it is damaged,
-    or lost: data files lie there without it."""
-    if not paths.manifest.is_file():
-        # Looked for twice: a first commit may arrive between the two looks.
-        if paths.data() and not paths.manifest.is_file():
+def read_folder(directory: Path) -> GrowthFolder:
+    """A growth folder, begun or not. UserError where a file is damaged, or lost."""
+    found = any(data_files(directory))
+    for name in ("manifest.json", "growth.json"):  # a first commit may be writing them just now
+        if (directory / name).is_file():
+            found = True
+        elif found:
             raise UserError(
-                f"{paths.directory} has lost its manifest.json, without which its "
-                "decisions cannot be trusted; put the file back, or give another --growth folder"
+                f"{directory} has lost its {name}, without which its decisions cannot be "
+                "trusted; put the file back, or give another --growth folder"
             )
-        return Manifest()
-    content = read_json(paths.manifest, "the growth folder's file")
-    try:
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{paths.manifest} has an unknown format; this version reads {FORMAT}")
+    settings = _read(directory / "growth.json")
+    content = _read(directory / "manifest.json")
+    if not content:
+        return GrowthFolder(directory, settings, Manifest())
+    damage = (KeyError, TypeError, AttributeError)
+    with refusing(directory / "manifest.json", "the commit point", *damage, fault="is damaged"):
+        del content["format"]
         names = {f.name for f in fields(SourceProgress)}
         sources = [
             SourceProgress(**{name: value for name, value in source.items() if name in names})
             for source in content.pop("sources")
         ]
         sum(sum(source.skipped.values()) for source in sources)  # TypeError unless all are counts
-        return Manifest(**content, sources=sources)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{paths.manifest} is damaged: {error!r}") from error
+        return GrowthFolder(directory, settings, Manifest(**content, sources=sources))
+
+
+def data_files(directory: Path) -> list[Path]:
+    """Files of decisions and features, committed or not."""
+    return [*directory.glob("decisions/*.parquet"), *directory.glob("kept/*.npy")]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path, "the growth folder's file") if path.is_file() else {"format": FORMAT}
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} has an unknown format; this version reads {FORMAT}")
+    return content if len(content) > 1 else {}

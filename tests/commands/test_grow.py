@@ -351,7 +351,12 @@ def test_a_dataset_begun_with_samples_without_captions_grows_on(
         inputs = ("--features", features, "--growth", tmp_path / "g")
         assert infogrowth("grow", *inputs, "--output", tmp_path / "o.json")[0] == 0
     assert len(load_annotations(tmp_path / "o.json")) == 6
-    assert read_growth(tmp_path / "g").totals["reasons"]["caption is missing"] == 6
+    folder = read_growth(tmp_path / "g")
+    assert folder.totals["reasons"]["caption is missing"] == 6
+    (record,) = folder.decisions().slice(0, 1).to_pylist()
+    assert (record["verdict"], record["id"], record["caption"]) == ("dropped", "s0", "")
+    assert record["alignment"] is None and record["gain_image"] is None
+    assert record["image_neighbors"] == record["text_neighbors"] == []
 
 
 def test_options_come_from_yaml_and_a_flag_wins(feature_folder, infogrowth, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.growth.decisions import SCHEMA
 from infogrowth.growth.ledger import Manifest
-from infogrowth.growth.plan import SourceProgress
+from infogrowth.growth.sources import SourceProgress
 
 COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
 HOSTILE = '<script>window.__injected=1</script>"><img src=x onerror="window.__injected=2">'

@@ -6,7 +6,7 @@ import pytest
 
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import PENDING_REASONS
-from infogrowth.growth.plan import SourceProgress, plan_seeds, plan_stream
+from infogrowth.growth.sources import SourceProgress, plan_seeds, plan_stream
 
 
 @dataclass

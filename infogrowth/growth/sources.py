@@ -20,6 +20,15 @@ from typing import Protocol
 from infogrowth.errors import UserError
 
 
+class Features(Protocol):
+    """What is asked of a feature stream here."""
+
+    path: str
+    rows: int
+
+    def fingerprint(self, rows: int) -> str: ...
+
+
 @dataclass
 class SourceProgress:
     """Samples that were given to `grow`, in row order, and how far they have been decided.
@@ -63,15 +72,6 @@ class SourceProgress:
         return os.path.abspath(self.features) == os.path.abspath(features.path)
 
 
-class Features(Protocol):
-    """What is asked of a feature stream here."""
-
-    path: str
-    rows: int
-
-    def fingerprint(self, rows: int) -> str: ...
-
-
 def plan_seeds(
     sources: list[SourceProgress], features: Features | None, seed_ids: str | None = None
 ) -> list[int]:
@@ -84,31 +84,30 @@ def plan_seeds(
     Raises:
         UserError: seeding was interrupted and is not continued, or the seeds come too late.
     """
-    seeds = [number for number, source in enumerate(sources) if source.kind == "seed"]
-    if features is None:
-        for number in seeds:
-            if not sources[number].complete:
-                raise UserError(
-                    f"seeding from {sources[number].features} was interrupted; "
-                    "give the same seeds again to finish it"
-                )
-        return []
-    for number in seeds:
-        source = sources[number]
-        if source.seed_ids == seed_ids and source.is_of(features):
+    for number, source in enumerate(sources):
+        if source.kind != "seed":
+            continue
+        if features is None and not source.complete:
+            raise UserError(
+                f"seeding from {source.features} was interrupted; give the same seeds again to "
+                "finish it"
+            )
+        if features is not None and source.seed_ids == seed_ids and source.is_of(features):
             if seed_ids is None and source.rows != features.rows:
                 raise UserError(
                     f"the seeds {features.path} had {source.rows} rows when the dataset was begun "
                     f"and have {features.rows} now; give the new ones as --features"
                 )
             return [] if source.complete else [number]
+    if features is None:
+        return []
     if sources:
         raise UserError(
             f"the seeds {features.path} are not those this dataset was begun with, and seeds must "
             "come first; leave them out, give them as --features, or begin another --growth folder"
         )
     sources.append(SourceProgress("seed", features.path, rows=features.rows, seed_ids=seed_ids))
-    return [len(sources) - 1]
+    return [0]
 
 
 def plan_stream(
@@ -122,20 +121,28 @@ def plan_stream(
     Raises:
         UserError: the features changed while they were half read.
     """
-    streams = [
-        number
-        for number, source in enumerate(sources)
-        if source.kind == "stream" and source.is_of(features)
-    ]
-    todo = _plan_new_rows(sources, streams, features, recaptions)
-    return todo + _plan_retries(sources, streams, features, recaptions)
+    begun = [n for n, s in enumerate(sources) if s.kind == "stream" and s.is_of(features)]
+    latest = max(begun, key=lambda number: sources[number].position, default=None)
+    todo = _plan_new_rows(sources, latest, features, recaptions)
+    if recaptions is None:
+        return todo
+    for number in begun:  # rows that were read without this recaption table
+        source = sources[number]
+        if source.recaptions == recaptions or source.position == source.start:
+            continue
+        retries = [
+            n for n, s in enumerate(sources) if (s.retries, s.recaptions) == (number, recaptions)
+        ] or [
+            _append(sources, "retry", features, source.start, source.position, recaptions, number)
+        ]
+        todo += [retry for retry in retries if not sources[retry].complete]
+    return todo
 
 
 def _plan_new_rows(
-    sources: list[SourceProgress], streams: list[int], features: Features, recaptions: str | None
+    sources: list[SourceProgress], latest: int | None, features: Features, recaptions: str | None
 ) -> list[int]:
-    """The rows of the features that no source has decided yet."""
-    latest = max(streams, key=lambda number: sources[number].position, default=None)
+    """The rows of the features that no source has decided yet; `latest` got furthest in them."""
     if latest is None:
         for source in sources:
             if source.kind == "stream" and not source.complete and source.has_path_of(features):
@@ -143,10 +150,7 @@ def _plan_new_rows(
                     f"the features {features.path} have changed since {source.position} of their "
                     f"{source.rows} rows were grown; restore them, or copy the new ones elsewhere"
                 )
-        sources.append(
-            SourceProgress("stream", features.path, rows=features.rows, recaptions=recaptions)
-        )
-        return [len(sources) - 1]
+        return [_append(sources, "stream", features, 0, features.rows, recaptions)]
     source = sources[latest]
     if source.position >= features.rows:
         return []
@@ -154,51 +158,19 @@ def _plan_new_rows(
         source.rows = features.rows
         return [latest]
     source.rows = source.position  # from here on another table is used: another source
-    sources.append(
-        SourceProgress(
-            "stream",
-            features.path,
-            start=source.position,
-            position=source.position,
-            rows=features.rows,
-            recaptions=recaptions,
-        )
-    )
-    return [len(sources) - 1]
+    return [_append(sources, "stream", features, source.position, features.rows, recaptions)]
 
 
-def _plan_retries(
-    sources: list[SourceProgress], streams: list[int], features: Features, recaptions: str | None
-) -> list[int]:
-    """Retries for the rows that were read without this recaption table."""
-    if recaptions is None:
-        return []
-    todo = []
-    for number in streams:
-        source = sources[number]
-        if source.recaptions == recaptions or source.position == source.start:
-            continue
-        retry = _find_retry(sources, number, recaptions)
-        if retry is None:
-            retry = len(sources)
-            sources.append(
-                SourceProgress(
-                    "retry",
-                    features.path,
-                    start=source.start,
-                    position=source.start,
-                    rows=source.position,
-                    recaptions=recaptions,
-                    retries=number,
-                )
-            )
-        if not sources[retry].complete:
-            todo.append(retry)
-    return todo
-
-
-def _find_retry(sources: list[SourceProgress], number: int, recaptions: str) -> int | None:
-    for known, source in enumerate(sources):
-        if source.retries == number and source.recaptions == recaptions:
-            return known
-    return None
+def _append(
+    sources: list[SourceProgress],
+    kind: str,
+    features: Features,
+    start: int,
+    rows: int,
+    recaptions: str | None,
+    retries: int | None = None,
+) -> int:
+    """The number of a new source, which reads the features from `start` up to `rows`."""
+    new = SourceProgress(kind, features.path, start, start, rows, "", recaptions, retries)
+    sources.append(new)
+    return len(sources) - 1
