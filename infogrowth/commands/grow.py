@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +18,12 @@ from infogrowth.files import remove_leftovers
 from infogrowth.growth.decisions import Reason
 from infogrowth.growth.ledger import GrowthFolder
 from infogrowth.growth.sampling import normalized_gains
-from infogrowth.growth.thresholds import PAPERS_RULE, StreamEstimate, Thresholds
+from infogrowth.growth.thresholds import (
+    DEFAULT_MIN_ALIGN,
+    PAPERS_RULE,
+    StreamEstimate,
+    Thresholds,
+)
 
 HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
 log = logging.getLogger(__name__)
@@ -77,15 +82,17 @@ def run(config: Config) -> int:
     _check(config)
     started = time.monotonic()
     spaces = ("image", "text") if config.modality == "pair" else ("image",)
-    features = _open(config.features, spaces, config)
+    features = _opened(config.features, spaces, config)
     features.skipped  # noqa: B018 - a broken record is refused before anything is decided
-    seeds = _open(config.seed_features, spaces, config) if config.seed_features else None
+    if config.seed_features:
+        seeds, seed_ids = _opened(config.seed_features, spaces, config, like=features), None
+    elif config.seed_ids:
+        seeds, seed_ids = features, read_ids(config.seed_ids)
+    else:
+        seeds, seed_ids = None, None
     recaptions = None
     if config.recaptions:
-        recaptions = open_features(config.recaptions, ("text",), config.feature_key)
-    seed_ids = read_ids(config.seed_ids) if config.seed_ids else None
-    for other in (seeds, recaptions):
-        _check_companion(features, other)
+        recaptions = _opened(config.recaptions, ("text",), config, like=features)
 
     # torch is slow to import: bad input is refused first.
     from infogrowth.commands.grow_session import GrowSession
@@ -93,10 +100,7 @@ def run(config: Config) -> int:
 
     with process_group(config.device) as device:
         with GrowSession(config, device, features, recaptions) as session:
-            if seeds is not None:
-                session.seed(seeds)
-            else:
-                session.seed(features if seed_ids is not None else None, seed_ids)
+            session.seed(seeds, seed_ids)
             session.grow()
             if is_main():
                 folder = session.folder()
@@ -108,7 +112,10 @@ def run(config: Config) -> int:
 
 
 def _check(config: Config) -> None:
+    """Refuse options that cannot go together, before any work."""
     check_outputs(config.output)
+    labels, by_column = config.modality == "image", config.clean_by not in ("cosine", "negclip")
+    thresholds = (config.min_align, config.min_recaption_align)
     for path in config.output:
         if Path(realpath(path)).is_relative_to(realpath(config.growth)):
             raise UserError(
@@ -116,58 +123,59 @@ def _check(config: Config) -> None:
             )
     if config.seed_features and config.seed_ids:
         raise UserError("give --seed-features or --seed-ids, not both")
-    if config.modality == "image" and config.recaptions:
+    if labels and config.recaptions:
         raise UserError("--recaptions has no use with --modality image: labels are not captions")
-    if config.modality == "image" and config.clean_by != "cosine":
+    if labels and config.clean_by != "cosine":
         raise UserError("--clean-by judges captions: --modality image has none")
-    if config.clean_by not in ("cosine", "negclip"):
-        if not config.scores:
-            raise UserError(
-                f"--clean-by {config.clean_by} needs --scores FILE.parquet with that column; "
-                "without a table there are cosine and negclip"
-            )
-        for value in (config.min_align, config.min_recaption_align):
-            if isinstance(value, str):
-                raise UserError(
-                    f"--clean-by {config.clean_by} is a table's column, which has no scores of "
-                    f"swapped captions to find {value!r} from: give a number"
-                )
+    if by_column and not config.scores:
+        raise UserError(
+            f"--clean-by {config.clean_by} needs --scores FILE.parquet with that column; "
+            "without a table there are cosine and negclip"
+        )
+    if by_column and any(isinstance(value, str) for value in thresholds):
+        raise UserError(
+            f"--clean-by {config.clean_by} is a table's column, which has no scores of swapped "
+            "captions to find a threshold from: give a number"
+        )
     for name in ("k", "batch_size", "memory_mb", "commit_rows", "uid_repeats"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+    Thresholds.requested(
+        DEFAULT_MIN_ALIGN if thresholds[0] is None else thresholds[0], thresholds[1]
+    )
 
 
-def _open(path: str, spaces: tuple[str, ...], config: Config) -> FeatureStream:
+def _opened(
+    path: str, spaces: tuple[str, ...], config: Config, like: FeatureStream | None = None
+) -> FeatureStream:
+    """Features that can be grown; seeds and recaptions must be of the same encoder as those they
+    go with. A recaption table may be empty: nothing needed a caption."""
     extra = ("label",) if config.modality == "image" else ()
     stream = open_features(path, spaces, config.feature_key, extra)
     if stream.rows == 0:
+        if spaces == ("text",):
+            return stream
         raise UserError(f"the features {path} hold no samples")
-    stream.dimension  # noqa: B018 - refuses image and text features of different width
-    return stream
-
-
-def _check_companion(features: FeatureStream, other: FeatureStream | None) -> None:
-    """Seeds and recaptions must be of the same encoder as the features."""
-    if other is None or other.rows == 0:
-        return
-    if other.dimension != features.dimension:
+    width = stream.dimension  # refuses image and text features of different width
+    if like is None:
+        return stream
+    if width != like.dimension:
         raise UserError(
-            f"{other.path} has features of dimension {other.dimension}, and {features.path} of "
-            f"{features.dimension}; they must come from the same encoder"
+            f"{path} has features of dimension {width}, and {like.path} of {like.dimension}; "
+            "they must come from the same encoder"
         )
-    ours, theirs = features.encoder, other.encoder
+    ours, theirs = (  # the fingerprint of the weights; where there is none, the name
+        encoder and (encoder.get("fingerprint") or encoder.get("name"), encoder.get("name"))
+        for encoder in (like.encoder, stream.encoder)
+    )
     if bool(ours) != bool(theirs):
-        log.info("note: it is not known whether %s has the encoder of the features", other.path)
-    elif ours and theirs and _identity(ours) != _identity(theirs):
+        log.info("note: it is not known whether %s has the encoder of the features", path)
+    elif ours and theirs and ours[0] != theirs[0]:
         raise UserError(
-            f"{other.path} was embedded with encoder {theirs.get('name')}, and {features.path} "
-            f"with {ours.get('name')}; embed both with the same one"
+            f"{path} was embedded with encoder {theirs[1]}, and {like.path} with {ours[1]}; "
+            "embed both with the same one"
         )
-
-
-def _identity(encoder: dict[str, Any]) -> Any:
-    """The fingerprint of the weights; where there is none, the name."""
-    return encoder.get("fingerprint") or encoder.get("name")
+    return stream
 
 
 def _write_outputs(config: Config, folder: GrowthFolder) -> None:
@@ -190,32 +198,27 @@ def _write_outputs(config: Config, folder: GrowthFolder) -> None:
 def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: float) -> str:
     """The table at the end: what became of all samples so far, and what this run did."""
     totals, reasons = folder.totals, dict(folder.totals["reasons"])
-    sources = enumerate(folder.manifest.sources)
-    again = len(folder.rows_of([n for n, source in sources if source.kind == "retry"]))
+    sources = folder.manifest.sources
+    again = len(folder.rows_of([n for n, source in enumerate(sources) if source.kind == "retry"]))
+    skipped = sum(sum(source.skipped.values()) for source in sources)
     lines: list[tuple[str, str]] = [
         ("pairs processed", f"{totals['pairs']:,}"),
         ("kept", f"{totals['kept']:,}"),
-        ("  of these seeds", f"{reasons.pop('seed', 0):,}"),
+        ("  of these seeds", f"{reasons.pop(Reason.SEED, 0):,}"),
         ("recaptioned", f"{totals['recaptioned']:,}"),
         ("dropped (some twice)" if again else "dropped", f"{totals['dropped']:,}"),
     ]
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         if reason not in _REASONS_TO_KEEP:
             lines.append((f"  {reason}", f"{count:,}"))
-    skipped = sum(sum(source.skipped.values()) for source in folder.manifest.sources)
     if skipped:
         lines.append(("skipped before (no features)", f"{skipped:,}"))
     if again:  # a sample that was processed again is counted twice above
         lines.append(("samples still out", f"{totals['pairs'] - again - totals['dataset']:,}"))
-    settings = folder.settings
-    thresholds = Thresholds.of_settings(settings)
-    rule = thresholds.min_align_rule.partition(": ")[0]
     speed = f"{processed:,} pairs in {seconds:.1f} s ({processed / seconds:,.0f} pairs/s)"
     lines += [
         ("in the dataset", f"{totals['dataset']:,}"),
-        ("min_align", f"{thresholds.min_align:.4f} ({rule})"),
-        *_recaption_lines(thresholds),
-        *_purity_lines(thresholds, folder.estimate()),
+        *_threshold_lines(Thresholds.of_settings(folder.settings), folder.estimate()),
         ("this run", speed if processed else "nothing new: every sample was already decided"),
     ]
     width = max(len(name) for name, _ in lines)
@@ -223,29 +226,33 @@ def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: floa
     return f"{table}\ngrowth folder: {config.growth}\nwritten: {', '.join(config.output)}"
 
 
-def _recaption_lines(thresholds: Thresholds) -> list[tuple[str, str]]:
-    rule = thresholds.min_recaption_align_rule.partition(": ")[0]
-    if rule == PAPERS_RULE:
-        return []
-    return [("min_recaption_align", f"{thresholds.min_recaption_align:.4f} ({rule})")]
-
-
-def _purity_lines(thresholds: Thresholds, estimate: StreamEstimate | None) -> list[tuple[str, str]]:
-    """What is estimated about the stream so far; nothing without seeds."""
+def _threshold_lines(
+    thresholds: Thresholds, estimate: StreamEstimate | None
+) -> list[tuple[str, str]]:
+    """The thresholds, and what is estimated about the stream so far: nothing without seeds."""
+    align, recaption = thresholds.min_align, thresholds.min_recaption_align
+    rule, recaption_rule = (
+        name.partition(": ")[0]
+        for name in (thresholds.min_align_rule, thresholds.min_recaption_align_rule)
+    )
+    lines = [("min_align", f"{align:.4f} ({rule})")]
+    if recaption_rule != PAPERS_RULE:
+        lines.append(("min_recaption_align", f"{recaption:.4f} ({recaption_rule})"))
     if estimate is None:
-        return []
+        return lines
     low, high = (f"{100 * share:.1f}" for share in estimate.noise_interval)
-    purity = float(estimate.purity(thresholds.min_align))
-    lost = float(estimate.right_lost(thresholds.min_align))
-    aim = thresholds.purity
-    if aim is not None and purity < aim - 0.01:
-        log.warning(
-            "what was added is noisier than what min_align was chosen on: about %.1f %% pure, not "
-            "%.1f %%; begin another --growth folder to choose it again",
-            100 * purity, 100 * aim,
-        )  # fmt: skip
-    aimed = f" (aim: {100 * (1 - aim):.3g} %)" if aim is not None else ""
+    purity, lost = float(estimate.purity(align)), float(estimate.right_lost(align))
+    aim, aimed = thresholds.purity, ""
+    if aim is not None:
+        aimed = f" (aim: {100 * (1 - aim):.3g} %)"
+        if purity < aim - 0.01:
+            log.warning(
+                "what was added is noisier than what min_align was chosen on: about %.1f %% pure, "
+                "not %.1f %%; begin another --growth folder to choose it again",
+                100 * purity, 100 * aim,
+            )  # fmt: skip
     return [
+        *lines,
         ("wrong captions (estimate)", f"{100 * estimate.noise:.1f} % of the stream ({low}–{high})"),
         ("  left above min_align", f"{100 * (1 - purity):.1f} %{aimed}"),
         ("  right ones below it", f"{100 * lost:.1f} %"),

@@ -26,7 +26,7 @@ from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
-from infogrowth.growth.engine import DEFAULT_MIN_ALIGN, InfoGrowth
+from infogrowth.growth.engine import InfoGrowth
 from infogrowth.growth.ledger import GrowthFolder
 from infogrowth.growth.ledger_writer import GrowthLedger
 from infogrowth.growth.scores import (
@@ -38,7 +38,7 @@ from infogrowth.growth.scores import (
     reference_path,
 )
 from infogrowth.growth.sources import plan_seeds, plan_stream
-from infogrowth.growth.thresholds import Thresholds
+from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 
 if TYPE_CHECKING:
     from infogrowth.commands.grow import Config

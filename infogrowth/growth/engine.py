@@ -30,7 +30,7 @@ from infogrowth.growth.decisions import (
     validate,
 )
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.growth.thresholds import Thresholds
+from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
 from infogrowth.neighbors.rows import as_matrix, unit_rows
 
@@ -38,7 +38,6 @@ __all__ = ["InfoGrowth", "Recaption"]
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MIN_ALIGN = 0.4  # the paper's, for BLIP base
 BLOCK_ROWS = 16384  # samples looked up together
 MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, for no insight
 

@@ -31,6 +31,7 @@ from infogrowth.growth.sources import Features, SourceProgress
 from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, Thresholds, estimate_stream
 
 FORMAT = 1
+_DAMAGED = "is damaged"
 PENDING_REASONS = frozenset(
     reason.value for reason in Reason if reason.value.startswith("alignment")
 )
@@ -106,7 +107,7 @@ class GrowthFolder:
         if not self.manifest.parts:
             yield schema.empty_table()
         for path in self.decision_files:
-            with refusing(path, "the decisions", pa.ArrowException, fault="are damaged"):
+            with refusing(path, "the growth folder's part", pa.ArrowException, fault=_DAMAGED):
                 table = pq.ParquetFile(path).read(list(columns))
             for name in set(columns) - set(table.column_names):
                 table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
@@ -146,7 +147,7 @@ class GrowthFolder:
         width = self.settings["dimension"].get(space)
         for part in range(self.manifest.parts):
             path = self.file(part, space)
-            with refusing(path, "the kept features", ValueError, EOFError, fault="are damaged"):
+            with refusing(path, "the growth folder's part", ValueError, EOFError, fault=_DAMAGED):
                 rows = np.load(path, mmap_mode="r", allow_pickle=False)
                 if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != np.float32:
                     raise ValueError(f"{rows.dtype} {rows.shape}, not float32 rows of {width}")
@@ -268,21 +269,23 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
 
 def read_folder(directory: Path) -> GrowthFolder:
     """A growth folder, begun or not. UserError where a file is damaged, or lost."""
-    found = any(data_files(directory))
+    found, lost = any(data_files(directory)), None
     for name in ("manifest.json", "growth.json"):  # a first commit may be writing them just now
         if (directory / name).is_file():
             found = True
         elif found:
-            raise UserError(
-                f"{directory} has lost its {name}, without which its decisions cannot be "
-                "trusted; put the file back, or give another --growth folder"
-            )
+            lost = name
+    if lost:
+        raise UserError(
+            f"{directory} has lost its {lost}, without which its decisions cannot be trusted; "
+            "put the file back, or give another --growth folder"
+        )
     settings = _read(directory / "growth.json")
     content = _read(directory / "manifest.json")
     if not content:
         return GrowthFolder(directory, settings, Manifest())
     damage = (KeyError, TypeError, AttributeError)
-    with refusing(directory / "manifest.json", "the commit point", *damage, fault="is damaged"):
+    with refusing(directory / "manifest.json", "the commit point", *damage, fault=_DAMAGED):
         del content["format"]
         names = {f.name for f in fields(SourceProgress)}
         sources = [

@@ -25,6 +25,7 @@ from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
 
+DEFAULT_MIN_ALIGN = 0.4  # the paper's, for BLIP base
 PAPERS_RULE = "min_align"  # what a recaption must reach in the paper
 RECAPTION_QUANTILE = 0.75  # of the seeds' alignments: what min_recaption_align "auto" asks for
 MIN_SEEDS = 20  # fewer say too little about a tail of a few per cent

@@ -192,7 +192,7 @@ BAD_GROWTH_FOLDERS = {
     ),
     "a missing part": (
         lambda g: (g / "decisions/000000.parquet").unlink(),
-        r"000000\.parquet .*damaged",
+        r"000000\.parquet .*not exist",
     ),
     "a damaged array": (
         lambda g: (g / "kept/text_000000.npy").write_bytes(b"no"),
