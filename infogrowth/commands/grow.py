@@ -48,7 +48,7 @@ class Config:
     recaptions: str | None = option(None, help="a table of other captions (infogrowth recaption)")
     min_align: float | str | None = option(
         None,
-        help="lowest cosine of image and caption to keep; auto: what best tells the seeds from "
+        help="lowest cosine of image and caption to keep; auto: what best separates the seeds from "
         "swapped ones; auto:0.98: what leaves the stream 98 % pure [0.4, or that of the folder]",
     )
     min_recaption_align: float | str | None = option(

@@ -48,7 +48,7 @@ class InfoGrowth:
     Args:
         k: how many nearest kept samples the gain is the mean distance to.
         min_align: the lowest cosine of image and caption feature that is kept. "auto" takes the
-            value that best tells the seeds' captions from swapped ones, "auto:0.98" the lowest
+            value that best separates the seeds' captions from swapped ones, "auto:0.98" the lowest
             that leaves the stream 98 % pure; both are found at the first call of `seed`.
         index: "exact", "approximate" (for millions of samples) or "auto".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
@@ -147,37 +147,36 @@ class InfoGrowth:
         recaptions: Mapping[str, Recaption] | None,
         passed: Reason | None,
     ) -> Decisions:
-        """The paper's algorithm; samples that pass get the reason `passed`, where one is given."""
+        """The paper's algorithm: clean the samples, take each one's gain (its mean distance to the
+        nearest kept before it), and keep those that passed. These get the reason `passed`, where
+        one is given."""
         if not len(batch):
             return batch
         if not self._indexes:
             widths = {space: rows.shape[1] for space, rows in batch.features.items()}
             self._indexes = {s: self._new_index(s, width) for s, width in widths.items()}
         batch.neighbors |= {space: no_neighbors(len(batch), self.k) for space in self.spaces}
-        if self.modality == "pair":
-            recaption_align = self.thresholds.min_recaption_align
-            assert recaption_align is not None
-            batch.recaption_rule = self.thresholds.recaption_rule
-            aligned = clean_pairs(batch, min_align, recaptions, recaption_align, self.measure)
-            if passed is not None:
-                batch.reason_codes[aligned] = REASON_CODE[passed]
-            for rows in batch.blocks(BLOCK_ROWS):
-                self._grow_pairs(batch, rows, aligned[rows])
-        else:
+        if self.modality == "image":
             for rows in batch.blocks(LABEL_BLOCK_ROWS):
                 self._grow_labels(batch, rows, min_align, passed or Reason.LABEL_AGREES)
+            return batch
+        recaption_align = self.thresholds.min_recaption_align
+        assert recaption_align is not None
+        batch.recaption_rule = self.thresholds.recaption_rule
+        aligned = clean_pairs(batch, min_align, recaptions, recaption_align, self.measure)
+        if passed is not None:
+            batch.reason_codes[aligned] = REASON_CODE[passed]
+        for rows in batch.blocks(BLOCK_ROWS):
+            repeated = self._repeated(batch.ids[rows], aligned[rows])
+            batch.reason_codes[rows][repeated] = REASON_CODE[Reason.DUPLICATE_ID]
+            joins = aligned[rows] & ~repeated
+            # The block joins the indexes at once, and each sample sees those that came before it.
+            visible = len(self) + np.cumsum(joins) - joins
+            for space, features in batch.features.items():
+                self._indexes[space].extend(features[rows][joins])
+                self._look_up(space, batch, rows, visible)
+            self._keep(batch, rows, joins)
         return batch
-
-    def _grow_pairs(self, batch: Decisions, rows: slice, aligned: np.ndarray) -> None:
-        """Add the block's samples that align; each is looked up among those kept before it."""
-        repeated = self._repeated(batch.ids[rows], aligned)
-        batch.reason_codes[rows][repeated] = REASON_CODE[Reason.DUPLICATE_ID]
-        joins = aligned & ~repeated
-        visible = len(self) + np.cumsum(joins) - joins
-        for space, features in batch.features.items():
-            self._indexes[space].extend(features[rows][joins])
-            self._look_up(space, batch, rows, visible)
-        self._keep(batch, rows, joins)
 
     def _grow_labels(self, batch: Decisions, rows: slice, min_align: float, passed: Reason) -> None:
         """Single-modal data: a sample joins if its label agrees with its nearest kept neighbors."""
@@ -336,17 +335,21 @@ class InfoGrowth:
                 f"A saved dataset has {len(ids)} ids ({len(set(ids))} different), {len(captions)} "
                 f"captions and {len(gains)} gains: they do not belong together."
             )
+        features = {"image": image_features, "text": text_features}
         with growth._all_or_nothing():
-            features = {"image": image_features, "text": text_features}
             for space in growth.spaces:
-                growth._restore_index(space, features[space], len(ids))
+                held = growth._restore_index(space, features[space])
+                if held != len(ids):
+                    raise UserError(
+                        f"A saved dataset has {len(ids)} ids but {held} {space} features."
+                    )
         growth._remember(list(ids), list(captions), gains)
         return growth
 
-    def _restore_index(self, space: str, features: Any, expected: int) -> None:
+    def _restore_index(self, space: str, features: Any) -> int:
+        """Insert saved features; returns how many."""
         if features is None:
             raise UserError(f"A saved dataset of {self.modality!r} data needs {space} features.")
-        held = 0
         for part in [features] if hasattr(features, "shape") else features:
             if len(part):
                 rows, invalid = unit_rows(as_matrix(part, f"The saved {space} features"))
@@ -355,9 +358,7 @@ class InfoGrowth:
                 if space not in self._indexes:
                     self._indexes[space] = self._new_index(space, rows.shape[1])
                 self._indexes[space].extend(rows)
-                held += len(rows)
-        if held != expected:
-            raise UserError(f"A saved dataset has {expected} ids but {held} {space} features.")
+        return self._indexes[space].count if space in self._indexes else 0
 
 
 def mean_distance(distances: np.ndarray) -> np.ndarray:
@@ -379,15 +380,15 @@ def mean_distance(distances: np.ndarray) -> np.ndarray:
 def _check_settings(
     k: int, thresholds: Thresholds, index: str, modality: str, memory_mb: float
 ) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise UserError(f"k must be a whole number of at least 1, not {k!r}.")
-    if k > MAX_K:
-        raise UserError(f"k must be at most {MAX_K}, not {k!r}: a gain is local.")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
+        raise UserError(f"k must be a whole number from 1 to {MAX_K}, not {k!r}: a gain is local.")
     if modality == "image" and not thresholds.resolved:
         raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
-    if index not in INDEX_KINDS:
-        raise UserError(f"index must be one of {', '.join(INDEX_KINDS)}, not {index!r}.")
-    if modality not in ("pair", "image"):
-        raise UserError(f"modality must be 'pair' or 'image', not {modality!r}.")
+    for name, value, valid in (
+        ("index", index, INDEX_KINDS),
+        ("modality", modality, ("pair", "image")),
+    ):
+        if value not in valid:
+            raise UserError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")
     if not memory_mb > 0:
         raise UserError(f"memory_mb must be more than 0, not {memory_mb!r}.")

@@ -153,7 +153,7 @@ class NegClip:
         return (cosines - self.temperature / 2 * losses).astype(np.float32).astype(np.float64)
 
     def digest(self) -> str:
-        """Tells one reference and temperature from another."""
+        """A fingerprint of the reference and the temperature."""
         content = (self.image.tobytes(), self.text.tobytes(), repr(self.temperature).encode())
         return hashlib.blake2b(b"".join(content), digest_size=8).hexdigest()
 

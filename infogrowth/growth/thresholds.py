@@ -2,7 +2,7 @@
 
 The alignments of a stream are a mixture: those of right captions and those of wrong ones. Seeds
 (a clean set) show the first distribution, seeds with swapped captions the second, and the stream
-then tells its share of wrong captions, and what each threshold would leave of them. That holds as
+then gives its share of wrong captions, and what each threshold would leave of them. That holds as
 far as the seeds are like the stream's right pairs: from the same source, and unknown to the
 encoder, since what it was trained on aligns better. Pure numpy; only "auto" and the plain numbers
 are the paper's.
@@ -178,7 +178,7 @@ class Thresholds:
 
 
 def choose_min_align(image: np.ndarray, text: np.ndarray, measure: Measure = cosine) -> float:
-    """A threshold from the seeds themselves: what best tells right captions from swapped ones.
+    """A threshold from the seeds themselves: what best separates right captions from swapped ones.
 
     `image` and `text` (N, D) float32 unit rows of a clean seed set. The alignments of the N right
     pairs are set against those of up to 32 N swapped ones (image i with the caption of seed
@@ -272,7 +272,7 @@ class StreamEstimate:
         if len(clean) == 0:
             raise UserError(
                 f"no threshold keeps this stream {purity:.1%} pure: {self.noise:.0%} of its "
-                "captions seem wrong, and the encoder cannot tell them from right ones; use "
+                "captions seem wrong, and the encoder cannot separate them from right ones; use "
                 "another encoder, or a lower purity"
             )
         return float(between[clean[0]])

@@ -10,20 +10,20 @@ from infogrowth.neighbors.rows import Trouble, fold_sum, row_products, unit_rows
 
 def test_unit_rows_are_correctly_rounded_and_bringing_them_to_length_twice_changes_nothing():
     matrix = np.random.default_rng(0).normal(size=(2000, 37)) * 100
-    rows, trouble = unit_rows(matrix)
+    rows, problems = unit_rows(matrix)
     expected = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
     np.testing.assert_allclose(rows, expected, atol=6e-8, rtol=1e-7)
-    assert not trouble.any()
+    assert not problems.any()
     np.testing.assert_array_equal(unit_rows(rows)[0], rows)
 
 
-def test_extreme_but_finite_features_are_no_trouble():
+def test_extreme_but_finite_features_are_no_problem():
     matrix = np.array([[1e300, 1e300], [1e-300, 0], [1e-30, -1e-30], [-np.inf, 1], [0, 0]])
-    rows, trouble = unit_rows(matrix)
+    rows, problems = unit_rows(matrix)
     np.testing.assert_allclose(
         rows[:3], [[0.5**0.5, 0.5**0.5], [1, 0], [0.5**0.5, -(0.5**0.5)]], atol=1e-7
     )
-    assert trouble.tolist() == [0, 0, 0, Trouble.NOT_FINITE, Trouble.ZERO]
+    assert problems.tolist() == [0, 0, 0, Trouble.NOT_FINITE, Trouble.ZERO]
     assert not rows[3:].any()
 
 

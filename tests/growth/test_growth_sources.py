@@ -61,7 +61,7 @@ def test_features_that_changed_half_way_are_refused():
     sources, features = [], Rows("a", "abcdef")
     plan_stream(sources, features)
     read(sources, 0, features, up_to=4)
-    with pytest.raises(UserError, match="a have changed since 4 of their 6 rows were grown"):
+    with pytest.raises(UserError, match="a have changed"):
         plan_stream(sources, Rows("a", "abXdef"))
 
 
@@ -102,9 +102,9 @@ def test_seeds_come_first_and_only_once():
     read(sources, 0, seeds)
     assert plan_seeds(sources, seeds) == []
     assert plan_seeds(sources, None) == []
-    with pytest.raises(UserError, match="seeds must come first"):
+    with pytest.raises(UserError, match="first"):
         plan_seeds(sources, Rows("t", "other"))
-    with pytest.raises(UserError, match="had 2 rows when the dataset was begun and have 3 now"):
+    with pytest.raises(UserError, match=r"2 rows .* 3"):
         plan_seeds(sources, Rows("s", "pqr"))
 
 
@@ -112,7 +112,7 @@ def test_interrupted_seeding_must_be_finished():
     sources, seeds = [], Rows("s", "pqrs")
     plan_seeds(sources, seeds)
     read(sources, 0, seeds, up_to=2)
-    with pytest.raises(UserError, match="seeding from s was interrupted"):
+    with pytest.raises(UserError, match="interrupted"):
         plan_seeds(sources, None)
     assert plan_seeds(sources, seeds) == [0]
 
@@ -122,7 +122,7 @@ def test_seeds_by_id_stay_as_they_were_when_the_features_grow():
     assert plan_seeds(sources, features, seed_ids="list") == [0]
     read(sources, 0, features)
     assert plan_seeds(sources, Rows("a", "abcdef"), seed_ids="list") == []
-    with pytest.raises(UserError, match="seeds must come first"):
+    with pytest.raises(UserError, match="first"):
         plan_seeds(sources, features, seed_ids="another list")
 
 
