@@ -259,25 +259,26 @@ def exact(machine: Machine) -> Iterator[Row]:
 
 @check
 def certificate(machine: Machine) -> Iterator[Row]:
-    """How much of its proven bound the error of a half-precision product uses."""
-    from infogrowth.neighbors.fast import HalfRows
-    from infogrowth.neighbors.index import full_precision
+    """Products of codes: the CPU's bits, and how much of its proven bound their error uses."""
+    from infogrowth.neighbors.codes import Coder, full_precision, multiply
 
     dimension = machine.size(256, 64)
-    half = torch.float16 if machine.device.type == "cuda" else torch.bfloat16
     for kind in ("random", "clustered", "1e-4"):
         rows = torch.from_numpy(features(kind, machine.size(65_536, 512), dimension))
-        rows = rows.to(machine.device)
-        copies = HalfRows(dimension, half, machine.device)
-        copies.extend(rows)
-        stored = torch.cat([part for _, part in copies.store.pieces(0, len(rows))])
-        worst = 0.0
-        for queries in rows[: machine.size(4096, 128)].split(1024):
-            halves, bound = copies.queries(queries)
-            with loose_precision(machine.device), full_precision():
-                product = (halves @ stored.T).double()
-            error = queries.double() @ rows.double().T - product
-            worst = max(worst, float((error / bound[:, None].to(error)).max()))
+        few = rows[: machine.size(1024, 128)]
+        found = []
+        for device in (torch.device("cpu"), machine.device):
+            coder = Coder(dimension, device)
+            with loose_precision(device), full_precision():
+                codes, error = coder.encode(rows.to(device))
+                product = multiply(codes[None, : len(few)], codes[None])[0]
+            found.append((codes.cpu(), error.cpu().double(), product.cpu()))
+        (codes, error, product), (codes_there, _, product_there) = found
+        same = torch.equal(codes, codes_there) and torch.equal(product, product_there)
+        yield machine.holds(f"{kind}: bits of codes and products", same, same, "True")
+        bound = error[: len(few), None] + error * (1 + error[: len(few), None])
+        off = few.double() @ rows.double().T - product.double() / coder.unit
+        worst = float((off.abs() / bound).max())
         yield machine.holds(f"{kind}: share of the bound", worst <= 1, f"{worst:.3f}", "<= 1")
 
 

@@ -1,11 +1,13 @@
-"""The answer of a search, and how answers over disjoint rows merge.
+"""The answer of a search, and how the answers of ranks that hold disjoint rows are merged.
 
 Shapes here and in the package: N queries, M rows, D dimension, K neighbors, J cells, T cells read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,11 @@ class Neighbors:
         return Neighbors(self.positions[~out].reshape(shape), self.products[~out].reshape(shape))
 
 
+def no_neighbors(count: int, k: int) -> Neighbors:
+    """Room for `k` neighbors of `count` queries."""
+    return Neighbors(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf))
+
+
 def merge_neighbors(parts: list[Neighbors], k: int) -> Neighbors:
     """The k nearest out of several searches over disjoint rows, whose positions are global."""
     positions = np.concatenate([part.positions for part in parts], axis=1)
@@ -48,3 +55,45 @@ def merge_neighbors(parts: list[Neighbors], k: int) -> Neighbors:
     return Neighbors(
         np.take_along_axis(positions, order, axis=1), np.take_along_axis(products, order, axis=1)
     )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one rank: row p of the dataset lives on rank p mod W at position p div W, so
+    shards never differ by more than one row, however many ranks a later run has.
+
+    `gather` brings each rank's array (first dimensions may differ) to all ranks, in rank order.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array]
+
+    def count(self, total: Any) -> Any:
+        """How many of the dataset's first `total` rows (a number or an array) live here."""
+        return (total - self.rank + self.world_size - 1) // self.world_size
+
+    def own(self, rows: np.ndarray, first: int) -> np.ndarray:
+        """Those of `rows` that live here, the first of them having position `first`."""
+        return rows[(self.rank - first) % self.world_size :: self.world_size]
+
+    def merge(self, found: Neighbors, k: int) -> Neighbors:
+        """The nearest rows among all ranks, given those of this one."""
+        if self.world_size == 1:
+            return found
+        here = found.positions * self.world_size + self.rank
+        positions = self.gather(np.where(found.positions >= 0, here, -1))
+        products = self.gather(found.products)
+        return merge_neighbors(list(map(Neighbors, positions, products)), k)
+
+    def collect(
+        self, positions: np.ndarray, rows: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """The rows at `positions` (M,) of the dataset, (M, D), on all ranks; `rows` reads those
+        that live here."""
+        owner = positions % self.world_size
+        own = rows(positions[owner == self.rank] // self.world_size)
+        whole = np.empty((len(positions), own.shape[1]), np.float32)
+        for rank, part in enumerate(self.gather(own)):
+            whole[owner == rank] = part
+        return whole

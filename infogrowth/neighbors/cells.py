@@ -5,32 +5,24 @@ direction in which the first is not. A query from whose view the first cell lies
 the row in the second (the idea of SOAR, Sun et al., NeurIPS 2023; it saves four fifths of the rows
 read on real embeddings).
 
-Everything that decides which rows a query meets is the same on every device, at any batch size and
-number of ranks: centers are sums in integers, and where float32 leaves open which of two cells it
-is, float64 decides. So the answer depends on the rows alone.
+Rows and centers are codes, and sums and products of integers are exact. So which cells a row lies
+in and which a query reads is the same on every device, at any batch size and number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from infogrowth.neighbors.candidates import SMALL_GROUP, pair_products, ranks
-from infogrowth.neighbors.fast import summation_error
+from infogrowth.neighbors.codes import multiply
 from infogrowth.neighbors.rows import fold_sum
-from infogrowth.neighbors.store import RowStore
 
-CELLS_PER_ROOT = 3  # cells per square root of the rows: what is read balances what is compared
+CELLS_PER_ROOT = 2.5  # cells per square root of the rows: what is read balances what is compared
 SAMPLE_PER_CELL = 16  # rows from which a center is learned
 ROUNDS = 3  # of k-means: more of either make no difference to the gain error
-FIXED_POINT = 2.0**32  # of the integers that centers are summed in: exact for 2³¹ unit rows
-NEAREST_FIRST = 2  # cells that are read before the others, whose rows then have a score to beat
-PORTION = 4096  # rows compared with the centers at once
+SECOND_AMONG = 12  # nearest cells, one of which becomes a row's second
 LEAST_SQUARE = 0.1  # of the distance from the first center, where directions mean something
-NO_ROW = torch.iinfo(torch.int64).max
+PORTION = 1024  # rows compared with the centers at once
 
 
 def cell_count(rows: int) -> int:
@@ -38,180 +30,113 @@ def cell_count(rows: int) -> int:
     return max(1, round(CELLS_PER_ROOT * rows**0.5))
 
 
-def learn_centers(sample_SD: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
-    """Spherical k-means: `count` unit centers (J, D) float32 of float32 unit rows."""
-    first = np.sort(random.choice(len(sample_SD), count, replace=False))
-    centers_JD = sample_SD[torch.from_numpy(first).to(sample_SD.device)]
-    fixed_SD = (sample_SD.double() * FIXED_POINT).round().long()
+def learn_centers(
+    codes_SD: torch.Tensor, count: int, unit: float, random: np.random.Generator
+) -> torch.Tensor:
+    """Spherical k-means: `count` centers (J, D) int8 of codes."""
+    first = np.sort(random.choice(len(codes_SD), count, replace=False))
+    centers_JD = codes_SD[torch.from_numpy(first).to(codes_SD.device)]
     for _ in range(ROUNDS):
-        cell_S = nearest_centers(sample_SD, centers_JD, 1)[:, 0]
-        sums_JD = torch.zeros(centers_JD.shape, dtype=torch.int64, device=sample_SD.device)
-        sums_JD = sums_JD.index_add_(0, cell_S, fixed_SD).double() / FIXED_POINT
+        cell_S = nearest(codes_SD, centers_JD, 1)[0][:, 0]
+        sums_JD = torch.zeros(centers_JD.shape, dtype=torch.int32, device=codes_SD.device)
+        sums_JD = sums_JD.index_add_(0, cell_S, codes_SD.int()).double()
         length_J = fold_sum(sums_JD.square()).sqrt()
-        moved = length_J > 1e-9  # an empty cell stays where it is
-        centers_JD[moved] = (sums_JD[moved] / length_J[moved, None]).float()
+        moved = length_J > 0  # an empty cell stays where it is
+        centers = (sums_JD[moved] * (unit**0.5 / length_J[moved, None])).round().clamp(-127, 127)
+        centers_JD[moved] = centers.to(torch.int8)
     return centers_JD
 
 
-def nearest_centers(rows_ND: torch.Tensor, centers_JD: torch.Tensor, count: int) -> torch.Tensor:
-    """The nearest `count` cells of each row (N, count), roughly in order; of equally near ones the
-    first. The set is that of float64 products."""
-    found = [_nearest_centers(part, centers_JD, count) for part in rows_ND.split(PORTION)]
-    return torch.cat(found)
+def nearest(
+    codes_ND: torch.Tensor, centers_JD: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest `count` cells of each row (N, count), of equally near ones the first, and the
+    products with their centers; nearest first."""
+    cells = len(centers_JD)
+    small = cells * centers_JD.shape[1] * 600 < 2**31
+    last_first_J = torch.arange(cells - 1, -1, -1, device=codes_ND.device)
+    found = []
+    for part in codes_ND.split(PORTION):
+        products = multiply(part[None], centers_JD[None])[0]
+        keys = (products if small else products.long()).mul_(cells).add_(last_first_J)
+        found.append(keys.topk(min(count, cells)).values)
+    keys = torch.cat(found)
+    products = keys.div(cells, rounding_mode="floor")
+    return cells - 1 - (keys - products * cells), products
 
 
-def _nearest_centers(rows_ND: torch.Tensor, centers_JD: torch.Tensor, count: int) -> torch.Tensor:
-    scores_NJ = rows_ND @ centers_JD.T
-    best_NT, near_NT = scores_NJ.topk(min(count + 1, len(centers_JD)))
-    if count >= len(centers_JD):
-        return near_NT
-    clear = 2 * summation_error(rows_ND.shape[1])
-    reach_N = best_NT[:, count - 1] - clear
-    unclear = (best_NT[:, count] >= reach_N).nonzero()[:, 0]
-    if len(unclear):
-        row, cell = (scores_NJ[unclear] >= reach_N[unclear, None]).nonzero().unbind(1)
-        products = pair_products(rows_ND, unclear[row], centers_JD.__getitem__, cell)
-        order, rank = ranks(row, products, len(unclear))
-        order, rank = order[rank < count], rank[rank < count]
-        near_NT[unclear[row[order]], rank] = cell[order]
-    return near_NT[:, :count]
+class Layout:
+    """Rows by cell, in ascending order within each; a cell's part is filled up with `rows`.
 
+    Cell j has `numbers` (int32) from `starts[j]` on, `widths[j]` of them: a multiple of `lanes`.
+    Its l-th group are those at l, l + lanes, l + 2·lanes …: maxima of such are the cheapest.
 
-def two_cells(rows_MD: torch.Tensor, centers_JD: torch.Tensor) -> torch.Tensor:
-    """The two cells (M, 2) of each row."""
-    return torch.cat([_two_cells(part, centers_JD) for part in rows_MD.split(PORTION)])
+    Args:
+        cells_MC: the C cells of each row; rows with cell number `count` lie in none.
+        count: how many cells there are.
+        lanes: groups per cell.
+    """
 
-
-def _two_cells(rows_MD: torch.Tensor, centers_JD: torch.Tensor) -> torch.Tensor:
-    """With r and s the vectors from the two centers to the row, the second minimises
-    |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d for unit x, c and d."""
-    first_M = nearest_centers(rows_MD, centers_JD, 1)[:, 0]
-    if len(centers_JD) == 1:
-        return first_M[:, None].expand(-1, 2)
-    scores_MJ = rows_MD @ centers_JD.T
-    score_M = scores_MJ.gather(1, first_M[:, None])
-    loss_MJ = _loss(scores_MJ, score_M, centers_JD[first_M] @ centers_JD.T)
-    loss_MJ.scatter_(1, first_M[:, None], torch.inf)
-    best_M2, second_M2 = loss_MJ.topk(min(2, len(centers_JD)), largest=False)
-    # How far a loss is off, given that its three products are off by `error` each.
-    steep_M = ((best_M2[:, 0] + 0.1) / (2 - 2 * score_M[:, 0]).clamp(min=LEAST_SQUARE)).sqrt()
-    error = summation_error(rows_MD.shape[1])
-    reach_M = best_M2[:, 0] + 4 * error * (2 + 6 * steep_M + 2 * steep_M.square())
-    unclear = (best_M2[:, -1] <= reach_M).nonzero()[:, 0]
-    if len(unclear):
-        at, cell = (loss_MJ[unclear] <= reach_M[unclear, None]).nonzero().unbind(1)
-        row, first = unclear[at], first_M[unclear[at]]
-        read = centers_JD.__getitem__
-        loss = _loss(
-            pair_products(rows_MD, row, read, cell),
-            pair_products(rows_MD, row, read, first),
-            pair_products(centers_JD, first, read, cell),
-        )
-        order, rank = ranks(at, -loss, len(unclear))
-        second_M2[unclear, 0] = cell[order[rank == 0]]
-    return torch.stack([first_M, second_M2[:, 0]], 1)
-
-
-def _loss(second: torch.Tensor, first: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
-    """Of a second cell, given the products row · second, row · first and first · second center."""
-    across = 1 - first - second + between
-    return 2 - 2 * second + across.square() / (2 - 2 * first).clamp(min=LEAST_SQUARE)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries (B, Q) to be multiplied with rows (B, W), by their numbers: N where there is no
-    query, NO_ROW where there is no row."""
-
-    query_BQ: torch.Tensor
-    position_BW: torch.Tensor
+    def __init__(self, cells_MC: torch.Tensor, count: int, lanes: int) -> None:
+        self.rows, self.copies = cells_MC.shape
+        self.lanes, flat = lanes, cells_MC.flatten()
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat, minlength=count + 1)[:count].cpu()
+        widths = sizes.add(lanes - 1).div(lanes, rounding_mode="floor").mul(lanes)
+        starts = widths.cumsum(0) - widths
+        moved = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes).to(flat.device)
+        shape = int(widths.sum())
+        self.numbers = torch.full((shape,), self.rows, dtype=torch.int32, device=flat.device)
+        at = torch.arange(len(moved), device=flat.device) + moved
+        self.numbers[at] = (order[: len(moved)] // self.copies).int()
+        self.starts, self.widths = starts.numpy(), widths.numpy()
+        self.first, self.members = starts.to(flat.device), (widths // lanes).to(flat.device)
 
 
 class Cells:
     """Centers, and the two cells of every row of this rank, in order of the rows."""
 
-    def __init__(self, centers_JD: torch.Tensor) -> None:
-        self.centers_JD = centers_JD
+    def __init__(self, centers_JD: torch.Tensor, unit: float) -> None:
+        self.centers_JD, self._unit = centers_JD, unit
         self.read = 1  # how many cells a query reads
+        self._between_JJ = multiply(centers_JD[None], centers_JD[None])[0]
         self._of_row_M2 = torch.empty((0, 2), dtype=torch.int32, device=centers_JD.device)
-        self._rows: _Grouped | None = None
+        self._layout: Layout | None = None
 
-    @property
-    def count(self) -> int:
-        """How many rows have a cell."""
-        return len(self._of_row_M2)
+    def __len__(self) -> int:
+        return len(self.centers_JD)
 
-    def extend(self, rows: RowStore) -> None:
-        """Put those of `rows` that have no cells yet into theirs."""
-        if rows.count == self.count:
+    def extend(self, codes_MD: torch.Tensor, surplus_M: torch.Tensor) -> None:
+        """Put those rows that have no cells yet into theirs, surplus ones into none."""
+        begun = len(self._of_row_M2)
+        if begun == len(codes_MD):
             return
-        cells = [self._of_row_M2]
-        for _, piece_MD in rows.pieces(self.count, rows.count):
-            cells.append(two_cells(piece_MD, self.centers_JD).int())
-        self._of_row_M2 = torch.cat(cells)
-        self._rows = None
+        pairs = self.pairs(codes_MD[begun:]).masked_fill_(surplus_M[begun:, None], len(self))
+        self._of_row_M2, self._layout = torch.cat([self._of_row_M2, pairs.int()]), None
 
     def truncate(self, count: int) -> None:
         """Forget all rows from `count` on."""
-        if count < self.count:
-            self._of_row_M2 = self._of_row_M2[:count]
-            self._rows = None
+        if count < len(self._of_row_M2):
+            self._of_row_M2, self._layout = self._of_row_M2[:count], None
 
-    def rounds(
-        self, queries_ND: torch.Tensor, tile: tuple[int, int], together: int
-    ) -> Iterator[Iterator[Tile]]:
-        """What to multiply: the nearest cells first, then the others that are read.
+    def layout(self, lanes: int) -> Layout:
+        """The rows by cell."""
+        if self._layout is None or self._layout.lanes != lanes:
+            self._layout = Layout(self._of_row_M2, len(self), lanes)
+        return self._layout
 
-        A tile's entries have at most `tile` queries and rows of one cell each, and are `together`.
-        """
-        near_NT = nearest_centers(queries_ND, self.centers_JD, min(self.read, len(self.centers_JD)))
-        if self._rows is None:
-            self._rows = _Grouped(self._of_row_M2, len(self.centers_JD))
-        for columns_NT in (near_NT[:, :NEAREST_FIRST], near_NT[:, NEAREST_FIRST:]):
-            if columns_NT.shape[1]:
-                queries = _Grouped(columns_NT, len(self.centers_JD))
-                yield _tiles(queries, self._rows, tile, together)
-
-
-class _Grouped:
-    """Lines of cell numbers (M, C), grouped by cell: `lines` of which each holds a number of
-    `sizes` from `starts` on."""
-
-    def __init__(self, cells_MC: torch.Tensor, cells: int) -> None:
-        flat = cells_MC.flatten()
-        self.lines = flat.argsort(stable=True) // cells_MC.shape[1]
-        sizes = torch.bincount(flat, minlength=cells)
-        self.starts = (sizes.cumsum(0) - sizes).cpu().numpy()
-        self.sizes = sizes.cpu().numpy()
-        self.count = len(cells_MC)
-
-    def numbers(self, starts: np.ndarray, sizes: np.ndarray, none: int, step: int) -> torch.Tensor:
-        """B runs of `lines` (B, W), `none` behind the end of each; W is a multiple of `step`."""
-        width = -(-int(sizes.max()) // step) * step
-        if len(starts) == 1:  # one cell: a CPU takes them one by one
-            numbers = self.lines.new_full((1, width), none)
-            numbers[0, : sizes[0]] = self.lines[starts[0] : starts[0] + sizes[0]]
-            return numbers
-        at_BW = torch.from_numpy(starts[:, None] + np.arange(width)).to(self.lines.device)
-        there_BW = torch.from_numpy(np.arange(width) < sizes[:, None]).to(self.lines.device)
-        numbers = self.lines[at_BW.clamp_(max=len(self.lines) - 1)]
-        return numbers.masked_fill_(~there_BW, none)
-
-
-def _tiles(
-    queries: _Grouped, rows: _Grouped, tile: tuple[int, int], together: int
-) -> Iterator[Tile]:
-    wanted = np.flatnonzero((queries.sizes > 0) & (rows.sizes > 0))
-    query_parts, row_parts = -(-queries.sizes[wanted] // tile[0]), -(-rows.sizes[wanted] // tile[1])
-    parts = query_parts * row_parts
-    cell, row_parts = np.repeat(wanted, parts), np.repeat(row_parts, parts)
-    number = np.arange(len(cell)) - np.repeat(np.cumsum(parts) - parts, parts)
-    query_at, row_at = number // row_parts * tile[0], number % row_parts * tile[1]
-    query_size = np.minimum(queries.sizes[cell] - query_at, tile[0])
-    row_size = np.minimum(rows.sizes[cell] - row_at, tile[1])
-    query_at, row_at = query_at + queries.starts[cell], row_at + rows.starts[cell]
-    for at in range(0, len(cell), together):
-        some = slice(at, at + together)
-        query_BQ = queries.numbers(query_at[some], query_size[some], queries.count, 1)
-        position_BW = rows.numbers(row_at[some], row_size[some], NO_ROW, SMALL_GROUP)
-        yield Tile(query_BQ, position_BW)
+    def pairs(self, codes_MD: torch.Tensor) -> torch.Tensor:
+        """The two cells (M, 2) of each row: with r and s the vectors from their centers c and d to
+        the row x, the second minimises |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d."""
+        cells_MT, products_MT = nearest(codes_MD, self.centers_JD, SECOND_AMONG)
+        first_M = cells_MT[:, :1]
+        if cells_MT.shape[1] == 1:
+            return first_M.repeat(1, 2)
+        near_MT = products_MT.double() / self._unit
+        between_MT = self._between_JJ[first_M, cells_MT[:, 1:]].double() / self._unit
+        first, second = near_MT[:, :1], near_MT[:, 1:]
+        across = 1 - first - second + between_MT
+        loss_MT = 2 - 2 * second + across.square() / (2 - 2 * first).clamp(min=LEAST_SQUARE)
+        least = (loss_MT == loss_MT.amin(1, keepdim=True)).byte()  # of equal ones the nearest
+        best = (least.cumsum(1) == 0).sum(1, keepdim=True)
+        return torch.cat([first_M, cells_MT[:, 1:].gather(1, best)], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,29 +13,33 @@ import numpy as np
 import torch
 
 from infogrowth.errors import UserError
-from infogrowth.neighbors.base import Neighbors
-from infogrowth.neighbors.candidates import Candidates, pair_products
-from infogrowth.neighbors.cells import SAMPLE_PER_CELL, Cells, cell_count, learn_centers
+from infogrowth.neighbors.base import Neighbors, Shard, no_neighbors
+from infogrowth.neighbors.cells import (
+    SAMPLE_PER_CELL,
+    Cells,
+    Layout,
+    cell_count,
+    learn_centers,
+    nearest,
+)
+from infogrowth.neighbors.codes import Coder, full_precision
 from infogrowth.neighbors.copies import Copies
-from infogrowth.neighbors.fast import FastRows, HalfRows, LeadingRows, summation_error
-from infogrowth.neighbors.scan import Scan
-from infogrowth.neighbors.shards import Shard
+from infogrowth.neighbors.rows import fold_sum
+from infogrowth.neighbors.scan import Queries, Scan, in_threads
 from infogrowth.neighbors.store import RowStore
 from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
 
-DENSE_QUERIES, CELL_QUERIES = 4096, 16384  # looked up at once
-FEW_QUERIES = 256  # are multiplied in float32: preparing the fast product costs more than it saves
-MANY_HITS = 96  # per query: more, and the fast product does not pay
-LEARN_ROWS = 8192  # from which the leading directions are learned
-RELEARN = 4  # they are learned anew when there are so many times as many
-LEAST_COLUMNS = 64  # of which a part is worth a product of its own
-PORTION = 65536  # rows copied at once
+AT_ONCE = {"cpu": (1024, 8192), "cuda": (4096, 65536)}  # queries: with all rows, with cells
+RUN = {"cpu": 2048, "cuda": 1 << 16}  # rows of which exact search makes a cell
+MEMBERS = 16  # rows in a group of these
+LANES = 32  # groups in a cell of similar rows
+PAIR_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # multiplied at once; a CPU keeps them in cache
 
 PROBE_ROWS = 1024  # rows on which the gain error is measured
-READS = (6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256, 512)
-TOLERABLE_ERROR = 1.7e-3  # mean gain error that decides how many cells are read; 2e-3 is promised
+READS = (6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 512)
+TOLERABLE_ERROR = 1.5e-3  # mean gain error that decides how many cells are read; 2e-3 is promised
 
 
 class NeighborIndex:
@@ -46,6 +51,7 @@ class NeighborIndex:
     memory of a search (on a GPU it is a sixteenth of the card if that is more).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         dimension: int,
@@ -58,20 +64,19 @@ class NeighborIndex:
     ) -> None:
         self.dimension, self.k, self.cells_from = dimension, k, cells_from
         self.device = torch.device(device)
-        self._shard = shard or Shard()
-        self._reason = reason
-        self._memory = int(memory_mb * 2**20)
+        self._shard, self._reason = shard or Shard(), reason
+        memory = int(memory_mb * 2**20)
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            self._memory = max(self._memory, total // 16)
+            memory = max(memory, total // 16)
+        self._scratch = torch.empty(memory // 4, dtype=torch.int32, device=self.device)
         self._count = 0
+        self._coder = Coder(dimension, self.device)
         self._rows = RowStore(dimension, torch.float32, self.device)
-        self._copies = Copies(dimension, k + 1)  # + 1: a probe is looked up without itself
+        self._codes = RowStore(self._coder.width, torch.int8, self.device)
+        self._code_error = 0.0  # the largest distance of a row from its code
+        self._copies = Copies(k + 1)  # + 1: a probe is looked up without itself
         self._surplus = RowStore(1, torch.bool, self.device)  # which rows no answer can need
-        self._half = half_precision(self.device)
-        self._fast: FastRows | None = None
-        self._fast_learned = 0
-        self._fast_pays = True
         self._cells: Cells | None = None
         self._trained = 0
         self._searched = False
@@ -87,11 +92,15 @@ class NeighborIndex:
     def extend(self, rows: np.ndarray) -> None:
         """Add (M, D) float32 unit rows."""
         self.truncate(self._count)  # what a failed call left
-        own = np.ascontiguousarray(self._shard.own(rows, self._count))
-        with self._enough_memory():
+        own = torch.from_numpy(np.ascontiguousarray(self._shard.own(rows, self._count)))
+        with self._enough_memory(), full_precision():
             surplus = self._shard.own(self._copies.add(rows), self._count)
             self._surplus.extend(torch.from_numpy(surplus[:, None].copy()))
-            self._rows.extend(torch.from_numpy(own))
+            self._rows.extend(own)
+            for part in own.split(AT_ONCE[self.device.type][1]) if len(own) else ():
+                codes, error = self._coder.encode(part.to(self.device))
+                self._codes.extend(codes)
+                self._code_error = max(self._code_error, float(error.max()))
         self._count += len(rows)
 
     def truncate(self, count: int) -> None:
@@ -99,12 +108,9 @@ class NeighborIndex:
         self._count = min(self._count, count)
         self._copies.truncate(self._count)
         own = self._shard.count(self._count)
-        self._rows.truncate(own)
-        self._surplus.truncate(own)
-        if self._fast is not None:
-            self._fast.store.truncate(own)
-        if self._cells is not None:
-            self._cells.truncate(own)
+        for held in (self._rows, self._codes, self._surplus, self._cells):
+            if held is not None:
+                held.truncate(own)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows from `start` up to `stop`, (stop − start, D) float32."""
@@ -118,22 +124,17 @@ class NeighborIndex:
         Query i sees the first `visible[i]` rows only; `visible` (N,) int64 must not decrease. So a
         whole batch is looked up at once, each sample among the samples that came before it.
         """
-        trained = np.array([self._trained_for(int(number)) for number in np.unique(visible)])
-        starts = np.searchsorted(visible, np.unique(visible))
-        parts = []
-        for rows in np.unique(trained):
-            begin = starts[trained == rows][0]
-            later = starts[trained > rows]
-            part = slice(begin, later[0] if len(later) else len(queries))
-            self._train(int(rows))
-            parts.append(self._search(queries[part], visible[part], self.k, self._cells))
-            self._searched = True
-        if not parts:
-            return Neighbors(np.empty((0, self.k), np.int64), np.empty((0, self.k)))
-        return Neighbors(
-            np.concatenate([part.positions for part in parts]),
-            np.concatenate([part.products for part in parts]),
+        trained = self._trained_for(visible)
+        found = Neighbors(
+            np.full((len(queries), self.k), -1), np.full((len(queries), self.k), -np.inf)
         )
+        for rows in np.unique(trained).tolist():
+            part = slice(*np.searchsorted(trained, (rows, rows + 1)))
+            self._train(rows)
+            answer = self._search(queries[part], visible[part], self.k, self._cells)
+            found.positions[part], found.products[part] = answer.positions, answer.products
+            self._searched = True
+        return found
 
     def report(self) -> dict[str, Any] | None:
         """How the last queries were looked up, ready for JSON: it depends on the rows they saw
@@ -146,7 +147,7 @@ class NeighborIndex:
             "reason": self._reason,
             "cells_from": self.cells_from,
             "rows_trained": self._trained,
-            "cells": len(self._cells.centers_JD) if self._cells else None,
+            "cells": len(self._cells) if self._cells else None,
             "cells_read": self._cells.read if self._cells else None,
             "gain_error": error or None,
         }
@@ -162,9 +163,8 @@ class NeighborIndex:
 
     @property
     def bytes_per_row(self) -> int:
-        """What a row takes on its rank: itself, its copy for fast products, its cell."""
-        fast = 2 if self._half else 2.4 if self.cells_from is None else 0
-        return round(self.dimension * (4 + fast)) + (0 if self.cells_from is None else 24)
+        """What a row takes on its rank: itself, its code, its cells."""
+        return 4 * self.dimension + self._coder.width + (1 if self.cells_from is None else 17)
 
     # --- one search --------------------------------------------------------------------------
 
@@ -172,74 +172,69 @@ class NeighborIndex:
         self, queries: np.ndarray, visible: np.ndarray, k: int, cells: Cells | None
     ) -> Neighbors:
         """The nearest rows over all ranks, with the positions they have in the whole dataset."""
-        positions = np.full((len(queries), k), -1, np.int64)
-        products = np.full((len(queries), k), -np.inf)
-        step = DENSE_QUERIES if cells is None else CELL_QUERIES
+        found = no_neighbors(len(queries), k)
+        seen = self._shard.count(visible).astype(np.int32)
+        step = AT_ONCE[self.device.type][cells is not None]
         with self._enough_memory(), full_precision():
-            for start in range(0, len(queries) if self._rows.count else 0, step):
+            if cells is not None:
+                cells.extend(self._codes.rows, self._surplus.rows[:, 0])
+            begin = int(np.searchsorted(seen, 1))  # whoever comes before sees nothing
+            for start in range(begin, len(queries), step):
                 part = slice(start, start + step)
-                found = self._nearest(
-                    torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device),
-                    torch.from_numpy(self._shard.count(visible[part])).to(self.device),
-                    k,
-                    cells,
-                )
-                positions[part], products[part] = (tensor.cpu().numpy() for tensor in found)
-        return self._shard.merge(Neighbors(positions, products), k)
+                rows = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
+                sees = torch.from_numpy(seen[part]).to(self.device)
+                positions, products = self._nearest(rows, sees, k, cells)
+                found.positions[part], found.products[part] = positions, products
+        return self._shard.merge(found, k)
 
     def _nearest(
-        self, queries_ND: torch.Tensor, visible_N: torch.Tensor, k: int, cells: Cells | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rows_ND: torch.Tensor, visible_N: torch.Tensor, k: int, cells: Cells | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Positions (N, k) among this rank's rows, and cosines in float64."""
+        codes_ND, error_N = self._coder.encode(rows_ND)
+        error_N = (self._code_error + error_N.double() * (1 + self._code_error)) * self._coder.unit
+        if cells is None:
+            layout = self._runs(int(visible_N[-1]), k)
+            near_NT = torch.arange(len(layout.widths), device=self.device).expand(len(rows_ND), -1)
+        else:
+            near_NT = nearest(codes_ND, cells.centers_JD, cells.read)[0]
+            layout = cells.layout(LANES * max(1, round(4 * k / LANES / near_NT.shape[1])))
+        work = near_NT.numel() * int(layout.widths.mean()) * self._coder.width
+        with in_threads(self.device, work) as threads:
+            scan = Scan(layout, self._codes.take, self._rows.take, self._cosines, self._coder.unit,
+                        k, self._scratch, threads)  # fmt: skip
+            found = scan.nearest(Queries(rows_ND, codes_ND, error_N, visible_N, near_NT))
+        return found[0].cpu().numpy(), found[1].cpu().numpy()
 
-        def exact(query_P: torch.Tensor, position_P: torch.Tensor) -> torch.Tensor:
-            return pair_products(queries_ND, query_P, self._rows.take, position_P)
+    def _runs(self, rows: int, k: int) -> Layout:
+        """All rows, run by run: the cells of exact search, of which a query reads all."""
+        run = RUN[self.device.type]
+        cell_M = torch.arange(rows, device=self.device, dtype=torch.int32) // run
+        count = -(-rows // run)
+        cell_M.masked_fill_(self._surplus.rows[:rows, 0], count)
+        return Layout(cell_M[:, None], count, run // (MEMBERS if rows > 2 * MEMBERS * k else 1))
 
-        error = summation_error(self.dimension)
-        candidates = Candidates(len(queries_ND), k, error, exact, self.device)
-        fast = self._fast_rows(cells is not None) if len(queries_ND) >= FEW_QUERIES else None
-        surplus = self._surplus if self._copies.surplus else None
-        scan = Scan(queries_ND, visible_N, self._rows, fast, surplus, k, self._memory)
-        if cells is not None:
-            cells.extend(self._rows)
-            scan.nearest_cells(cells, candidates)
-        elif scan.all_rows(candidates) > MANY_HITS * len(queries_ND):
-            self._fast_pays = False
-            log.info("Neighbors lie too close for fast products; going on in float32.")
-        return candidates.result()
-
-    def _fast_rows(self, in_cells: bool) -> FastRows | None:
-        """The copy for fast products, up to date; None where there is none that pays."""
-        count = self._rows.count
-        if in_cells and self.device.type == "cpu":  # 16-bit products of so many shapes, each
-            self._fast = None  # prepared anew, take longer than float32 ones
-            return None
-        if self._half is not None:
-            if self._fast is None:
-                self._fast = HalfRows(self.dimension, self._half, self.device)
-        elif self.dimension < LEAST_COLUMNS:
-            self._fast = None
-        elif count >= max(LEARN_ROWS, RELEARN * self._fast_learned):
-            self._fast_learned = count
-            leading = LeadingRows(torch.cat([x for _, x in self._rows.pieces(0, LEARN_ROWS)]))
-            self._fast = leading if leading.pays else None
-        if self._fast is None or not self._fast_pays:
-            return None
-        for _, rows_MD in self._rows.pieces(self._fast.store.count, count):
-            for part_MD in rows_MD.split(PORTION):
-                self._fast.extend(part_MD)
-        return self._fast
+    def _cosines(
+        self, queries_ND: torch.Tensor, query_P: torch.Tensor, row_P: torch.Tensor
+    ) -> torch.Tensor:
+        """Cosines (P,) float64 of pairs of a query and a row, summed in one fixed order."""
+        products_P = torch.empty(len(query_P), dtype=torch.float64, device=self.device)
+        step = max(1, PAIR_ELEMENTS[self.device.type] // self.dimension)
+        for start in range(0, len(query_P), step):
+            part = slice(start, start + step)
+            rows_PD = self._rows.take(row_P[part]).double()
+            rows_PD *= queries_ND.index_select(0, query_P[part])
+            products_P[part] = fold_sum(rows_PD)
+        return products_P
 
     # --- cells -------------------------------------------------------------------------------
 
-    def _trained_for(self, visible: int) -> int:
+    def _trained_for(self, visible: np.ndarray) -> np.ndarray:
         """At how many rows the cells were learned that serve who sees `visible` rows; 0: none."""
-        rows = self.cells_from
-        if rows is None or visible < rows:
-            return 0
-        while 2 * rows <= visible:
-            rows *= 2
-        return rows
+        if self.cells_from is None:
+            return np.zeros_like(visible)
+        doublings = np.frexp(visible / self.cells_from)[1] - 1  # exact: ⌊log₂⌋
+        return np.where(visible < self.cells_from, 0, self.cells_from << np.maximum(doublings, 0))
 
     def _train(self, rows: int) -> None:
         """Have the cells that are learned from the first `rows` rows, none for 0."""
@@ -251,13 +246,18 @@ class NeighborIndex:
         begun = time.perf_counter()
         random = generator(0, "cells", rows)
         count = cell_count(rows)
-        sample = random.choice(rows, min(rows, SAMPLE_PER_CELL * count), replace=False)
-        sample_SD = torch.from_numpy(self._take(np.sort(sample))).to(self.device)
+        size = min(rows, SAMPLE_PER_CELL * count)
+        drawn = random.choice(rows, min(rows, PROBE_ROWS + size), replace=False)
+        sample, probe = np.sort(drawn[-size:]), np.sort(drawn[:PROBE_ROWS])
+        sample_SD = torch.from_numpy(self._take(sample)).to(self.device)
         with self._enough_memory(), full_precision():
-            cells = Cells(learn_centers(sample_SD, count, random))
-            cells.extend(self._rows)
+            codes_SD = self._coder.encode(sample_SD)[0]
+            cells = Cells(
+                learn_centers(codes_SD, count, self._coder.unit, random), self._coder.unit
+            )
+            cells.extend(self._codes.rows, self._surplus.rows[:, 0])
         learned = time.perf_counter() - begun
-        mean, p99, largest = self.gain_error = self._measure(cells, rows)
+        mean, p99, largest = self.gain_error = self._measure(cells, rows, probe)
         self._trained, self._cells = rows, cells
         log.info(
             "Cells learned from %s rows: %d, of which %d are read; mean gain error %.5f on %d rows "
@@ -266,22 +266,27 @@ class NeighborIndex:
             learned, time.perf_counter() - begun - learned,
         )  # fmt: skip
 
-    def _measure(self, cells: Cells, rows: int) -> tuple[float, float, float]:
-        """Gain error against exact search, of a random probe of the first `rows` rows among the
-        others; it decides how many cells are read."""
-        random = generator(0, "cells probe", rows)
-        chosen = np.sort(random.choice(rows, min(rows, PROBE_ROWS), replace=False))
+    def _measure(self, cells: Cells, rows: int, chosen: np.ndarray) -> tuple[float, float, float]:
+        """Gain error against exact search, of the rows `chosen` among the first `rows`; it decides
+        how many cells are read."""
         probe, visible = self._take(chosen), np.full(len(chosen), rows)
 
         def gains(cells: Cells | None) -> np.ndarray:
             found = self._search(probe, visible, self.k + 1, cells).without(chosen)
             return np.nan_to_num(found.distances, nan=1.0).mean(axis=1)
 
-        exact = gains(None)
-        for cells.read in READS:
+        exact, errors = gains(None), {}
+
+        def suffices(read: int) -> bool:
+            cells.read = read
+            errors[read] = gains(cells) - exact
+            return bool(errors[read].mean() <= TOLERABLE_ERROR)
+
+        reads = sorted({min(read, len(cells)) for read in READS})
+        cells.read = reads[bisect_left(reads[:-1], True, key=suffices)]
+        error = errors.get(cells.read)
+        if error is None:
             error = gains(cells) - exact
-            if error.mean() <= TOLERABLE_ERROR or cells.read >= len(cells.centers_JD):
-                break
         return float(error.mean()), float(np.quantile(error, 0.99)), float(error.max())
 
     def _take(self, positions: np.ndarray) -> np.ndarray:
@@ -297,48 +302,13 @@ class NeighborIndex:
         """Running out of memory is told in one sentence."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._too_large() from error
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:  # OutOfMemoryError is a RuntimeError
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not full and "allocate memory" not in str(error):
                 raise
-            raise self._too_large() from error
-
-    def _too_large(self) -> UserError:
-        held = self._rows.count * self.bytes_per_row / 2**30
-        return UserError(
-            f"{self.device} has no room for more than {self._rows.count:,} rows of "
-            f"{self.dimension} columns ({held:.1f} GiB, {self.bytes_per_row} bytes a row in each "
-            "space); spread them over more ranks, take a larger device, or lower memory_mb"
-        )
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in the precision of their factors, summed in float32: training may have allowed
-    less, and what a product proves rests on its error."""
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    wanted: list[tuple[Any, str, Any]] = [
-        (cuda, "fp32_precision", "ieee"),
-        (cpu, "fp32_precision", "ieee"),
-        (cuda, "allow_fp16_accumulation", False),
-        (cuda, "allow_fp16_reduced_precision_reduction", False),
-        (cuda, "allow_bf16_reduced_precision_reduction", False),
-    ]
-    before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
-    for place, name, value in wanted:
-        setattr(place, name, value)
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
-
-
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """What this device multiplies faster than float32."""
-    if device.type == "cuda":
-        return torch.float16
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if supported() else None
+            held = self._rows.count * self.bytes_per_row / 2**30
+            raise UserError(
+                f"{self.device} has no room for more than {self._rows.count:,} rows of "
+                f"{self.dimension} columns ({held:.1f} GiB, {self.bytes_per_row} bytes a row in "
+                "each space); spread them over more ranks, take a larger device, or lower memory_mb"
+            ) from error

@@ -1,203 +1,273 @@
-"""Multiplying queries with rows: all of them, or those of the nearest cells; hits are collected.
+"""Multiplying queries with the rows of the cells that they read, and deciding which are nearest.
 
-Shapes: N queries, B tiles of Q queries and W rows each, D dimension.
+Products of codes are scores: cosines, up to a known error. All are kept, with the maxima of groups
+of them. The K best maxima name rows to begin with, whose cosines in float64 are a floor; then every
+row whose score, error included, reaches the floor is multiplied in float64 too. So the answer is
+that of float64 products with all rows that were read, each summed in one fixed order, equal ones by
+position. Queries for which codes leave a crowd of rows in question are scored again in float64.
+
+Shapes: N queries, T cells read by each, S = N·T slots, G groups of scores a slot, M = T·G; B cells
+with Q queries and W rows each, P pairs of a query and a row, K neighbors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from infogrowth.neighbors.candidates import (
-    GROUP,
-    NOTHING,
-    PAIR_ELEMENTS,
-    Candidates,
-    Hits,
-    find_hits,
-    group_maxima,
-    kth_best,
-)
-from infogrowth.neighbors.cells import Cells, Tile
-from infogrowth.neighbors.fast import FastRows, summation_error
-from infogrowth.neighbors.store import RowStore
+from infogrowth.neighbors.cells import Layout
+from infogrowth.neighbors.codes import multiply
 
-FIRST_ROWS = 1024  # multiplied in float32, so that the others have a score to beat
-TAIL_ROWS = 2048  # block size where queries of one batch see different numbers of rows
-BLOCK_ROWS = {"cpu": 2048, "cuda": 1 << 16}  # of a block, at most
-TILES = {"cpu": (4096, 512), "cuda": (64, 256)}  # queries and rows of one cell, multiplied at once
+NOTHING = -(2**30)  # the score of a row that is not there or may not be seen
+FINE_ERROR = 2.0**-51  # of a float64 product, per column
+CROWD = 256  # groups in question, and eight a neighbor, beyond which codes are too coarse
+PAIRS = {"cpu": 1 << 21, "cuda": 1 << 25}  # in question at once, where they are a crowd
+SELECTED = {"cpu": 1 << 9, "cuda": 1 << 14}  # queries whose neighbors are decided together
+CELLS = {"cpu": 1, "cuda": 256}  # multiplied at once
+CELL_QUERIES = {"cpu": 1 << 20, "cuda": 128}  # of each of these
 SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
-RANGES_PER_THREAD = 8  # so that threads end at about the same time
-LOWEST = -2.0  # below any cosine
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """N queries as `rows` (N, D) float32 and `codes` (N, ·) int8, whose products are off by `error`
+    (N,) at most. Query i sees the first `visible[i]` rows, in ascending order, and reads the cells
+    `near[i]` (T,)."""
+
+    rows: torch.Tensor
+    codes: torch.Tensor
+    error: torch.Tensor
+    visible: torch.Tensor
+    near: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: Any) -> Queries:
+        """Some of them."""
+        return Queries(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Queries (N, D) that see the first `visible` (N,) of `rows`, in ascending order; `fast` is a
-    copy of these or None; `surplus` (rows, 1) bool says which cannot be among the nearest of any,
-    None if all can; `memory` in bytes bounds what is multiplied at once."""
+    """What queries are looked up in: rows in a layout.
 
-    queries_ND: torch.Tensor
-    visible_N: torch.Tensor
-    rows: RowStore
-    fast: FastRows | None
-    surplus: RowStore | None
+    `codes` and `rows` (float32) read rows by number, a product of codes is `unit` cosines, `exact`
+    computes the cosines of pairs (queries (N, D), which query (P,), which row (P,)) in float64.
+    `scratch` (int32) is where scores are kept: memory that is touched for the first time costs as
+    much as filling it. `threads` work on them.
+    """
+
+    layout: Layout
+    codes: Callable[[torch.Tensor], torch.Tensor]
+    rows: Callable[[torch.Tensor], torch.Tensor]
+    exact: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    unit: float
     k: int
-    memory: int
+    scratch: torch.Tensor
+    threads: Map
 
-    def all_rows(self, candidates: Candidates) -> int:
-        """Multiply with all rows, block by block; returns the number of hits of fast products."""
-        count, dimension = self.queries_ND.shape
-        query_N = torch.arange(count, device=self.rows.device)
-        fast_queries = None if self.fast is None else self.fast.queries(self.queries_ND)
-        fast_hits = 0
-        with _threads_worth(count * self.rows.count * dimension):
-            for start, stop in self._blocks():
-                store, factors_ND, bound_N = self.rows, self.queries_ND, None
-                if self.fast is not None and fast_queries is not None and start > 0:
-                    store, (factors_ND, bound_N) = self.fast.store, fast_queries
-                first = int(torch.searchsorted(self.visible_N, start, right=True)) if start else 0
-                for at, rows_WD in store.pieces(start, stop):
-                    width = -(-len(rows_WD) // GROUP) * GROUP
-                    scores_NW = factors_ND.new_empty((count - first, width))
-                    scores_NW[:, len(rows_WD) :] = NOTHING
-                    torch.mm(factors_ND[first:], rows_WD.T, out=scores_NW[:, : len(rows_WD)])
-                    position_W = torch.arange(at, at + width, device=self.rows.device)
-                    tile = Tile(query_N[None, first:], position_W[None])
-                    found = self._hits(scores_NW[None], tile, candidates.floor, bound_N, start == 0)
-                    for hits in found:
-                        fast_hits += 0 if bound_N is None else len(hits)
-                        candidates.add(hits)
-        return fast_hits
+    def nearest(self, queries: Queries, fine: bool = False) -> Tensors:
+        """Positions (N, K), -1 where there are fewer, and cosines (N, K) float64; scores are those
+        of codes, or in float64 (`fine`)."""
+        scores = _Scores(self, queries, fine)
+        if scores.count > len(self.scratch) and len(queries) > 1:
+            middle = len(queries) // 2
+            parts = [self.nearest(queries[:middle], fine), self.nearest(queries[middle:], fine)]
+            return tuple(map(torch.cat, zip(*parts, strict=True)))
+        positions, products, crowded = scores.nearest()
+        crowd = crowded.nonzero()[:, 0]
+        if len(crowd):
+            positions[crowd], products[crowd] = self.nearest(queries[crowd], fine=True)
+        return positions, products
 
-    def nearest_cells(self, cells: Cells, candidates: Candidates) -> None:
-        """Multiply with the rows of the nearest cells only."""
-        device, dimension = self.rows.device, self.queries_ND.shape[1]
-        tile_queries, tile_rows = tile_size = TILES[device.type]
-        one = 4 * (tile_queries * dimension + tile_rows * dimension + 2 * tile_queries * tile_rows)
-        together = 1 if device.type == "cpu" else max(1, self.memory // one)
-        queries_ND = torch.cat([self.queries_ND, self.queries_ND.new_zeros((1, dimension))])
-        store, factors_ND, bound_N = self.rows, queries_ND, None
-        for number, tiles in enumerate(cells.rounds(self.queries_ND, tile_size, together)):
-            if number > 0 and self.fast is not None:
-                store = self.fast.store
-                factors_ND, bound_N = self.fast.queries(queries_ND)
-            floor_N = torch.cat([candidates.floor, candidates.floor.new_full((1,), torch.inf)])
 
-            def multiply(
-                some: Sequence[Tile],
-                is_first: bool = number == 0,
-                store: RowStore = store,
-                factors_ND: torch.Tensor = factors_ND,
-                floor_N: torch.Tensor = floor_N,
-                bound_N: torch.Tensor | None = bound_N,
-            ) -> list[Hits]:
-                found: list[Hits] = []
-                for tile in some:
-                    near_BWD = store.take(tile.position_BW.clamp(max=self.rows.count - 1))
-                    scores_BQW = torch.bmm(factors_ND[tile.query_BQ], near_BWD.transpose(1, 2))
-                    found += self._hits(scores_BQW, tile, floor_N, bound_N, is_first)
-                return found
+class _Scores:
+    """The scores of all queries with all rows of the cells that they read."""
 
-            found = [hits for some in _in_threads(multiply, tiles, device) for hits in some]
-            if found:
-                candidates.add(Hits.joined(found))
+    def __init__(self, scan: Scan, queries: Queries, fine: bool) -> None:
+        self._scan, self._layout, self._queries, self._fine = scan, scan.layout, queries, fine
+        self._kind, self._read = queries.near.device.type, queries.near.shape[1]
+        self._cell_S = queries.near.flatten()
+        self._slots = self._cell_S.argsort(stable=True)
+        sizes = torch.bincount(self._cell_S, minlength=len(self._layout.widths))
+        self._sizes = sizes.cpu().numpy()
+        self.count = int((self._sizes * self._layout.widths).sum())
 
-    def _hits(
-        self,
-        scores_BQW: torch.Tensor,
-        tile: Tile,
-        floor_N: torch.Tensor,
-        bound_N: torch.Tensor | None,
-        first: bool,
-    ) -> Iterator[Hits]:
-        """The visible rows that could be among the nearest, with float32 scores. Without a score
-        to beat yet (`first`), the maxima of groups of columns give one."""
-        floor_BQ = floor_N[tile.query_BQ]
-        if self.surplus is not None:
-            surplus_BW1 = self.surplus.take(tile.position_BW.clamp(max=self.rows.count - 1))
-            scores_BQW.masked_fill_(surplus_BW1.transpose(1, 2), NOTHING)
-        if first:
-            seen_BQ = self.visible_N[tile.query_BQ.clamp(max=len(self.visible_N) - 1)]
-            scores_BQW.masked_fill_(tile.position_BW[:, None] >= seen_BQ[:, :, None], NOTHING)
-        maxima_BQG = group_maxima(scores_BQW)
-        if first:
-            error = summation_error(self.queries_ND.shape[1])
-            floor_BQ = torch.maximum(floor_BQ, kth_best(maxima_BQG, self.k) - 2 * error)
-        if bound_N is not None:
-            floor_BQ = floor_BQ - bound_N[tile.query_BQ]
-        queries = tile.query_BQ.shape[1]
-        for hits in find_hits(scores_BQW, maxima_BQG, floor_BQ.clamp(min=LOWEST)):
-            query = tile.query_BQ.flatten()[hits.query]
-            position = tile.position_BW[hits.query // queries, hits.position]
-            hits = Hits(query, position, hits.score).take(position < self.visible_N[query])
-            if len(hits):
-                yield hits if bound_N is None else self._multiplied_again(hits)
+    def nearest(self) -> Tensors:
+        """Positions (N, K), cosines (N, K) float64, and whether there are too many rows in question
+        to know them (N,) bool."""
+        tiles, size = self._tiles()
+        dtype = torch.float64 if self._fine else torch.int32
+        self._scores = self._scan.scratch
+        if self._fine or size > len(self._scores):
+            self._scores = self._queries.rows.new_empty(size, dtype=dtype)
+        slots = len(self._cell_S) + 1  # the last one is nobody's
+        self._maxima = self._scores.new_full((slots, self._layout.lanes), NOTHING)
+        self._begin_S = torch.zeros_like(self._maxima[:, 0], dtype=torch.int64)
+        list(self._scan.threads(self._multiply, tiles))
+        step, count = SELECTED[self._kind], len(self._queries)
+        if self._fine:
+            step = min(step, PAIRS[self._kind] * count // max(1, self.count) + 1)
+        parts = [slice(at, min(at + step, count)) for at in range(0, count, step)]
+        return tuple(map(torch.cat, zip(*self._scan.threads(self._select, parts), strict=True)))
 
-    def _multiplied_again(self, hits: Hits) -> Hits:
-        """Hits of a fast product, with float32 scores."""
-        score_P = torch.empty(len(hits), device=self.rows.device)
-        step = max(1, PAIR_ELEMENTS[self.rows.device.type] // self.queries_ND.shape[1])
-        for at in range(0, len(hits), step):
-            part = slice(at, at + step)
-            rows_PD = self.rows.take(hits.position[part])
-            score_P[part] = torch.linalg.vecdot(rows_PD, self.queries_ND[hits.query[part]])
-        return Hits(hits.query, hits.position, score_P)
+    # --- multiplying -----------------------------------------------------------------------------
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """The first rows, then blocks of those that all queries see, then smaller ones."""
-        all_see, some_see = int(self.visible_N[0]), int(self.visible_N[-1])
-        itemsize = 4 if self.fast is None else self.fast.store.dtype.itemsize
-        fitting = self.memory // 2 // (len(self.queries_ND) * itemsize) // GROUP * GROUP
-        width = max(GROUP, min(BLOCK_ROWS[self.rows.device.type], fitting))
-        start, stop = 0, min(FIRST_ROWS, width, some_see)
-        while start < stop:
-            yield start, stop
+    def _tiles(self) -> tuple[list[Any], int]:
+        """What to multiply together: cells of one width, where the queries of each begin in
+        `_slots`, how many these are, and where the scores go; and how many scores there are."""
+        layout, sizes = self._layout, self._sizes
+        most = CELL_QUERIES[self._kind] if layout.copies > 1 else len(self._queries)
+        cell = np.flatnonzero((sizes > 0) & (layout.widths > 0))
+        cell = cell[np.argsort(layout.widths[cell], kind="stable")]
+        parts = -(-sizes[cell] // most)
+        cell, before = np.repeat(cell, parts), np.repeat(np.cumsum(parts) - parts, parts)
+        offset = (np.arange(len(cell)) - before) * most
+        begin = (np.cumsum(sizes) - sizes)[cell] + offset
+        size, width = np.minimum(sizes[cell] - offset, most), layout.widths[cell]
+        tiles, start, at = [], 0, 0
+        for stop in [*(np.flatnonzero(np.diff(width)) + 1).tolist(), len(cell)]:
+            for first in range(start, stop, CELLS[self._kind]):
+                part = slice(first, min(first + CELLS[self._kind], stop))
+                tiles.append((cell[part], begin[part], size[part], at))
+                at += len(cell[part]) * int(size[part].max()) * int(width[first])
             start = stop
-            if start < all_see:
-                stop = min(start + width, all_see)
-            else:
-                stop = min(start + min(width, TAIL_ROWS), some_see)
+        return tiles, at
+
+    def _multiply(self, tile: tuple[np.ndarray, np.ndarray, np.ndarray, int]) -> None:
+        """Enter the scores of a tile, where they begin, and the maxima of their groups."""
+        cell_B, begin_B, size_B, at = tile
+        layout, queries, scan = self._layout, self._queries, self._scan
+        width, size, cells = int(layout.widths[cell_B[0]]), int(size_B.max()), len(cell_B)
+        number_BW = _runs(layout.numbers, layout.starts[cell_B], width)
+        slot_BQ = _runs(self._slots, begin_B, size)
+        if cells > 1:
+            there = torch.from_numpy(np.arange(size) < size_B[:, None]).to(slot_BQ.device)
+            slot_BQ = slot_BQ.where(there, len(self._cell_S))
+        slots = slot_BQ.flatten()
+        query = slots.div(self._read, rounding_mode="floor").clamp_(max=len(queries) - 1)
+        row_BW = number_BW.clamp(max=layout.rows - 1)
+        if self._fine:
+            left, right = queries.rows.index_select(0, query).double(), scan.rows(row_BW).double()
+        else:
+            left, right = queries.codes.index_select(0, query), scan.codes(row_BW)
+        end = at + len(slots) * width
+        score_BQW = self._scores[at:end].view(cells, size, width)
+        multiply(left.view(cells, size, -1), right, score_BQW)
+        late = int(torch.searchsorted(number_BW[0], queries.visible[0])) if cells == 1 else 0
+        if late < width:  # what all see comes before
+            visible = queries.visible.index_select(0, query).view(cells, size, 1)
+            score_BQW[:, :, late:].masked_fill_(number_BW[:, None, late:] >= visible, NOTHING)
+        maxima = score_BQW.view(len(slots), width // layout.lanes, layout.lanes).amax(1)
+        self._maxima.index_copy_(0, slots, maxima)
+        self._begin_S.index_copy_(0, slots, torch.arange(at, end, width, device=slots.device))
+
+    # --- deciding --------------------------------------------------------------------------------
+
+    def _select(self, part: slice) -> Tensors:
+        """The answers for some queries."""
+        k, queries = self._scan.k, self._queries[part]
+        maxima_NM = self._maxima[:-1].view(len(self._queries), -1)[part]
+        floor_N = torch.full_like(queries.error, -torch.inf)
+        first_N = self._limit(queries, floor_N)
+        if maxima_NM.shape[1] >= (enough := k * self._layout.copies):
+            first_N = maxima_NM.topk(enough, sorted=False).values.amin(1).maximum(first_N)
+        crowded_N = self._crowded(maxima_NM, first_N)
+        found = self._pairs(part, maxima_NM, first_N.masked_fill(crowded_N, -NOTHING), None)
+        order, rank = ranks(found[0], found[2], len(queries))
+        kth = order[rank == k - 1]
+        floor_N[found[0][kth]] = found[2][kth]
+        limit_N = self._limit(queries, floor_N)
+        crowded_N |= self._crowded(maxima_NM, limit_N)
+        others = self._pairs(part, maxima_NM, limit_N.masked_fill(crowded_N, -NOTHING), first_N)
+        query, row, product = map(torch.cat, zip(found, others, strict=True))
+        in_order = row.argsort(stable=True)  # by which equal cosines go
+        query, row, product = query[in_order], row[in_order], product[in_order]
+        order, rank = ranks(query, product, len(queries))
+        order, rank = order[rank < k], rank[rank < k]
+        products = torch.full_like(floor_N[:, None].expand(-1, k), -torch.inf)
+        positions = torch.full_like(products, -1, dtype=torch.int64)
+        positions[query[order], rank] = row[order]
+        products[query[order], rank] = product[order]
+        return positions, products, crowded_N
+
+    def _limit(self, queries: Queries, cosine_N: torch.Tensor) -> torch.Tensor:
+        """The lowest score of a row that has at least this cosine."""
+        if self._fine:
+            return (cosine_N - FINE_ERROR * queries.rows.shape[1]).clamp(min=NOTHING / 2)
+        limit_N = cosine_N * self._scan.unit - queries.error
+        return limit_N.clamp(min=NOTHING / 2).ceil().int()
+
+    def _crowded(self, maxima_NM: torch.Tensor, limit_N: torch.Tensor) -> torch.Tensor:
+        most = CROWD + 8 * self._scan.k if not self._fine else maxima_NM.shape[1]
+        return (maxima_NM >= limit_N[:, None]).sum(1) > most
+
+    def _pairs(
+        self, part: slice, maxima_NM: torch.Tensor, limit_N: torch.Tensor,
+        below_N: torch.Tensor | None,
+    ) -> Tensors:  # fmt: skip
+        """Queries (P,), rows (P,) and cosines (P,) of all pairs whose score is at least `limit` and
+        under `below`, each once."""
+        layout, lanes = self._layout, self._layout.lanes
+        query, group = (maxima_NM >= limit_N[:, None]).nonzero().unbind(1)
+        slot = (query + part.start) * self._read + group.div(lanes, rounding_mode="floor")
+        lane, cell = group % lanes, self._cell_S[slot]
+        members = layout.members[cell]
+        line = torch.repeat_interleave(members)  # the group of each of its members
+        step = torch.arange(len(line), device=line.device) - (members.cumsum(0) - members)[line]
+        score = self._scores[(self._begin_S[slot] + lane)[line] + step * lanes]
+        hit = score >= limit_N[query][line]
+        if below_N is not None:
+            hit &= score < below_N[query][line]
+        line, step = line[hit], step[hit]
+        row = layout.numbers[(layout.first[cell] + lane)[line] + step * lanes].long()
+        query = query[line]
+        if layout.copies > 1:
+            pair = torch.unique(query * layout.rows + row)
+            query = pair.div(layout.rows, rounding_mode="floor")
+            row = pair - query * layout.rows
+        return query, row, self._scan.exact(self._queries.rows[part], query, row)
 
 
-def _in_threads(
-    work: Callable[[Sequence[Tile]], list[Hits]], tiles: Iterator[Tile], device: torch.device
-) -> Iterator[list[Hits]]:
-    """`work` on all tiles: on a CPU range by range, on as many threads as torch would use, for each
-    product is small."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield from (work([tile]) for tile in tiles) if device.type != "cpu" else [work(list(tiles))]
-        return
-    every = list(tiles)
-    step = -(-len(every) // (RANGES_PER_THREAD * threads)) or 1
-    ranges = [every[at : at + step] for at in range(0, len(every), step)]
+def ranks(query: torch.Tensor, keys: torch.Tensor, queries: int) -> Tensors:
+    """The order of pairs by query (P,) and descending key (P,), and in this order the rank of each
+    within its query."""
+    order = keys.argsort(descending=True, stable=True)
+    order = order[query[order].argsort(stable=True)]
+    sizes = torch.bincount(query, minlength=queries)
+    starts = sizes.cumsum(0) - sizes
+    return order, torch.arange(len(order), device=order.device) - starts[query[order]]
 
-    @torch.no_grad()
-    def in_one_thread(some: Sequence[Tile]) -> list[Hits]:
-        return work(some)
 
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(in_one_thread, ranges)
-    finally:
-        torch.set_num_threads(threads)
+def _runs(flat: torch.Tensor, starts: np.ndarray, width: int) -> torch.Tensor:
+    """Runs of `flat` (B, width) from `starts` on."""
+    if len(starts) == 1:
+        return flat[starts[0] : starts[0] + width][None]
+    at = torch.from_numpy(starts[:, None] + np.arange(width)).to(flat.device)
+    return flat[at.clamp_(max=len(flat) - 1)]
 
 
 @contextmanager
-def _threads_worth(work: int) -> Iterator[None]:
-    """One CPU thread for small work: waking and awaiting the others would cost more."""
+def in_threads(device: torch.device, work: int) -> Iterator[Map]:
+    """A `map` over as many threads as torch would use on a CPU, each of which computes alone; the
+    built-in one where there is only one, or little `work` (multiplications)."""
     threads = torch.get_num_threads()
-    if work >= SMALL_WORK or threads == 1:
-        yield
+    if device.type != "cpu" or threads == 1 or work < SMALL_WORK:
+        yield map
         return
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
     finally:
         torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from infogrowth.growth.engine import InfoGrowth, Recaption
 from infogrowth.neighbors import index, scan
@@ -117,15 +116,12 @@ def test_planted_copies_of_kept_samples_have_a_neighbor_at_no_distance():
     assert copies > 10
 
 
-@pytest.mark.parametrize("device_has_half", [True, False])
-def test_fast_products_from_early_on_choose_the_same(monkeypatch, device_has_half):
-    """As with many thousands of samples, where most rows meet a fast product only."""
-    monkeypatch.setattr(index, "FEW_QUERIES", 1)
-    monkeypatch.setattr(index, "LEARN_ROWS", 150)
-    monkeypatch.setattr(index, "LEAST_COLUMNS", 8)
-    monkeypatch.setattr(scan, "FIRST_ROWS", 64)
-    half = torch.bfloat16 if device_has_half else None
-    monkeypatch.setattr(index, "half_precision", lambda device: half)
+@pytest.mark.parametrize("crowd", [256, -1000])
+def test_small_cells_and_float64_scores_choose_the_same(monkeypatch, crowd):
+    """As with many thousands of samples, or where codes cannot tell them apart."""
+    monkeypatch.setitem(index.RUN, "cpu", 64)
+    monkeypatch.setattr(index, "MEMBERS", 4)
+    monkeypatch.setattr(scan, "CROWD", crowd)
     growth = InfoGrowth(k=4, min_align=0.4, index="exact", device="cpu")
     decisions = [growth.seed(*rows(0, SEEDS)), *grow(growth, SEEDS, ROWS, 64, RECAPTIONS)]
     assert_golden(growth, decisions, with_recaptions=True)

@@ -8,8 +8,8 @@ from infogrowth.neighbors import index, scan
 @pytest.fixture
 def small_steps(monkeypatch):
     """Everything that waits for many rows or queries happens early."""
-    monkeypatch.setattr(index, "FEW_QUERIES", 1)
-    monkeypatch.setattr(index, "LEARN_ROWS", 200)
-    monkeypatch.setattr(index, "LEAST_COLUMNS", 8)
+    monkeypatch.setitem(index.RUN, "cpu", 64)
+    monkeypatch.setitem(index.AT_ONCE, "cpu", (300, 500))
     monkeypatch.setattr(index, "PROBE_ROWS", 256)
-    monkeypatch.setattr(scan, "FIRST_ROWS", 64)
+    monkeypatch.setattr(index, "MEMBERS", 4)
+    monkeypatch.setitem(scan.SELECTED, "cpu", 70)

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from infogrowth.neighbors.base import Shard
 from infogrowth.neighbors.index import NeighborIndex
 from infogrowth.neighbors.rows import unit_rows
-from infogrowth.neighbors.shards import Shard
 
 
 def brute_force(rows, queries, visible, k):

@@ -22,13 +22,8 @@ def test_a_flood_of_copies_changes_no_answer_and_costs_little(monkeypatch, cells
     rows = unit(rng.normal(size=(3000, 32)))
     rows[rng.random(3000) < 0.6] = rows[7]
     resolved = []
-    counted = index_module.pair_products
-
-    def counting(queries, query, take, position):
-        resolved.append(len(query))
-        return counted(queries, query, take, position)
-
-    monkeypatch.setattr(index_module, "pair_products", counting)
+    fold_sum = index_module.fold_sum
+    monkeypatch.setattr(index_module, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
     index = NeighborIndex(32, 4, cells_from=cells_from)
     index.extend(rows)
     visible = np.arange(3000)
@@ -50,13 +45,10 @@ def test_a_flood_of_copies_changes_no_answer_and_costs_little(monkeypatch, cells
 )
 def test_marks_are_those_of_counting_from_the_start(kinds, cut, more, k):
     patterns = unit(np.random.default_rng(1).normal(size=(6, 5)))
-    copies = Copies(5, k)
+    copies = Copies(k)
     copies.add(patterns[kinds])
     copies.truncate(cut)
     marked = copies.add(patterns[more])
     kept = kinds[:cut]
     expected = [(kept + more[:at]).count(kind) >= k for at, kind in enumerate(more)]
     assert marked.tolist() == expected
-    everything = kept + more
-    surplus = [everything[:at].count(kind) >= k for at, kind in enumerate(everything)]
-    assert copies.surplus == sum(surplus)

@@ -9,9 +9,9 @@ from oracle import brute_force, clustered, in_batches, near_copies, on_ranks
 
 from infogrowth.growth.engine import InfoGrowth
 from infogrowth.neighbors import AUTO, create_index, scan
-from infogrowth.neighbors import cells as cells_module
 from infogrowth.neighbors import index as index_module
-from infogrowth.neighbors.cells import Cells, learn_centers, nearest_centers, two_cells
+from infogrowth.neighbors.cells import LEAST_SQUARE, Cells, Layout, learn_centers, nearest
+from infogrowth.neighbors.codes import Coder
 from infogrowth.neighbors.index import NeighborIndex
 from infogrowth.randomness import generator
 
@@ -53,15 +53,13 @@ def test_the_measured_error_is_that_of_a_brute_force_in_float64(rows, k, monkeyp
     index = cell_index(k)
     index.extend(rows[:1024])
     index.search(rows[2000:2001], np.array([1024]))
-    chosen = np.sort(generator(0, "cells probe", 1024).choice(1024, 256, replace=False))
+    chosen = np.sort(generator(0, "cells", 1024).choice(1024, 1024, replace=False)[:256])
     held = rows[:1024].astype(np.float64)
     products = held[chosen] @ held.T
     products[np.arange(256), chosen] = -np.inf
-    cells = index._cells
-    nearest = (rows[chosen].astype(np.float64) @ cells.centers_JD.double().numpy().T).argmax(1)
-    met = (
-        two_cells(torch.from_numpy(rows[:1024]), cells.centers_JD).numpy() == nearest[:, None, None]
-    ).any(2)
+    codes = encode(rows[:1024])
+    first = nearest(codes[chosen], index._cells.centers_JD, 1)[0].numpy()
+    met = (index._cells.pairs(codes).numpy() == first[:, None]).any(2)
     truth = 1 - np.sort(products, axis=1)[:, -k:].mean(axis=1)
     found = np.sort(np.where(met, 1 - products, 1.0), axis=1)[:, :k].mean(axis=1)
     error = np.minimum(found, 1) - truth  # none found counts as a distance of 1
@@ -121,49 +119,45 @@ def test_any_number_of_ranks_answers_as_one_does(rows, world_size):
         np.testing.assert_array_equal(rank[3], some)
 
 
-def test_tiles_that_go_together_as_on_a_gpu_find_the_same(rows, monkeypatch):
+@pytest.mark.parametrize("crowd", [256, -1000])
+def test_cells_that_go_together_as_on_a_gpu_find_the_same(rows, monkeypatch, crowd):
     expected = in_batches(cell_index(), rows, 1300)
-    monkeypatch.setitem(scan.TILES, "cpu", (16, 24))
-    monkeypatch.setattr(cells_module.Cells, "rounds", together(cells_module.Cells.rounds))
-    for half in (None, torch.bfloat16):
-        monkeypatch.setattr(index_module, "half_precision", lambda device, half=half: half)
-        found = in_batches(cell_index(), rows, 1300)
-        np.testing.assert_array_equal(found[0], expected[0])
-        np.testing.assert_array_equal(found[1], expected[1])
+    monkeypatch.setitem(scan.CELLS, "cpu", 7)
+    monkeypatch.setitem(scan.CELL_QUERIES, "cpu", 16)
+    monkeypatch.setattr(scan, "CROWD", crowd)
+    found = in_batches(cell_index(), rows, 1300)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
-def together(original):
-    return lambda self, queries, tile, _: original(self, queries, tile, 7)
+def encode(rows):
+    return Coder(rows.shape[1], torch.device("cpu")).encode(torch.from_numpy(rows))[0]
 
 
-def test_where_float32_leaves_open_which_center_is_nearer_float64_decides():
-    rows = torch.from_numpy(near_copies(150, 16, clusters=3))
-    centers = torch.from_numpy(near_copies(40, 16, clusters=3))
-    products = torch.zeros((150, 40), dtype=torch.float64)
-    for row in range(150):
-        products[row] = (rows[row].double() * centers.double()).sum(1)
-    products = np.round(products.numpy(), 13)
-    for count in (1, 5):
-        found = nearest_centers(rows, centers, count).sort(1).values.numpy()
-        expected = np.sort(np.argsort(-products, axis=1, kind="stable")[:, :count], axis=1)
-        worst = np.take_along_axis(products, found, 1).min(1)
-        assert (worst >= np.take_along_axis(products, expected, 1).min(1) - 1e-12).all()
-    single = [nearest_centers(rows[at : at + 1], centers, 5) for at in range(150)]
-    whole = nearest_centers(rows, centers, 5)
-    assert [set(row.tolist()) for row in whole] == [set(row[0].tolist()) for row in single]
-    pairs = torch.cat([two_cells(rows[at : at + 1], centers) for at in range(150)])
-    torch.testing.assert_close(two_cells(rows, centers), pairs, rtol=0, atol=0)
+def test_of_equally_near_centers_the_first_is_nearest():
+    rows, centers = (encode(near_copies(n, 16, clusters=3)) for n in (150, 40))
+    products = rows.numpy().astype(int) @ centers.numpy().astype(int).T
+    for count in (1, 5, 60):
+        found, scores = nearest(rows, centers, count)
+        expected = np.argsort(-products, axis=1, kind="stable")[:, :count]
+        np.testing.assert_array_equal(found.numpy(), expected)
+        np.testing.assert_array_equal(scores.numpy(), np.take_along_axis(products, expected, 1))
 
 
-def test_centers_do_not_depend_on_the_order_of_summation():
-    rows = torch.from_numpy(clustered(800, 16, clusters=20))
+def test_centers_are_the_directions_of_their_rows_in_any_order():
+    rows = encode(clustered(800, 16, clusters=20))
+    coder = Coder(16, torch.device("cpu"))
 
     def centers(sample):
-        first = torch.from_numpy(np.sort(np.random.default_rng(0).choice(800, 20, replace=False)))
-        head = torch.cat([rows[first], sample])
-        return learn_centers(head, 20, FirstOnes())
+        head = torch.cat([rows[np.random.default_rng(0).choice(800, 20, replace=False)], sample])
+        return learn_centers(head, 20, coder.unit, FirstOnes())
 
-    torch.testing.assert_close(centers(rows), centers(rows.flip(0)), rtol=0, atol=0)
+    learned = centers(rows)
+    assert torch.equal(learned, centers(rows.flip(0)))
+    assert np.linalg.norm(learned.double(), axis=1) == pytest.approx(coder.unit**0.5, rel=0.02)
+    before = np.linalg.norm(rows.double() - rows[:20][nearest(rows, rows[:20], 1)[0][:, 0]], axis=1)
+    after = np.linalg.norm(rows.double() - learned[nearest(rows, learned, 1)[0][:, 0]], axis=1)
+    assert after.mean() < 0.8 * before.mean()
 
 
 class FirstOnes:
@@ -172,16 +166,30 @@ class FirstOnes:
 
 
 def test_the_second_cell_minimises_what_it_should():
-    rows, centers = clustered(50, 8, clusters=9), clustered(12, 8, seed=1, clusters=12)
-    found = two_cells(torch.from_numpy(rows), torch.from_numpy(centers)).numpy()
-    x, c = rows.astype(np.float64), centers.astype(np.float64)
+    rows, centers = (encode(clustered(n, 8, clusters=9)) for n in (50, 12))
+    unit = Coder(8, torch.device("cpu")).unit
+    found = Cells(centers, unit).pairs(rows).numpy()
+    x, c = (codes.numpy() / unit**0.5 for codes in (rows, centers))
     for row, (first, second) in enumerate(found):
-        r = x[row] - c[first]
         assert first == (x[row] @ c.T).argmax()
-        s = x[row] - c
-        loss = (s**2).sum(1) + (s @ r) ** 2 / max(r @ r, cells_module.LEAST_SQUARE)
+        cosines, between = x[row] @ c.T, c[first] @ c.T
+        square = max(2 - 2 * cosines[first], LEAST_SQUARE)
+        loss = 2 - 2 * cosines + (1 - cosines[first] - cosines + between) ** 2 / square
         loss[first] = np.inf
-        assert loss[second] == pytest.approx(loss.min(), abs=1e-5)
+        assert loss[second] == pytest.approx(loss.min(), abs=1e-9)
+
+
+def test_a_layout_holds_each_cell_in_order_and_leaves_out_rows_of_none():
+    random = np.random.default_rng(0)
+    cells = torch.from_numpy(random.integers(0, 8, (200, 2))).int()  # 7 is none
+    layout = Layout(cells, 7, 4)
+    for cell in range(7):
+        begin, width = layout.starts[cell], layout.widths[cell]
+        held = layout.numbers[begin : begin + width].numpy()
+        expected = np.repeat(np.arange(200), (cells.numpy() == cell).sum(1))
+        assert width % 4 == 0 and width - len(expected) < 4
+        np.testing.assert_array_equal(held[: len(expected)], expected)
+        assert (held[len(expected) :] == 200).all()
 
 
 def test_a_restored_approximate_dataset_grows_on_as_if_never_interrupted(rows, monkeypatch):
@@ -220,5 +228,5 @@ def test_every_row_has_two_different_cells(rows):
     index.extend(rows)
     index.search(rows[:1], np.array([COUNT]))
     cells = index._cells
-    assert isinstance(cells, Cells) and cells.count == COUNT
+    assert len(cells._of_row_M2) == COUNT
     assert bool((cells._of_row_M2[:, 0] != cells._of_row_M2[:, 1]).all())

@@ -8,22 +8,23 @@ from hypothesis import strategies as st
 from oracle import assert_exact, brute_force, clustered, in_batches, near_copies
 
 from infogrowth.errors import UserError
+from infogrowth.neighbors import codes as codes_module
 from infogrowth.neighbors import index as index_module
 from infogrowth.neighbors import scan
-from infogrowth.neighbors.fast import HalfRows, LeadingRows
+from infogrowth.neighbors.codes import Coder, multiply
 from infogrowth.neighbors.index import NeighborIndex
 from infogrowth.neighbors.rows import unit_rows
 from infogrowth.neighbors.store import RowStore
 
-FORMS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "leading": None}
 
-
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=["int8", "float32", "float64"])
 def form(request, monkeypatch, small_steps):
-    """What most rows are multiplied in."""
-    monkeypatch.setattr(index_module, "half_precision", lambda device: FORMS[request.param])
+    """How queries are multiplied: codes as this device does it or where it has no integers, or
+    everything in float64, as where rows are a crowd."""
     if request.param == "float32":
-        monkeypatch.setattr(index_module, "LEAST_COLUMNS", 1 << 20)
+        monkeypatch.setattr(codes_module, "has_integers", lambda device: False)
+    if request.param == "float64":
+        monkeypatch.setattr(scan, "CROWD", -1000)
     return request.param
 
 
@@ -38,36 +39,42 @@ def test_search_among_near_copies_equals_float64_brute_force(form, k):
     assert_exact(index.search(queries, visible), rows, queries, visible, k)
 
 
-def test_fast_products_are_used_and_leave_few_rows_in_question(form, monkeypatch):
+def test_codes_leave_few_rows_in_question(form, monkeypatch):
     random = np.random.default_rng(3)
     spectrum = 1 / (1 + np.arange(64.0)) ** 0.8
     rows = unit_rows(random.normal(size=(3000, 64)) * spectrum)[0]
     queries = unit_rows(rows[:600] + 0.02 * random.normal(size=(600, 64)))[0]
     index = NeighborIndex(64, 4)
     index.extend(rows)
-    again = []
-    original = scan.Scan._multiplied_again
-    monkeypatch.setattr(
-        scan.Scan,
-        "_multiplied_again",
-        lambda self, hits: again.append(len(hits)) or original(self, hits),
-    )
+    resolved = []
+    fold_sum = index_module.fold_sum
+    monkeypatch.setattr(index_module, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
     visible = np.full(600, 3000)
     assert_exact(index.search(queries, visible), rows, queries, visible, 4)
-    assert (form == "float32") == (not again)
-    assert sum(again) < 600 * 200  # of 3,000 rows
+    assert 4 * 600 <= sum(resolved) < 600 * 40  # of 3,000 rows
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
-def test_no_cosine_lies_further_above_a_fast_product_than_its_bound(dtype):
-    rows = torch.from_numpy(near_copies(400, 48, seed=5))
-    fast = LeadingRows(rows[::2]) if dtype is None else HalfRows(48, dtype, torch.device("cpu"))
-    fast.extend(rows)
-    queries, bound = fast.queries(rows[:100])
-    scores = (queries @ fast.store.take(torch.arange(400)).T).double()
-    true = rows[:100].double() @ rows.double().T
-    assert bool((true <= scores + bound[:, None]).all())
-    assert float(bound.max()) < 0.02
+@pytest.mark.parametrize("dimension", [1, 2, 48, 64, 384])
+def test_no_cosine_is_further_from_the_product_of_codes_than_the_error(dimension):
+    random = np.random.default_rng(0)
+    sparse = np.where(random.random((300, dimension)) < 3 / dimension, 1.0, 0) + 1e-9
+    rows = np.concatenate([near_copies(300, dimension, seed=5), unit_rows(sparse)[0]])
+    coder = Coder(dimension, torch.device("cpu"))
+    codes, error = coder.encode(torch.from_numpy(rows))
+    scores = multiply(codes[None], codes[None])[0].double() / coder.unit
+    bound = error[:, None].double() + error.double() * (1 + error[:, None].double())
+    true = rows.astype(np.float64) @ rows.astype(np.float64).T
+    assert bool((np.abs(true - scores.numpy()) <= bound.numpy() + 1e-12).all())
+    assert float(error.max()) < 0.03
+
+
+def test_products_of_codes_have_the_same_bits_in_integers_and_in_float32(monkeypatch):
+    codes = Coder(100, torch.device("cpu")).encode(torch.from_numpy(near_copies(200, 100)))[0]
+    integers = multiply(codes[None, :30], codes[None])
+    monkeypatch.setattr(codes_module, "has_integers", lambda device: False)
+    assert torch.equal(integers, multiply(codes[None, :30], codes[None]))
+    expected = codes[:30].numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T
+    np.testing.assert_array_equal(integers[0].numpy(), expected)
 
 
 def test_copies_are_found_in_order_of_insertion(form):
@@ -90,8 +97,7 @@ def test_no_layout_of_blocks_changes_a_bit(form, memory_mb, queries_at_once, mon
     plain.extend(rows)
     expected = plain.search(rows, visible)
     assert_exact(expected, rows, rows, visible, 4)
-    monkeypatch.setattr(index_module, "DENSE_QUERIES", queries_at_once)
-    monkeypatch.setattr(scan, "TAIL_ROWS", 64)
+    monkeypatch.setitem(index_module.AT_ONCE, "cpu", (queries_at_once, queries_at_once))
     index = NeighborIndex(24, 4, memory_mb=memory_mb)
     index.extend(rows)
     found = index.search(rows, visible)
@@ -172,7 +178,6 @@ def allow_legacy():
 def allow_by_the_new_switch():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    torch.backends.cuda.matmul.allow_fp16_accumulation = True
 
 
 @pytest.mark.parametrize("allow", [allow_legacy, allow_by_the_new_switch])
@@ -182,9 +187,10 @@ def test_reduced_precision_allowed_for_training_does_not_reach_the_search(allow,
     index.extend(rows)
 
     def state():
-        cuda = torch.backends.cuda.matmul
-        cpu = torch.backends.mkldnn.matmul
-        return cuda.fp32_precision, cpu.fp32_precision, cuda.allow_fp16_accumulation
+        return (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.mkldnn.matmul.fp32_precision,
+        )
 
     before = state()
     allow()
@@ -193,10 +199,8 @@ def test_reduced_precision_allowed_for_training_does_not_reach_the_search(allow,
         found = index.search(rows, np.full(1200, 1200))
         assert state() == allowed != before
     finally:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = (
-            before[:2]
-        )
-        torch.backends.cuda.matmul.allow_fp16_accumulation = before[2]
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        cuda.fp32_precision, cpu.fp32_precision = before
         if allow is allow_legacy:
             torch.set_float32_matmul_precision("highest")
     assert_exact(found, rows, rows, np.full(1200, 1200), 4)
@@ -212,20 +216,49 @@ def test_an_index_made_in_inference_mode_serves_afterwards():
     assert (index.search(rows, np.arange(600)).positions[1:, 0] >= 0).all()
 
 
-def test_rows_lie_in_chunks_as_on_a_gpu_and_are_read_from_all():
+def test_threads_that_share_the_work_find_the_same(small_steps, monkeypatch):
+    monkeypatch.setattr(scan, "SMALL_WORK", 0)
+    rows = clustered(2000, 24)
+    found = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append(in_batches(NeighborIndex(24, 4, cells_from=1024), rows, 700))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_more_neighbors_than_groups_of_rows(small_steps):
+    rows = clustered(900, 16)
+    index = NeighborIndex(16, 150)
+    index.extend(rows)
+    visible = np.full(40, 900)
+    assert_exact(index.search(rows[:40], visible), rows, rows[:40], visible, 150)
+
+
+def test_a_card_that_cannot_hold_old_and_new_rows_moves_them_by_way_of_the_host(monkeypatch):
     store = RowStore(3, torch.float32, torch.device("cpu"))
-    rows = torch.arange(30_000, dtype=torch.float32).view(-1, 3)
-    store.device = torch.device("meta")  # grows as a GPU's does; the memory itself is the CPU's
-    store._empty = lambda count: torch.empty((count, 3))
-    for start in range(0, len(rows), 1500):
-        store.extend(rows[start : start + 1500])
-    assert len(store._chunks) > 3
-    store.device = torch.device("cpu")
-    at = torch.tensor([[9999, 0], [1500, 4321]])
+    rows = torch.arange(9000, dtype=torch.float32).view(-1, 3)
+    room, empty = 3000, store._empty
+
+    def on_a_card(count):
+        if count + len(getattr(store, "_buffer", ())) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(count)
+
+    store._empty = on_a_card
+    for start in range(0, 3000, 250):
+        store.extend(rows[start : start + 250])
+    torch.testing.assert_close(store.rows, rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        store.extend(rows[:1])
+    torch.testing.assert_close(store.rows, rows)  # as it was
+    at = torch.tensor([[2999, 0], [1500, 2321]])
     torch.testing.assert_close(store.take(at), rows[at])
-    pieces = list(store.pieces(1000, 7000))
-    assert pieces[0][0] == 1000
-    torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), rows[1000:7000])
 
 
 def test_running_out_of_memory_is_one_sentence(monkeypatch):
