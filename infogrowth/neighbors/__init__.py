@@ -9,10 +9,10 @@ For somebody who knows k-NN, the whole package on one page:
   rounded. Products of codes are integers, the same bits on every device, and off the cosine by no
   more than the two roundings were long, about 0.027.
 * **Scores** (`scan.py`). Queries are multiplied with rows cell by cell; scores and their maxima
-  over groups of rows are kept. The best groups name k rows, whose cosines in float64, added in one fixed
-  order, are a floor. Every row whose score could reach the floor (some ten) is computed in float64
-  too, equal ones go by position: of the rows that were read, the k nearest are found as by a
-  float64 brute force. Where codes cannot tell hundreds of rows apart, scores are float64.
+  over groups of rows are kept. The best groups name k rows, whose cosines in float64, added in
+  one fixed order, are a floor. Every row whose score could reach the floor (some ten) is computed
+  in float64 too, equal ones go by position: of the rows that were read, the k nearest are found
+  as by a float64 brute force. Where codes cannot tell hundreds of rows apart, scores are float64.
 * **Which rows are read** (`cells.py`). Exact search reads all: its cells are runs of rows. From
   `cells_from` rows on, 2.5·√rows centers are learned by k-means, a row lies in two cells (the
   nearest and one that complements it) and a query reads its nearest T cells. New rows get their
