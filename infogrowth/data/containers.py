@@ -73,7 +73,7 @@ class Files(Container):
 
     Args:
         read: the content of a file by its number.
-        is_json: of each file, 0 or 1.
+        names: those of the files, whose extensions matter.
         entries: which files are a sample.
         downloads: the downloader's table of what should be there.
         records: by number of an image file what records say of it.
@@ -85,13 +85,14 @@ class Files(Container):
         name: str,
         kind: str,
         read: Callable[[int], bytes],
-        is_json: bytes,
+        names: Sequence[str],
         entries: list[Entry],
         downloads: str | None,
         records: Mapping[int, Sequence[Captioned | str]] = {},
     ) -> None:
         super().__init__(name, kind, repeats=True)
-        self._read, self._is_json, self._records = read, is_json, records
+        self._read, self._records = read, records
+        self._is_json = bytes(extension_of(file) == ".json" for file in names)
         problems = read_downloads(tree, downloads, self.notes) if downloads else {}
         missing = problems.keys() - {entry.id for entry in entries}
         entries = [*entries, *(Entry(key, -1, (), NO_IMAGE) for key in missing)]
@@ -119,24 +120,19 @@ class Files(Container):
         repaired: Captioned | None = None
         for file in self._captions[self._ends[number] : self._ends[number + 1]]:
             try:
-                caption = self._caption_in(file)
+                text, repairs = decode_text(self._read(file))
+                caption, more = caption_of(json.loads(text) if self._is_json[file] else text)
             except Unusable as error:
                 reasons.append(error.reason)
-                continue
-            if not caption[1]:
-                return caption
-            repaired = repaired or caption
+            except (ValueError, RecursionError):
+                reasons.append("the .json beside the image is not valid JSON")
+            else:
+                if not (repairs or more):
+                    return caption, ()
+                repaired = repaired or (caption, (*repairs, *more))
         if repaired is None:
             raise no_caption(reasons)
         return repaired
-
-    def _caption_in(self, file: int) -> Captioned:
-        text, repairs = decode_text(self._read(file))
-        try:
-            caption, more = caption_of(json.loads(text) if self._is_json[file] else text)
-        except (ValueError, RecursionError) as error:
-            raise Unusable("the .json beside the image is not valid JSON") from error
-        return caption, (*repairs, *more)
 
     def data(self, number: int) -> bytes:
         if problem := self._problems.get(number):
@@ -166,17 +162,13 @@ def open_folder(
     entries, ignored = entries_of([file[start:] for file in files], named=of_file)
     entries += [Entry(lost, -1, (), reason) for lost, reason in missing]
     read = partial(_read_file, tree, files)
-    folder = Files(tree, name, kind, read, _are_json(files), entries, downloads, of_file)
+    folder = Files(tree, name, kind, read, files, entries, downloads, of_file)
     folder.ignored = ignored
     return folder
 
 
 def _read_file(tree: Tree, files: Sequence[str], number: int) -> bytes:
     return tree.read(files[number])
-
-
-def _are_json(names: Sequence[str]) -> bytes:
-    return bytes(extension_of(name) == ".json" for name in names)
 
 
 def open_tar(tree: Tree, name: str, downloads: str | None) -> Files:
@@ -204,7 +196,7 @@ def open_tar(tree: Tree, name: str, downloads: str | None) -> Files:
         notes = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
     entries, ignored = entries_of(names, archive=True)
     read = partial(_read_member, opened, name, offsets, sizes)
-    tar = Files(tree, name, "webdataset", read, _are_json(names), entries, downloads)
+    tar = Files(tree, name, "webdataset", read, names, entries, downloads)
     tar.ignored, tar.notes = ignored + other, tar.notes + notes
     return tar
 

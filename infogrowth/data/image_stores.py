@@ -203,7 +203,7 @@ class LmdbWriter:
                 f"the id {name[:60]!r} makes a key of {len(key)} bytes; "
                 f"an LMDB takes 1 to {MAX_KEY_BYTES}"
             )
-        if not replace and (key in self._pending or self._stored(key) is not None):
+        if not replace and self.get(name) is not None:
             return False
         self._pending[key] = data
         self._pending_bytes += len(data)
@@ -214,7 +214,10 @@ class LmdbWriter:
     def get(self, name: str) -> bytes | None:
         """What is stored (or waits for its commit) under exactly ``name``'s key."""
         key = _encoded(image_key(name))
-        return self._pending.get(key) or self._stored(key)
+        if key in self._pending:
+            return self._pending[key]
+        with _refusing(self.path, "read"), self._env.begin() as transaction:
+            return transaction.get(key)
 
     def commit(self) -> None:
         """Write what is pending in one transaction; it is on disk when this returns."""
@@ -253,10 +256,6 @@ class LmdbWriter:
             self.close()
         else:
             self._env.close()
-
-    def _stored(self, key: bytes) -> bytes | None:
-        with _refusing(self.path, "read"), self._env.begin() as transaction:
-            return transaction.get(key)
 
 
 # LMDB must not be opened twice in a process: the objects that read one path share one environment.

@@ -83,7 +83,12 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
     annotations: list[Annotation] = []
     with LmdbWriter(target.lmdb) as writer:
         names = [image_key(name) for name in source.ids]
-        _refuse_other_images(writer, set(names), source, target)
+        known = set(names)
+        if unexpected := next((key for key in writer.keys() if key not in known), None):  # noqa: SIM118
+            raise UserError(
+                f"the LMDB {target.lmdb} holds {unexpected!r}, which is not in {source.path}: it "
+                "was packed from other images; remove it or give another --output_root"
+            )
         repeated = {name for name, count in Counter(names).items() if count > 1}
         taken: set[str] = set()
         progress = tqdm(
@@ -121,17 +126,6 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
     if not annotations:
         raise UserError(f"no sample of {source.path} could be packed; see {target.skipped}")
     return packed
-
-
-def _refuse_other_images(
-    writer: LmdbWriter, names: set[str], source: Source, target: Target
-) -> None:
-    unexpected = next((key for key in writer.keys() if key not in names), None)  # noqa: SIM118
-    if unexpected is not None:
-        raise UserError(
-            f"the LMDB {target.lmdb} holds {unexpected!r}, which is not in {source.path}: it was "
-            "packed from other images; remove it or give another --output_root"
-        )
 
 
 def _checked_samples(

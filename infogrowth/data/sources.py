@@ -83,7 +83,18 @@ class Source:
         self.ignored: Counter[str] = sum((part.ignored for part in containers), Counter())
         self.repairs: Counter[str] = Counter()
         self._ends = list(accumulate(len(part.ids) for part in containers))
-        _make_unique(containers)
+        taken: set[str] = set()
+        for part in containers:  # of images of one id the first keeps it
+            stem = _TAR.sub("", part.name) if part.kind == "webdataset" else sample_id(part.name)
+            own: set[str] = set()
+            for number, name in enumerate(part.ids):
+                unique, times = name, 1
+                while unique in taken or (unique in own and not part.repeats):
+                    unique = f"{stem}/{name}" + (f"-{times}" if times > 1 else "")
+                    times += 1
+                own.add(unique)
+                part.ids[number] = unique
+            taken |= own
 
     @property
     def layout(self) -> str:
@@ -128,22 +139,6 @@ def _reason(error: Unusable | OSError) -> str:
     if isinstance(error, Unusable):
         return error.reason
     return f"cannot be read: {error.strerror or error}"
-
-
-def _make_unique(containers: Sequence[Container]) -> None:
-    """Make ids of images of one name differ: the first keeps it, others get their container's."""
-    taken: set[str] = set()
-    for part in containers:
-        stem = _TAR.sub("", part.name) if part.kind == "webdataset" else sample_id(part.name)
-        own: set[str] = set()
-        for number, name in enumerate(part.ids):
-            unique, times = name, 1
-            while unique in taken or (unique in own and not part.repeats):
-                unique = f"{stem}/{name}" + (f"-{times}" if times > 1 else "")
-                times += 1
-            own.add(unique)
-            part.ids[number] = unique
-        taken |= own
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

@@ -75,17 +75,19 @@ def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
 
 def image_column(schema: pa.Schema) -> str | None:
     """The column of encoded images: named after a format or ``image``, else any with bytes."""
-
-    def holds_images(column: pa.Field) -> bool:
+    found: dict[int, str] = {}  # by preference
+    for column in reversed(schema):
         kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+        name = column.name.lower()
         if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        return binary and column.name.lower() in _IMAGE_COLUMNS
-
-    rank = {name: position for position, name in enumerate(_IMAGE_COLUMNS)}
-    names = [column.name for column in schema if holds_images(column)]
-    return min(names, key=lambda name: rank.get(name.lower(), len(rank)), default=None)
+            holds = kind.get_field_index("bytes") >= 0
+        else:
+            binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            holds = binary and name in _IMAGE_COLUMNS
+        if holds:
+            rank = _IMAGE_COLUMNS.index(name) if name in _IMAGE_COLUMNS else len(_IMAGE_COLUMNS)
+            found[rank] = column.name
+    return found[min(found)] if found else None
 
 
 def read_downloads(tree: Tree, table: str, notes: list[Note]) -> dict[str, str | None]:
