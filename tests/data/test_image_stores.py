@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_committed(tmp_path):
                     writer.put(f"{n}", b"x" * 100_000)
                 writer.commit()
         except UserError as error:
-            sys.exit(f"told: {error}")
+            sys.exit(f"refused: {error}")
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "x")],
@@ -231,5 +231,5 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_committed(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert run.stderr.startswith("told: the LMDB") and "written" in run.stderr, run.stderr
+    assert run.stderr.startswith("refused: the LMDB") and "written" in run.stderr, run.stderr
     assert list(LmdbImages(tmp_path / "x").keys()) == ["kept"]
