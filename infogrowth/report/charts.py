@@ -269,10 +269,10 @@ def _draw_phases(axes: Axes, share: np.ndarray, even: np.ndarray, odd: np.ndarra
     at = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
     for name, values, other in (("even", even, odd), ("odd", odd, even)):
         axes.plot(share, values, color=COLORS["recaptioned"], linewidth=1.1, linestyle=(0, (4, 2)))
-        side = {"va": "bottom"} if values[at] >= other[at] else {"va": "top"}
-        offset = (0, 3 if side["va"] == "bottom" else -3)
-        note(axes, name, (share[at], values[at]), offset, **side,
-             ha="center", xycoords="data", color=COLORS["muted"])  # fmt: skip
+        above = values[at] >= other[at]
+        style = {"va": "bottom" if above else "top", "ha": "center", "color": COLORS["muted"]}
+        offset = (0, 3 if above else -3)
+        note(axes, name, (share[at], values[at]), offset, xycoords="data", **style)
 
 
 def draw_sweep(figure: Figure, found: Sweep) -> None:
@@ -280,16 +280,18 @@ def draw_sweep(figure: Figure, found: Sweep) -> None:
     side by side, or one under the other on a phone."""
     thresholds, tops = pd.DataFrame(found.thresholds), pd.DataFrame(found.tops)
     pure = thresholds[thresholds.purity.notna()]
-    draws: list[Any] = [lambda axes: _draw_thresholds(axes, thresholds)]
+    panels: list[tuple[Any, ...]] = [(_draw_thresholds, thresholds)]
     if len(pure):
         in_force = thresholds.threshold[thresholds.in_force]
-        data = (pure.threshold, pure.purity, pure.right_lost, *in_force)
-        draws.append(lambda axes: _draw_purity_curves(axes, *data))
+        curves = (pure.threshold, pure.purity, pure.right_lost)
+        panels.append((_draw_purity_curves, *curves, *in_force))
     if len(tops):
-        draws.append(lambda axes: _draw_tops(axes, tops))
-    shape = (len(draws), 1) if is_narrow(figure) else (1, len(draws))
-    for axes, draw in zip(figure.subplots(*shape, squeeze=False).flat, draws, strict=True):
-        draw(axes)
+        panels.append((_draw_tops, tops))
+    shape = (len(panels), 1) if is_narrow(figure) else (1, len(panels))
+    for axes, (draw, *data) in zip(
+        figure.subplots(*shape, squeeze=False).flat, panels, strict=True
+    ):
+        draw(axes, *data)
 
 
 def _draw_thresholds(axes: Axes, rows: pd.DataFrame) -> None:
