@@ -179,7 +179,7 @@ def features(kind: str, count: int, dimension: int, seed: int = 0) -> np.ndarray
         originals /= np.linalg.norm(originals, axis=1, keepdims=True)
         noise = random.standard_normal((count, dimension), np.float32) / np.sqrt(dimension)
         rows = originals[random.integers(len(originals), size=count)] + float(kind) * noise
-    from infogrowth.neighbors.rows import unit_rows
+    from infogrowth.rows import unit_rows
 
     return unit_rows(rows)[0]
 

@@ -15,6 +15,7 @@ GROUND = {
     "annotations",
     "config",
     "randomness",
+    "rows",
     "distributed",
     "threads",
 }

@@ -23,7 +23,7 @@ from infogrowth.growth.scores import (
     draw_reference,
     reference_path,
 )
-from infogrowth.neighbors.rows import row_products, unit_rows
+from infogrowth.rows import row_products, unit_rows
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from infogrowth.growth.cleaning import is_below
 from infogrowth.growth.decisions import Reason, validate
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.neighbors.rows import row_products
+from infogrowth.rows import row_products
 
 if TYPE_CHECKING:
     from infogrowth.encoders.models import Captioner, DualEncoder

@@ -13,7 +13,7 @@ import numpy as np
 
 from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, one_row
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.neighbors.rows import Trouble, as_matrix, row_products, unit_rows
+from infogrowth.rows import Trouble, as_matrix, row_products, unit_rows
 
 LABEL_BLOCK_ROWS = 512  # samples looked up together; within the block pairs are compared directly
 _ROUNDING = 1e-9  # far above what a float64 matrix product of unit rows can be off

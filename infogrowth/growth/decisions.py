@@ -17,7 +17,7 @@ import pyarrow as pa
 from infogrowth.annotations import SPACES
 from infogrowth.errors import UserError
 from infogrowth.neighbors import Neighbors
-from infogrowth.neighbors.rows import Trouble, as_matrix, unit_rows
+from infogrowth.rows import Trouble, as_matrix, unit_rows
 
 
 class Verdict(StrEnum):

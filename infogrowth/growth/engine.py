@@ -32,7 +32,7 @@ from infogrowth.growth.decisions import (
 from infogrowth.growth.scores import Measure, cosine
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
-from infogrowth.neighbors.rows import as_matrix, unit_rows
+from infogrowth.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
 

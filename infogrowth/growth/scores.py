@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from infogrowth.errors import UserError, refusing
 from infogrowth.files import atomic_write
-from infogrowth.neighbors.rows import row_products, unit_rows
 from infogrowth.randomness import generator
+from infogrowth.rows import row_products, unit_rows
 
 REFERENCE_ROWS = 4096
 TEMPERATURE = 0.07

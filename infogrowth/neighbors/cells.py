@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from infogrowth.neighbors.codes import multiply
-from infogrowth.neighbors.rows import fold_sum
+from infogrowth.rows import fold_sum
 
 CELLS_PER_ROOT = 2.5  # cells per square root of the rows: what is read balances what is compared
 SAMPLE_PER_CELL = 16  # rows from which a center is learned

@@ -24,10 +24,10 @@ from infogrowth.neighbors.cells import (
 )
 from infogrowth.neighbors.codes import Coder, full_precision
 from infogrowth.neighbors.copies import Copies
-from infogrowth.neighbors.rows import fold_sum
 from infogrowth.neighbors.scan import Queries, Scan, in_threads
 from infogrowth.neighbors.store import RowStore
 from infogrowth.randomness import generator
+from infogrowth.rows import fold_sum
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 from infogrowth import load_annotations
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.scores import NegClip, reference_path
-from infogrowth.neighbors.rows import unit_rows
+from infogrowth.rows import unit_rows
 
 
 def grow(infogrowth, growth, *arguments):

@@ -14,7 +14,7 @@ from infogrowth import UserError, load_annotations
 from infogrowth.commands import score as command
 from infogrowth.data.features import open_features
 from infogrowth.growth.scores import NegClip, draw_reference
-from infogrowth.neighbors.rows import row_products, unit_rows
+from infogrowth.rows import row_products, unit_rows
 
 
 def pairs(rows, width=8, seed=0):

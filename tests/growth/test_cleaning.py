@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.neighbors.rows import Trouble, fold_sum, row_products, unit_rows
+from infogrowth.rows import Trouble, fold_sum, row_products, unit_rows
 
 
 def test_unit_rows_are_correctly_rounded_and_bringing_them_to_length_twice_changes_nothing():

@@ -12,7 +12,7 @@ from infogrowth.growth.thresholds import (
     choose_min_align,
     estimate_stream,
 )
-from infogrowth.neighbors.rows import row_products, unit_rows
+from infogrowth.rows import row_products, unit_rows
 
 
 def seeds(noise, count=400, dimension=32):

@@ -7,7 +7,7 @@ import numpy as np
 
 from infogrowth.neighbors.base import Shard
 from infogrowth.neighbors.index import NeighborIndex
-from infogrowth.neighbors.rows import unit_rows
+from infogrowth.rows import unit_rows
 
 
 def brute_force(rows, queries, visible, k):

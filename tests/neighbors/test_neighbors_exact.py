@@ -13,8 +13,8 @@ from infogrowth.neighbors import index as index_module
 from infogrowth.neighbors import scan
 from infogrowth.neighbors.codes import Coder, multiply
 from infogrowth.neighbors.index import NeighborIndex
-from infogrowth.neighbors.rows import unit_rows
 from infogrowth.neighbors.store import RowStore
+from infogrowth.rows import unit_rows
 
 
 @pytest.fixture(params=["int8", "float32", "float64"])

@@ -11,7 +11,7 @@ import pytest
 from oracle import in_batches, on_ranks
 
 from infogrowth.neighbors.index import NeighborIndex
-from infogrowth.neighbors.rows import unit_rows
+from infogrowth.rows import unit_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
