@@ -98,9 +98,10 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if not found:
             raise UserError(f"the folder {local} holds none of {', '.join(_FOLDER_FILES)}")
         return found[0]
-    is_path = local.is_absolute() or local.suffix in _EXTENSIONS or len(local.parts) > 2
-    if local.is_file() or is_path:
+    if local.is_file():
         return local
+    if local.is_absolute() or local.suffix in _EXTENSIONS or len(local.parts) > 2:
+        raise UserError(f"the checkpoint {local} does not exist; check the path")
     return download(str(path), "model.safetensors", "pytorch_model.bin")
 
 

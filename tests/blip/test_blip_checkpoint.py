@@ -267,6 +267,7 @@ def test_files_that_are_no_weights_are_named(tmp_path, monkeypatch):
         ("nothing.pth", "no named weights"),
         ("weights.dat", "extension"),
         ("absent.pth", "does not exist"),
+        ("absent", "does not exist"),
         ("folder", "holds none"),
     ):
         with pytest.raises(UserError, match=complaint):
