@@ -98,6 +98,7 @@ def make_growth(root: Path, samples: int, dimension: int) -> None:
     (growth / "growth.json").write_text(json.dumps(settings))
     source = {"kind": "stream", "features": "made", "position": samples, "rows": samples}
     manifest = {"format": 1, "parts": 1, "rows": samples, "sources": [source]}
+    manifest |= {"totals": {"dataset": len(kept)}}
     (growth / "manifest.json").write_text(json.dumps(manifest))
 
 

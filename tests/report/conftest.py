@@ -93,7 +93,8 @@ def write_growth(growth, rows, image, text, images=None, min_align=0.4, skipped=
         SourceProgress("stream", "features/a$b_{1}", position=len(rows), rows=len(rows),
                skipped={"not an image": 3, "no <caption>": 1} if skipped is None else skipped),
     ]  # fmt: skip
-    manifest = Manifest(parts=1, rows=len(rows), sources=sources)
+    totals = {**Manifest().totals, "dataset": len(image)}
+    manifest = Manifest(parts=1, rows=len(rows), totals=totals, sources=sources)
     (growth / "manifest.json").write_text(json.dumps(manifest.as_json()))
 
 
