@@ -11,10 +11,11 @@ offered and timed. The paper's loop is hnswlib (cosine, M 48, ef_construction 10
 sample at a time, two indexes and k 4, written here from that description. Gains of the first pairs
 offered are compared with brute force in float64. Each engine runs in its own process, so that its
 peak memory is its own. "Pairs per CPU second" counts the work of all threads, and so stays
-comparable on a machine that others use too. "First batch" are the seconds that ours took over its
+comparable on a machine that others use too. "Put in place" is the rate at which the kept pairs were
+inserted, files read included. "First batch" are the seconds that ours took over its
 first 512 pairs, when the approximate index learns its cells; it does so again whenever the dataset
-has doubled (the log says how long that takes). The peak of a matrix product in float32 on these
-cores is measured in the same run. Needs the extra package hnswlib.
+has doubled (the log says how long that takes). The peaks of matrix products in float32 and int8 on
+these cores are measured in the same run. Needs the extra package hnswlib.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def true_gains(folder: Path, size: int, dimension: int) -> np.ndarray:
 
 # --- engines, each in its own process -------------------------------------------------------------
 
-Measured = tuple[float, float, float, np.ndarray]
-"""Pairs per second, pairs per CPU second, extra seconds of the first batch, gains (PROBE, 2)."""
+Measured = tuple[float, float, float, float, np.ndarray]
+"""Pairs per second, pairs per CPU second, pairs put in place per second, seconds of the first
+batch, gains (PROBE, 2)."""
 
 
 def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
@@ -129,6 +131,7 @@ def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
     import hnswlib
 
     graphs = []
+    begun = time.perf_counter()
     for space in ("image", "text"):
         graph = hnswlib.Index(space="cosine", dim=dimension)
         graph.init_index(size + ROUNDS * PROBE, M=48, ef_construction=100)
@@ -138,6 +141,7 @@ def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
             graph.add_items(rows, np.arange(start, stop))
         graph.set_ef(32)
         graphs.append(graph)
+    placed = size / (time.perf_counter() - begun)
     gains, seconds, work = [], [], []
     at = size
     for _ in range(ROUNDS):
@@ -155,7 +159,7 @@ def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
         seconds.append(time.perf_counter() - start_time)
         work.append(time.process_time() - start_work)
         at += PROBE
-    return PROBE / min(seconds), PROBE / min(work), 0.0, np.array(gains[:PROBE])
+    return PROBE / min(seconds), PROBE / min(work), placed, 0.0, np.array(gains[:PROBE])
 
 
 def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
@@ -171,9 +175,11 @@ def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
         for start in range(0, size, PORTION):
             yield read_features(folder, space, start, min(size, start + PORTION), dimension)
 
+    begun = time.perf_counter()
     growth = InfoGrowth.restore(
         settings, ids, ids, np.ones((size, 2)), portions("image"), portions("text"), device="cpu"
     )
+    placed = size / (time.perf_counter() - begun)
     gains, seconds, work = [], [], []
     at = size
     for batch in (PROBE, *[BATCH] * ROUNDS):  # the first one also learns where rows lie
@@ -186,7 +192,7 @@ def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
         work.append(time.process_time() - start_work)
         at += batch
     first, *timed = seconds
-    return batch / min(timed), batch / min(work[1:]), first, gains[0]
+    return batch / min(timed), batch / min(work[1:]), placed, first, gains[0]
 
 
 def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -> None:
@@ -197,7 +203,7 @@ def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -
         "exact": lambda: our_engine("exact", folder, size, dimension),
         "approximate": lambda: our_engine("approximate", folder, size, dimension),
     }[engine]
-    speed, work, learning, gains = run()
+    speed, work, placed, learning, gains = run()
     truth = np.load(folder / f"truth_{size}.npy")
     error = np.abs(gains - truth).ravel()
     row = {
@@ -205,6 +211,7 @@ def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -
         "engine": engine,
         "pairs_per_s": round(speed, 1),
         "pairs_per_cpu_s": round(work, 1),
+        "placed_per_s": round(placed),
         "first_batch_s": round(learning, 2),
         "gain_error_mean": float(error.mean()),
         "gain_error_p99": float(np.quantile(error, 0.99)),
@@ -214,23 +221,28 @@ def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -
     print("ROW " + json.dumps(row), flush=True)
 
 
-def product_speed() -> float:
-    """GFLOP/s of float32 matrix products on all cores of this machine, now."""
+def product_speed() -> str:
+    """Products of float32 and of int8 matrices on all cores of this machine, now."""
     import torch
 
     left = torch.randn(2048, 2048)
-    best = np.inf
+    codes = (left * 30).to(torch.int8)
+    best = {"float32": np.inf, "int8": np.inf}
     for _ in range(5):
-        start = time.perf_counter()
-        left @ left
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e9
+        for name, product in (
+            ("float32", lambda: left @ left),
+            ("int8", lambda: torch._int_mm(codes, codes)),
+        ):
+            start = time.perf_counter()
+            product()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return ", ".join(f"{name} {2 * 2048**3 / s / 1e9:.0f} GOP/s" for name, s in best.items())
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, float | str]]:
     """All engines at all sizes, each in a process of its own."""
     rows: list[dict[str, float | str]] = []
-    print(f"float32 matrix products: {product_speed():.0f} GFLOP/s", flush=True)
+    print(f"matrix products: {product_speed()}", flush=True)
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as name:
             write_features(Path(name), size, options)
@@ -313,8 +325,8 @@ def plot(rows: list[dict[str, float | str]], path: str) -> None:
 def table(rows: list[dict[str, float | str]]) -> str:
     lines = [
         "| kept | engine | pairs/s | × paper | pairs per CPU second | × paper per core "
-        "| first batch s | gain error mean | p99 | max | peak MB |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| put in place/s | first batch s | gain error mean | p99 | max | peak MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         base = [r for r in rows if r["size"] == row["size"] and r["engine"] == "paper"]
@@ -323,7 +335,8 @@ def table(rows: list[dict[str, float | str]]) -> str:
         per_core = f"{float(row[work]) / float(base[0][work]):.1f}" if base else ""
         lines.append(
             f"| {row['size']:,} | {row['engine']} | {row['pairs_per_s']:,.0f} | {ratio} | "
-            f"{row['pairs_per_cpu_s']:,.0f} | {per_core} | {row['first_batch_s']:.1f} | "
+            f"{row['pairs_per_cpu_s']:,.0f} | {per_core} | {row['placed_per_s']:,} | "
+            f"{row['first_batch_s']:.1f} | "
             f"{row['gain_error_mean']:.1e} | {row['gain_error_p99']:.1e} | "
             f"{row['gain_error_max']:.1e} | {row['peak_rss_mb']:,} |"
         )
