@@ -52,6 +52,22 @@ def test_a_folder_with_shards_missing_is_not_called_finished(tmp_path):
     assert opened(tmp_path / "f").finished is False
 
 
+def test_a_folder_that_grew_counts_all_shards_that_an_interrupted_run_left(tmp_path):
+    """Two shards of the first run are lost, and what is new fills only one of their numbers."""
+
+    def opened_for(rows, size):
+        samples = [(str(row), str(row)) for row in range(rows)]
+        identity = {"kind": "test", "samples": str(rows)}
+        compared = {"kind": "command", "samples": "samples"}
+        return ShardedOutput(tmp_path / "f", identity, compared, rows, size, samples=samples)
+
+    first = opened_for(20, 5)
+    write(first, 0), write(first, 3)
+    grown = opened_for(22, 20)
+    assert [list(rows) for rows in grown.shards] == [[], [*range(5, 15), 20, 21], [], []]
+    assert grown.pending == [1, 2]
+
+
 def test_jobs_share_a_folder_by_parts_and_the_last_one_finishes_it(tmp_path):
     jobs = [opened(tmp_path / "f", part) for part in ("1/3", "2/3", "3/3")]
     assert [[n for n, _ in job.claim()] for job in jobs] == [[0, 3], [1, 4], [2]]
