@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,29 +26,14 @@ _BLOCK_ROWS = 256
 _TOGETHER = 16  # rows of the reference that are neighbors in the features: fewer reads
 
 
-class Measure(Protocol):
-    """Scores (N,) float64 of N pairs by their unit rows (N, D), or by their ids; NaN where unknown.
+class Measure:
+    """Scores of N pairs by their unit rows or their ids; this one is the paper's, the cosine.
 
-    `about` is how growth.json names it (the paper's it does not name); with `recaptions` the texts
-    are new captions of these ids.
+    Attributes:
+        about: how growth.json names the measure; the paper's it does not name.
     """
 
-    @property
-    def about(self) -> dict[str, Any] | None: ...
-
-    def __call__(
-        self,
-        image: np.ndarray,
-        text: np.ndarray,
-        ids: Sequence[str] = (),
-        recaptions: bool = False,
-    ) -> np.ndarray: ...
-
-
-class Cosine:
-    """The paper's measure."""
-
-    about = None
+    about: dict[str, Any] | None = None
 
     def __call__(
         self,
@@ -57,13 +42,20 @@ class Cosine:
         ids: Sequence[str] = (),
         recaptions: bool = False,
     ) -> np.ndarray:
+        """(N,) float64, NaN where unknown.
+
+        Args:
+            image, text: (N, D) float32 unit rows.
+            ids: of the samples, where scores were made elsewhere.
+            recaptions: the texts are new captions.
+        """
         return row_products(image, text)
 
 
-cosine = Cosine()
+cosine = Measure()
 
 
-class ScoreColumn:
+class ScoreColumn(Measure):
     """A measure made elsewhere: columns of score tables by id, NaN for ids that they do not have.
 
     Args:
@@ -105,7 +97,7 @@ class ScoreColumn:
         return np.array([values.get(name, np.nan) for name in ids], np.float64)
 
 
-class NegClip:
+class NegClip(Measure):
     """The negated CLIP loss of each pair (Wang et al., arXiv 2405.19547): its cosine, less what the
     image would give to other captions and the caption to other images,
 
@@ -129,10 +121,11 @@ class NegClip:
         # In double precision, and rounded to single in the end: the bits are the same whatever
         # the number of rows that a matrix product is asked for at once.
         self._image, self._text = image.T.astype(np.float64), text.T.astype(np.float64)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"score": "negclip", "temperature": self.temperature, "reference": self.digest()}
+        self.about = {
+            "score": "negclip",
+            "temperature": self.temperature,
+            "reference": self.digest(),
+        }
 
     def __call__(
         self,
