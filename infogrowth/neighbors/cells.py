@@ -55,12 +55,13 @@ def nearest(
     cells = len(centers_JD)
     small = cells * centers_JD.shape[1] * 600 < 2**31
     last_first_J = torch.arange(cells - 1, -1, -1, device=codes_ND.device)
-    found = []
-    for part in codes_ND.split(PORTION):
-        products = multiply(part[None], centers_JD[None])[0]
-        keys = (products if small else products.long()).mul_(cells).add_(last_first_J)
-        found.append(keys.topk(min(count, cells)).values)
-    keys = torch.cat(found)
+    shape = len(codes_ND), min(count, cells)
+    dtype = torch.int32 if small else torch.int64
+    # One tensor from the start: small ones kept between large ones that go would scatter the memory.
+    keys = torch.empty(shape, dtype=dtype, device=codes_ND.device)
+    for part, found in zip(codes_ND.split(PORTION), keys.split(PORTION), strict=True):
+        products = multiply(part[None], centers_JD[None])[0].to(dtype)
+        found.copy_(products.mul_(cells).add_(last_first_J).topk(shape[1]).values)
     products = keys.div(cells, rounding_mode="floor")
     return cells - 1 - (keys - products * cells), products
 
