@@ -23,6 +23,7 @@ ROUNDS = 3  # of k-means: more of either make no difference to the gain error
 SECOND_AMONG = 12  # nearest cells, one of which becomes a row's second
 LEAST_SQUARE = 0.1  # of the distance from the first center, where directions mean something
 PORTION = 1024  # rows compared with the centers at once
+TOGETHER = 1 << 16  # rows that get their cells at once
 
 
 def cell_count(rows: int) -> int:
@@ -57,7 +58,7 @@ def nearest(
     last_first_J = torch.arange(cells - 1, -1, -1, device=codes_ND.device)
     shape = len(codes_ND), min(count, cells)
     dtype = torch.int32 if small else torch.int64
-    # One tensor from the start: small ones kept between large ones that go would scatter the memory.
+    # Into one tensor: small ones kept between large ones that go would scatter the memory.
     keys = torch.empty(shape, dtype=dtype, device=codes_ND.device)
     for part, found in zip(codes_ND.split(PORTION), keys.split(PORTION), strict=True):
         products = multiply(part[None], centers_JD[None])[0].to(dtype)
@@ -112,8 +113,13 @@ class Cells:
         begun = len(self._of_row_M2)
         if begun == len(codes_MD):
             return
-        pairs = self.pairs(codes_MD[begun:]).masked_fill_(surplus_M[begun:, None], len(self))
-        self._of_row_M2, self._layout = torch.cat([self._of_row_M2, pairs.int()]), None
+        of_row_M2 = self._of_row_M2.new_empty((len(codes_MD), 2))
+        of_row_M2[:begun] = self._of_row_M2
+        for at in range(begun, len(codes_MD), TOGETHER):
+            part = slice(at, at + TOGETHER)
+            of_row_M2[part] = self.pairs(codes_MD[part])
+        of_row_M2[begun:].masked_fill_(surplus_M[begun:, None], len(self))
+        self._of_row_M2, self._layout = of_row_M2, None
 
     def truncate(self, count: int) -> None:
         """Forget all rows from `count` on."""
