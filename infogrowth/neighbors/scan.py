@@ -31,9 +31,10 @@ PAIRS = {"cpu": 1 << 21, "cuda": 1 << 25}  # in question at once, where they are
 SELECTED = {"cpu": 1 << 9, "cuda": 1 << 14}  # queries whose neighbors are decided together
 CELLS = {"cpu": 1, "cuda": 256}  # multiplied at once
 CELL_QUERIES = {"cpu": 1 << 20, "cuda": 128}  # of each of these
+PARTS = 8  # of the work, for each thread: so they end at about the same time
 SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
 
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+Map = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -268,6 +269,13 @@ def in_threads(device: torch.device, work: int) -> Iterator[Map]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
+
+            def spread(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+                each = -(-len(items) // (PARTS * threads))
+                parts = [items[at : at + each] for at in range(0, len(items), each)]
+                found = pool.map(lambda part: [work(item) for item in part], parts)
+                return [answer for part in found for answer in part]
+
+            yield spread
     finally:
         torch.set_num_threads(threads)
