@@ -65,6 +65,7 @@ class ClaimConfig:
     k: int = option(4, "neighbors of the gain")
     static_size: int = option(16_000, "pairs of every static subset")
     batch_size: int = option(128, "pairs per step, all arms")
+    init_lr: float = option(3e-4, "learning rate of the arms after warm-up; it does not decay")
     full_samples: int = option(500_000, "samples that the full arm sees")
     samples: int = option(170_000, "samples that the other arms see")
     validate_every: int = option(10_000, "samples between two evaluations")
@@ -306,8 +307,8 @@ class Experiment:
         return {"kind": kind, "min_align": self.config.min_align, **more}
 
     def _evaluations(self, run: Run) -> dict[str, Any]:
-        objectives = "+".join(self.config.objectives)
-        return self._key("val", arm=run.arm, seed=run.seed, objectives=objectives)
+        objectives, rate = "+".join(self.config.objectives), self.config.init_lr
+        return self._key("val", arm=run.arm, seed=run.seed, objectives=objectives, init_lr=rate)
 
     def _steps(self, run: Run) -> int:
         """So many steps that the last one is evaluated."""
@@ -322,7 +323,8 @@ class Experiment:
         return self.folder / "arms" / f"{run.arm}-{run.seed}.json"
 
     def _output(self, run: Run) -> Path:
-        return self.folder / "runs" / f"{run.arm}-{'+'.join(self.config.objectives)}-{run.seed}"
+        objectives, rate = "+".join(self.config.objectives), self.config.init_lr
+        return self.folder / "runs" / f"{run.arm}-{objectives}-{rate:g}-{run.seed}"
 
     def _arm_training(self, run: Run) -> list[object]:
         data = self.folder / "data"
@@ -331,6 +333,7 @@ class Experiment:
             data / "test.json", data / "lmdb_test",
             "--seed", run.seed, "--max_steps", self._steps(run),
             "--sampler", ARMS[run.arm].sampler, "--objectives", *self.config.objectives,
+            "--init_lr", self.config.init_lr, "--min_lr", self.config.init_lr,
         )  # fmt: skip
 
     def _training(

@@ -36,18 +36,18 @@ def draw_figures(records: Sequence[Record], folder: Path) -> None:
         return
     main = everything.min_align.mode()[0]  # the threshold of most runs; others are variations
     curves = everything[everything.min_align == main]
-    by_objectives = sorted(curves.groupby("objectives"), key=lambda item: len(item[0]))
-    figure = Figure(figsize=(6.2 * len(by_objectives), 5.2), layout="constrained")
-    panels = figure.subplots(1, len(by_objectives), sharey=True, squeeze=False)[0]
-    for axes, (objectives, part) in zip(panels, by_objectives, strict=True):
+    settings = sorted(curves.groupby(["objectives", "init_lr"]), key=lambda s: (len(s[0][0]), s[0]))
+    figure = Figure(figsize=(5.4 * len(settings), 5), layout="constrained")
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for axes, (_, part) in zip(panels, settings, strict=True):
         _draw_curves(axes, part)
-        axes.set_title(f"objectives: {objectives.replace('+', ', ')}", fontsize=10)
+        axes.set_title(_setting(part), fontsize=10)
     panels[0].set_ylabel("mean recall on the held-out names (%)")
     panels[0].legend(frameon=False, fontsize=8)
     with atomic_write(folder / "claim.png") as file:
         figure.savefig(file, format="png", dpi=110)
     here = [r for r in records if r.get("min_align", main) == main]
-    tables = [_arms_table(here, part) for _, part in by_objectives]
+    tables = [_arms_table(here, part) for _, part in settings]
     tables += [_growth_table(here), _variations_table(records, everything), _cost_table(records)]
     with atomic_write(folder / "claim_tables.md", "w") as text:
         text.write("\n\n".join(tables) + "\n")
@@ -73,6 +73,11 @@ def _draw_curves(axes: Axes, curves: pd.DataFrame) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _setting(curves: pd.DataFrame) -> str:
+    first = curves.iloc[0]
+    return f"Objectives {first.objectives.replace('+', ', ')}; learning rate {first.init_lr:g}"
+
+
 def final_recall(curves: pd.DataFrame) -> float:
     """Mean recall over the seeds that were trained longest, at their end."""
     return float(curves[curves.evaluation == curves.evaluation.max()].r_mean.mean())
@@ -93,10 +98,13 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
     """By how much fewer samples an arm reaches the full arm's final recall.
 
     Returns:
-        The ratio and its 95 % interval over seeds (bootstrap of both arms' seeds); NaN when the
-        full arm is missing, 0 where the arm does not reach it.
+        The ratio and its 95 % interval over seeds (bootstrap of both arms' seeds; of the full arm
+        those that were trained longest); NaN when the full arm is missing, 0 where the arm does not
+        reach it.
     """
     full, other = (dict(iter(curves[curves.arm == name].groupby("seed"))) for name in ("full", arm))
+    longest = max((rows.evaluation.max() for rows in full.values()), default=0)
+    full = {seed: rows for seed, rows in full.items() if rows.evaluation.max() == longest}
     if not full or not other:
         return (float("nan"),) * 3
     ratios = []
@@ -105,8 +113,8 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
     for _ in range(_RESAMPLES):
         draws.append(tuple(list(rng.choice(list(a), len(a))) for a in (full, other)))  # type: ignore[arg-type]
     for full_seeds, other_seeds in draws:
-        longest = pd.concat([full[s] for s in full_seeds])
-        recall, seen = final_recall(longest), float(longest.samples_seen.max())
+        pooled_full = pd.concat([full[s] for s in full_seeds])
+        recall, seen = final_recall(pooled_full), float(pooled_full.samples_seen.max())
         pooled = pd.concat([other[s] for s in other_seeds]).groupby("evaluation")
         ratios.append(seen / samples_to_reach(pooled[["samples_seen", "r_mean"]].mean(), recall))
     low, high = np.quantile(ratios[1:], [0.025, 0.975])
@@ -117,7 +125,7 @@ def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
     common = int(curves.groupby("arm").evaluation.max().min())  # where every arm was evaluated
     at_common = curves[curves.evaluation == common]
     lines = [
-        f"Objectives: {curves.objectives.iloc[0]}. Recall: mean over seeds (lowest–highest).",
+        f"{_setting(curves)}. Recall: mean over seeds (lowest–highest).",
         "",
         f"| arm | pairs | wrong | distinct captions | recall at {at_common.samples_seen.max():,} "
         "(seeds) | recall at the end (seeds; samples) | full arm's final recall in fewer samples |",
@@ -147,21 +155,22 @@ def _over_seeds(rows: pd.DataFrame, more: str = "") -> str:
 def _variations_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
     """Grown arms at every threshold that was tried."""
     lines = [
-        "| `--min-align` | threshold | arm | pairs | wrong | distinct captions "
+        "| `--min-align` | threshold | arm | rate | pairs | wrong | distinct captions "
         "| recall (seeds; samples) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     grown = curves[curves.arm.str.startswith("grown") & (curves.objectives == "ita")]
-    common = grown.groupby(["min_align", "arm"]).evaluation.max().min()
-    for (threshold, name), rows in grown[grown.evaluation == common].groupby(["min_align", "arm"]):
+    keys = ["min_align", "arm", "init_lr"]
+    common = grown.groupby(keys).evaluation.max().min()
+    for (threshold, name, rate), rows in grown[grown.evaluation == common].groupby(keys):
         scores = next(r for r in records if r["kind"] == "scores" and r["min_align"] == threshold)
         made = next(
             r for r in records
             if r["kind"] == "arm" and r["min_align"] == threshold and r["arm"] == name
         )  # fmt: skip
         lines.append(
-            f"| {threshold} | {scores['threshold']:.3f} | {ARMS[name].says} | {made['pairs']:,} "
-            f"| {made['wrong']:.1%} | {made['captions']:,} "
+            f"| {threshold} | {scores['threshold']:.3f} | {ARMS[name].says} | {rate:g} "
+            f"| {made['pairs']:,} | {made['wrong']:.1%} | {made['captions']:,} "
             f"| {_over_seeds(rows, f'; {rows.samples_seen.max():,}')} |"
         )
     return "\n".join(lines)
