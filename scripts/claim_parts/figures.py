@@ -43,7 +43,12 @@ def draw_figures(records: Sequence[Record], folder: Path) -> None:
         _draw_curves(axes, part)
         axes.set_title(_setting(part), fontsize=10)
     panels[0].set_ylabel("mean recall on the held-out names (%)")
-    panels[0].legend(frameon=False, fontsize=8)
+    drawn = {
+        line.get_label(): line for axes in panels for line in axes.get_lines() if line.get_gid()
+    }
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     with atomic_write(folder / "claim.png") as file:
         figure.savefig(file, format="png", dpi=110)
     here = [r for r in records if r.get("min_align", main) == main]
@@ -61,8 +66,9 @@ def _draw_curves(axes: Axes, curves: pd.DataFrame) -> None:
         thousands = by_time.samples_seen.mean() / 1000  # an epoch's last batch may be short
         bold = name in ("full", "grown_two_phase")
         axes.plot(
-            thousands, mean, color=_COLOURS[name], label=ARMS[name].says, lw=2.4 if bold else 1.4
-        )
+            thousands, mean, color=_COLOURS[name], label=ARMS[name].says, gid=name,
+            lw=2.4 if bold else 1.4,
+        )  # fmt: skip
         axes.fill_between(thousands, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
     full = curves[curves.arm == "full"]
     if not full.empty:
