@@ -104,13 +104,10 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
     """By how much fewer samples an arm reaches the full arm's final recall.
 
     Returns:
-        The ratio and its 95 % interval over seeds (bootstrap of both arms' seeds; of the full arm
-        those that were trained longest); NaN when the full arm is missing, 0 where the arm does not
-        reach it.
+        The ratio and its 95 % interval over seeds (bootstrap of both arms' seeds, those that were
+        trained longest); NaN when the full arm is missing, 0 where the arm does not reach it.
     """
-    full, other = (dict(iter(curves[curves.arm == name].groupby("seed"))) for name in ("full", arm))
-    longest = max((rows.evaluation.max() for rows in full.values()), default=0)
-    full = {seed: rows for seed, rows in full.items() if rows.evaluation.max() == longest}
+    full, other = (_longest(curves[curves.arm == name]) for name in ("full", arm))
     if not full or not other:
         return (float("nan"),) * 3
     ratios = []
@@ -125,6 +122,13 @@ def speed_up(curves: pd.DataFrame, arm: str) -> tuple[float, float, float]:
         ratios.append(seen / samples_to_reach(pooled[["samples_seen", "r_mean"]].mean(), recall))
     low, high = np.quantile(ratios[1:], [0.025, 0.975])
     return ratios[0], float(low), float(high)
+
+
+def _longest(curves: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """The curves of the seeds that were trained longest."""
+    last = curves.evaluation.max()
+    seeds = curves.groupby("seed").filter(lambda rows: rows.evaluation.max() == last)
+    return dict(iter(seeds.groupby("seed")))
 
 
 def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
@@ -142,7 +146,8 @@ def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
         end = mine[mine.evaluation == mine.evaluation.max()]
         made = next(r for r in records if r["kind"] == "arm" and r["arm"] == name)
         ratio, low, high = speed_up(curves, name)
-        reach = f"{ratio:.1f} × ({low:.1f}–{high:.1f})" if ratio > 0 else "not reached"
+        interval = f" ({low:.1f}–{high:.1f})" if high > low else ""
+        reach = f"{ratio:.1f} ×{interval}" if ratio > 0 else "not reached"
         lines.append(
             f"| {ARMS[name].says} | {made['pairs']:,} | {made['wrong']:.1%} | {made['captions']:,} "
             f"| {_over_seeds(at_common[at_common.arm == name])} "
