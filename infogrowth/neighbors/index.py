@@ -24,7 +24,7 @@ from infogrowth.neighbors.cells import (
 )
 from infogrowth.neighbors.codes import Coder, full_precision
 from infogrowth.neighbors.copies import Copies
-from infogrowth.neighbors.scan import Queries, Scan, in_threads
+from infogrowth.neighbors.scan import Queries, Scan, in_threads, scratch
 from infogrowth.neighbors.store import RowStore
 from infogrowth.randomness import generator
 from infogrowth.rows import fold_sum
@@ -69,7 +69,7 @@ class NeighborIndex:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             memory = max(memory, total // 16)
-        self._scratch = torch.empty(memory // 4, dtype=torch.int32, device=self.device)
+        self._scores = memory // 4  # that may be kept at once
         self._count = 0
         self._coder = Coder(dimension, self.device)
         self._rows = RowStore(dimension, torch.float32, self.device)
@@ -202,7 +202,7 @@ class NeighborIndex:
         work = near_NT.numel() * int(layout.widths.mean()) * self._coder.width
         with in_threads(self.device, work) as threads:
             scan = Scan(layout, self._codes.take, self._rows.take, self._cosines, self._coder.unit,
-                        k, self._scratch, threads)  # fmt: skip
+                        k, scratch(self.device, self._scores), threads)  # fmt: skip
             found = scan.nearest(Queries(rows_ND, codes_ND, error_N, visible_N, near_NT))
         return found[0].cpu().numpy(), found[1].cpu().numpy()
 

@@ -12,6 +12,7 @@ with Q queries and W rows each, P pairs of a query and a row, K neighbors.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -256,6 +257,17 @@ def _runs(flat: torch.Tensor, starts: np.ndarray, width: int) -> torch.Tensor:
         return flat[starts[0] : starts[0] + width][None]
     at = torch.from_numpy(starts[:, None] + np.arange(width)).to(flat.device)
     return flat[at.clamp_(max=len(flat) - 1)]
+
+
+_kept = threading.local()
+
+
+def scratch(device: torch.device, size: int) -> torch.Tensor:
+    """Memory for scores (size,) int32, one for all searches of a thread."""
+    kept: dict[str, torch.Tensor] = _kept.__dict__
+    if str(device) not in kept or len(kept[str(device)]) < size:
+        kept[str(device)] = torch.empty(size, dtype=torch.int32, device=device)
+    return kept[str(device)][:size]
 
 
 @contextmanager
