@@ -107,7 +107,7 @@ def test_the_whole_experiment_runs_in_two_places_and_goes_on_where_it_was(archiv
     assert made["full"]["wrong"] == pytest.approx(counts["swapped"] / counts["source"])
     assert 0.25 < made["full"]["wrong"] < 0.31
     assert made["oracle"]["wrong"] == 0
-    assert made["semdedup"]["pairs"] == 60
+    assert made["semdedup"]["pairs"] == min(60, made["grown_two_phase"]["pairs"])
     portions = [r for r in records if r["kind"] == "portion"]
     assert sum(r["pairs"] for r in portions) == counts["source"]
     assert sum(r["kept"] for r in portions) == made["grown_two_phase"]["pairs"]
