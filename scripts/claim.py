@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from claim_parts.arms import ARMS, Scored, quality, right_given_alignment
 from claim_parts.figures import draw_figures
-from claim_parts.parts import make_parts, pack
+from claim_parts.parts import draw_parts, pack, swap_source
 from claim_parts.programs import ROOT, run_program, run_programs
 
 from infogrowth.annotations import load_annotations
@@ -127,6 +127,9 @@ class Experiment:
     def __init__(self, config: ClaimConfig, results: Results) -> None:
         self.config, self.results = config, results
         self.folder = Path(config.output)
+        self.drawings = self.folder / "drawings"
+        self.source = self.folder / f"swapped_{config.swapped:g}"  # captions and their features
+        self.grown = self.source / f"{config.min_align}_k{config.k}"  # what is kept, and trained
 
     def run(self) -> None:
         """Everything that is missing."""
@@ -135,7 +138,7 @@ class Experiment:
         runs = [Run(name, seed) for seed in self.config.seeds for name in self.config.arms]
         self.choose(runs)
         if self.config.travel:
-            pack(self.folder, Path(self.config.travel))
+            pack(self.folder, self.drawings, self.source, self.grown, Path(self.config.travel))
             return
         self.train(sorted(runs, key=lambda run: run.arm != "full"))  # the longest first
 
@@ -149,18 +152,20 @@ class Experiment:
             "test": config.test_sets,
         }
         before = os.times()
-        counts = make_parts(
-            self.folder / "data", Path(config.packages),
+        counts = draw_parts(
+            self.drawings, Path(config.packages),
             (config.package_version, config.package_sha512), sets,
-            config.pairs, config.swapped, config.portions, config.test_names,
-            config.image_size, seed=0,
+            config.pairs, config.test_names, config.image_size, seed=0,
         )  # fmt: skip
-        self._cost("draw", sum(os.times()[:4]) - sum(before[:4]))
+        self._cost({"step": "draw"}, sum(os.times()[:4]) - sum(before[:4]))
         self.results.add([{"kind": "parts", **counts}], kind="parts")
+        noise = swap_source(self.drawings, self.source, config.swapped, config.portions, seed=0)
+        key = {"kind": "noise", "swapped": config.swapped}
+        self.results.add([{**key, **noise}], **key)
 
     def encoder(self) -> Path:
         """Pretrain the encoder that scores, on other artists' icons."""
-        data, output = self.folder / "data", self.folder / "encoder"
+        data, output = self.drawings, self.folder / "encoder"
         if not (output / "done.json").exists():
             if not (self.folder / "vocab.txt").exists():
                 run_program(
@@ -174,45 +179,45 @@ class Experiment:
                 "--seed", 1234, "--max_epoch", self.config.encoder_epochs,
                 "--lr_decay", "cosine", "--min_lr", 1e-5,
             )  # fmt: skip
-            self._cost("encoder", run_program(TRAINING, *arguments))
+            self._cost({"step": "encoder"}, run_program(TRAINING, *arguments))
             atomic_write_json(output / "done.json", True)
         return output / "model"
 
     def grow(self) -> None:
         """Embed and grow, portion by portion, each onto the last."""
-        data, folder, config = self.folder / "data", self.folder, self.config
-        grown = [folder / f"grown_{number:02d}.json" for number in range(config.portions)]
+        config, drawings = self.config, self.drawings
+        grown = [self._grown(number) for number in range(config.portions)]
         if all(path.exists() for path in grown):
             return
-        encoder = self.encoder()
-        self._embed(data / "lmdb_seeds", data / "seeds.json", folder / "features_seeds", encoder)
+        encoder, seeds = self.encoder(), self.folder / "features_seeds"
+        self._embed(drawings / "lmdb_seeds", drawings / "seeds.json", seeds, encoder)
         for number, output in enumerate(grown):
-            features = folder / f"features_{number:02d}"
-            portion = data / f"source_{number:02d}.json"
-            self._embed(data / "lmdb_source", portion, features, encoder)
+            features = self.source / f"features_{number:02d}"
+            portion = self.source / f"source_{number:02d}.json"
+            self._embed(drawings / "lmdb_source", portion, features, encoder)
             if not output.exists():
                 spent = run_program(
-                    "grow", "--features", features, "--growth", folder / "growth",
-                    "--seed-features", folder / "features_seeds", "--k", config.k,
+                    "grow", "--features", features, "--growth", self.grown / "growth",
+                    "--seed-features", seeds, "--k", config.k,
                     "--min-align", config.min_align, "--device", config.device,
                     "--output", output,
                 )  # fmt: skip
-                self._cost("grow", spent)
+                self._cost(self._key("cost", step="grow"), spent)
                 self._note_portion(number, portion, output)
 
     def _note_portion(self, number: int, portion: Path, grown: Path) -> None:
         """What the growth kept of a portion, against the planted truth."""
-        truth = read_json(self.folder / "data" / "truth.json")
-        offered = {pair["image"] for pair in read_json(portion)}
-        kept = [pair["image"] for pair in load_annotations(grown) if pair["image"] in offered]
-        estimate = read_growth(self.folder / "growth").estimate()
+        truth = read_json(self.source / "truth.json")
+        arrived = {pair["image"] for pair in read_json(portion)}
+        kept = [pair["image"] for pair in load_annotations(grown) if pair["image"] in arrived]
+        estimate = read_growth(self.grown / "growth").estimate()
         record = {
             **self._key("portion"),
             "portion": number,
-            "pairs": len(offered),
+            "pairs": len(arrived),
             "kept": len(kept),
             "wrong_kept": sum(image in truth for image in kept) / max(1, len(kept)),
-            "noise_true": sum(image in truth for image in offered) / len(offered),
+            "noise_true": sum(image in truth for image in arrived) / len(arrived),
             "noise_so_far": estimate and estimate.noise,
         }
         self.results.add([record], **self._key("portion"), portion=number)
@@ -227,32 +232,31 @@ class Experiment:
         self.results.add([{**key, **quality(scored)}], **key)
         for run in missing:
             chosen = ARMS[run.arm].choose(scored, self.config.static_size, run.seed)
-            key = self._key("arm", arm=run.arm, seed=run.seed)
+            key = self._run_key("arm", run)
             self.results.add([{**key, **scored.composition(chosen)}], **key)
             entries = [scored.entry(row, ARMS[run.arm]) for row in chosen]
             atomic_write_json(self._pairs(run), entries)
 
     def scored(self) -> Scored:
         """The source with its scores, in the order of its arrival."""
-        data = self.folder / "data"
         portions = range(self.config.portions)
-        pairs = [p for n in portions for p in read_json(data / f"source_{n:02d}.json")]
+        pairs = [p for n in portions for p in read_json(self.source / f"source_{n:02d}.json")]
         at = {pair["image"]: row for row, pair in enumerate(pairs)}
-        decisions = pd.read_parquet(self.folder / "growth" / "decisions").set_index("id")
+        decisions = pd.read_parquet(self.grown / "growth" / "decisions").set_index("id")
         images = np.zeros((len(pairs), 0), np.float32)
         for number in portions:
-            stream = open_features(self.folder / f"features_{number:02d}", ("image",))
+            stream = open_features(self.source / f"features_{number:02d}", ("image",))
             for batch in stream.batches(4096):
                 assert batch.image is not None
                 if not images.size:
                     images = np.zeros((len(pairs), batch.image.shape[1]), np.float32)
                 images[[at[name] for name in batch.ids]] = batch.image
         images /= np.maximum(np.linalg.norm(images, axis=1, keepdims=True), 1e-12)
-        last = load_annotations(self.folder / f"grown_{self.config.portions - 1:02d}.json")
-        truth = read_json(data / "truth.json")
+        last = load_annotations(self._grown(self.config.portions - 1))
+        truth = read_json(self.source / "truth.json")
         found = decisions.loc[[pair["image"] for pair in pairs]]
         alignment = found["original_alignment"].to_numpy()
-        estimate = read_growth(self.folder / "growth").estimate()
+        estimate = read_growth(self.grown / "growth").estimate()
         if estimate is None:
             raise UserError("too few seeds to estimate the noise: name more seed_sets")
         return Scored(
@@ -261,7 +265,7 @@ class Experiment:
             right=right_given_alignment(alignment, estimate),
             images=images,
             gains={at[pair["image"]]: pair["gains"] for pair in last if pair["image"] in at},
-            min_align=read_json(self.folder / "growth" / "growth.json")["min_align"],
+            min_align=read_json(self.grown / "growth" / "growth.json")["min_align"],
             swapped=np.array([pair["image"] in truth for pair in pairs]),
         )
 
@@ -274,7 +278,7 @@ class Experiment:
 
         def done(line: int, cpu_seconds: float) -> None:
             run = missing[line]
-            self._cost(f"train {run.arm} ({'+'.join(self.config.objectives)})", cpu_seconds)
+            self._cost({**self._evaluations(run), "kind": "cost", "step": "train"}, cpu_seconds)
             self._note_evaluations(run)
 
         run_programs(TRAINING, lines, self.config.jobs, done)
@@ -303,12 +307,18 @@ class Experiment:
         return bool(known) and known[-1]["step"] >= self._steps(run)
 
     def _key(self, kind: str, **more: Any) -> dict[str, Any]:
-        """What a record is found by: results of several thresholds stand in one file."""
-        return {"kind": kind, "min_align": self.config.min_align, **more}
+        """What a record is found by: results of several settings stand in one file."""
+        config = self.config
+        setting = {"swapped": config.swapped, "min_align": config.min_align, "k": config.k}
+        return {"kind": kind, **setting, **more}
+
+    def _run_key(self, kind: str, run: Run) -> dict[str, Any]:
+        size = {"static_size": self.config.static_size} if ARMS[run.arm].static else {}
+        return self._key(kind, arm=run.arm, **size, seed=run.seed)
 
     def _evaluations(self, run: Run) -> dict[str, Any]:
         objectives, rate = "+".join(self.config.objectives), self.config.init_lr
-        return self._key("val", arm=run.arm, seed=run.seed, objectives=objectives, init_lr=rate)
+        return {**self._run_key("val", run), "objectives": objectives, "init_lr": rate}
 
     def _steps(self, run: Run) -> int:
         """So many steps that the last one is evaluated."""
@@ -319,18 +329,24 @@ class Experiment:
     def _steps_between_evaluations(self) -> int:
         return max(1, self.config.validate_every // self.config.batch_size)
 
+    def _grown(self, portion: int) -> Path:
+        return self.grown / f"grown_{portion:02d}.json"
+
+    def _name(self, run: Run) -> str:
+        return f"{run.arm}_{self.config.static_size}" if ARMS[run.arm].static else run.arm
+
     def _pairs(self, run: Run) -> Path:
-        return self.folder / "arms" / f"{run.arm}-{run.seed}.json"
+        return self.grown / "arms" / f"{self._name(run)}-{run.seed}.json"
 
     def _output(self, run: Run) -> Path:
         objectives, rate = "+".join(self.config.objectives), self.config.init_lr
-        return self.folder / "runs" / f"{run.arm}-{objectives}-{rate:g}-{run.seed}"
+        return self.grown / "runs" / f"{self._name(run)}-{objectives}-{rate:g}-{run.seed}"
 
     def _arm_training(self, run: Run) -> list[object]:
-        data = self.folder / "data"
+        drawings = self.drawings
         return self._training(
-            self._output(run), self._pairs(run), data / "lmdb_source",
-            data / "test.json", data / "lmdb_test",
+            self._output(run), self._pairs(run), drawings / "lmdb_source",
+            drawings / "test.json", drawings / "lmdb_test",
             "--seed", run.seed, "--max_steps", self._steps(run),
             "--sampler", ARMS[run.arm].sampler, "--objectives", *self.config.objectives,
             "--init_lr", self.config.init_lr, "--min_lr", self.config.init_lr,
@@ -357,11 +373,11 @@ class Experiment:
             "embed", "--lmdb", images, "--annotations", annotations,
             "--encoder", encoder, "--output", output, "--device", self.config.device,
         )  # fmt: skip
-        self._cost("embed", spent)
+        self._cost({"step": "embed", "swapped": self.config.swapped}, spent)
 
-    def _cost(self, step: str, cpu_seconds: float) -> None:
+    def _cost(self, step: dict[str, Any], cpu_seconds: float) -> None:
         """Add CPU seconds to a step's record."""
-        key = {"kind": "cost", "step": step, "device": self.config.device}
+        key = {**step, "kind": "cost", "device": self.config.device}
         known = self.results.find(**key)
         total = round(cpu_seconds + (known[0]["cpu_s"] if known else 0.0), 1)
         self.results.add([{**key, "cpu_s": total}], **key)

@@ -62,6 +62,7 @@ class Arm:
     sampler: str
     choose: Callable[[Scored, int, int], list[int]]
     says: str
+    static: bool = False  # of the size that is asked for
     by_right: bool = False  # gains are multiplied by the probability that the caption is right
 
 
@@ -127,14 +128,14 @@ def _top_gain(scored: Scored, size: int, seed: int) -> list[int]:
 
 ARMS: dict[str, Arm] = {
     "full": Arm("uniform", _all, "the whole source"),
-    "random": Arm("uniform", _random, "a random subset"),
-    "alignment": Arm("uniform", _top_alignment, "the best aligned (as DataComp filters)"),
-    "semdedup": Arm("uniform", _semantic_deduplication, "alignment filter + SemDeDup"),
-    "grown_static": Arm("uniform", _top_gain, "grown, the largest gains"),
+    "random": Arm("uniform", _random, "a random subset", True),
+    "alignment": Arm("uniform", _top_alignment, "the best aligned (as DataComp filters)", True),
+    "semdedup": Arm("uniform", _semantic_deduplication, "alignment filter + SemDeDup", True),
+    "grown_static": Arm("uniform", _top_gain, "grown, the largest gains", True),
     "grown_uniform": Arm("uniform", _kept, "grown, all kept, drawn evenly"),
     "grown_proportional": Arm("proportional", _kept, "grown, drawn by gain"),
     "grown_two_phase": Arm("two_phase", _kept, "grown, two-phase (the default)"),
-    "grown_by_right": Arm("two_phase", _kept, "grown, two-phase by gain × P(right)", True),
+    "grown_by_right": Arm("two_phase", _kept, "grown, two-phase by gain × P(right)", by_right=True),
     "oracle": Arm("uniform", _oracle, "the source without its swapped captions"),
 }
 

@@ -27,15 +27,19 @@ _COLOURS = {
     "oracle": "#cc79a7",
 }
 _RESAMPLES = 2000
+SETTING = ("swapped", "min_align", "k", "static_size")  # what a user may vary
 
 
 def draw_figures(records: Sequence[Record], folder: Path) -> None:
     """Write `claim.png` and `claim_tables.md` into `folder`; nothing without evaluations."""
-    everything = pd.DataFrame([r for r in records if r["kind"] == "val"])
+    table = pd.DataFrame(records)
+    everything = table[table.kind == "val"]
     if everything.empty:
         return
-    main = everything.min_align.mode()[0]  # the threshold of most runs; others are variations
-    curves = everything[everything.min_align == main]
+    modes = everything.reindex(columns=SETTING).mode().iloc[0]  # of most runs; others vary it
+    main = modes.dropna().to_dict()
+    here = table[[_is_main(record, main) for record in records]]
+    curves = here[here.kind == "val"]
     settings = sorted(curves.groupby(["objectives", "init_lr"]), key=lambda s: (len(s[0][0]), s[0]))
     figure = Figure(figsize=(5.4 * len(settings), 5), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
@@ -51,11 +55,14 @@ def draw_figures(records: Sequence[Record], folder: Path) -> None:
     )
     with atomic_write(folder / "claim.png") as file:
         figure.savefig(file, format="png", dpi=110)
-    here = [r for r in records if r.get("min_align", main) == main]
-    tables = [_arms_table(here, part) for _, part in settings]
-    tables += [_growth_table(here), _variations_table(records, everything), _cost_table(records)]
+    tables = [_arms_table(here[here.kind == "arm"], part) for _, part in settings]
+    tables += [_growth_table(here), _variations_table(table, everything), _cost_table(table)]
     with atomic_write(folder / "claim_tables.md", "w") as text:
         text.write("\n\n".join(tables) + "\n")
+
+
+def _is_main(record: Record, main: Record) -> bool:
+    return all(record.get(name, value) == value for name, value in main.items())
 
 
 def _draw_curves(axes: Axes, curves: pd.DataFrame) -> None:
@@ -131,27 +138,27 @@ def _longest(curves: pd.DataFrame) -> dict[int, pd.DataFrame]:
     return dict(iter(seeds.groupby("seed")))
 
 
-def _arms_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
+def _arms_table(made: pd.DataFrame, curves: pd.DataFrame) -> str:
     common = int(curves.groupby("arm").evaluation.max().min())  # where every arm was evaluated
     at_common = curves[curves.evaluation == common]
     lines = [
         f"{_setting(curves)}. Recall: mean over seeds (lowest–highest).",
         "",
-        f"| arm | pairs | wrong | distinct captions | recall at {at_common.samples_seen.max():,} "
-        "(seeds) | recall at the end (seeds; samples) | full arm's final recall in fewer samples |",
+        "| arm | pairs | wrong | distinct captions "
+        f"| recall at {at_common.samples_seen.max():,.0f} (seeds) "
+        "| recall at the end (seeds; samples) | full arm's final recall in fewer samples |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in (name for name in ARMS if name in set(curves.arm)):
         mine = curves[curves.arm == name]
         end = mine[mine.evaluation == mine.evaluation.max()]
-        made = next(r for r in records if r["kind"] == "arm" and r["arm"] == name)
         ratio, low, high = speed_up(curves, name)
         interval = f" ({low:.1f}–{high:.1f})" if high > low else ""
         reach = f"{ratio:.1f} ×{interval}" if ratio > 0 else "not reached"
         lines.append(
-            f"| {ARMS[name].says} | {made['pairs']:,} | {made['wrong']:.1%} | {made['captions']:,} "
+            f"| {ARMS[name].says} | {_pairs(made[made.arm == name])} "
             f"| {_over_seeds(at_common[at_common.arm == name])} "
-            f"| {_over_seeds(end, f'; {end.samples_seen.max():,}')} "
+            f"| {_over_seeds(end, f'; {end.samples_seen.max():,.0f}')} "
             f"| {reach if name != 'full' else '–'} |"
         )
     return "\n".join(lines)
@@ -163,46 +170,58 @@ def _over_seeds(rows: pd.DataFrame, more: str = "") -> str:
     return f"{recall.mean():.1f} ({len(rows)}{spread}{more})"
 
 
-def _variations_table(records: Sequence[Record], curves: pd.DataFrame) -> str:
-    """Grown arms at every threshold that was tried."""
+def _pairs(made: pd.DataFrame) -> str:
+    first = made.iloc[0]  # of the seeds
+    return f"{first.pairs:,.0f} | {first.wrong:.1%} | {first.captions:,.0f}"
+
+
+def _variations_table(table: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """Every setting and rate that was tried, at the same number of samples."""
+    tried = curves[curves.objectives == "ita"].reindex(columns=curves.columns.union(SETTING))
+    keys = [*SETTING, "arm", "init_lr"]
+    common = tried.groupby(keys, dropna=False).evaluation.max().min()
+    at_common = tried[tried.evaluation == common]
     lines = [
-        "| `--min-align` | threshold | arm | rate | pairs | wrong | distinct captions "
-        "| recall (seeds; samples) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| captions swapped | `--min-align` | k | size | arm | rate | pairs | wrong "
+        f"| distinct captions | recall at {at_common.samples_seen.max():,.0f} (seeds) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    grown = curves[curves.arm.str.startswith("grown") & (curves.objectives == "ita")]
-    keys = ["min_align", "arm", "init_lr"]
-    common = grown.groupby(keys).evaluation.max().min()
-    for (threshold, name, rate), rows in grown[grown.evaluation == common].groupby(keys):
-        scores = next(r for r in records if r["kind"] == "scores" and r["min_align"] == threshold)
-        made = next(
-            r for r in records
-            if r["kind"] == "arm" and r["min_align"] == threshold and r["arm"] == name
-        )  # fmt: skip
+    made = table[table.kind == "arm"].reindex(columns=tried.columns.union(table.columns))
+    made = made.fillna({"static_size": 0})
+    rows = at_common.fillna({"static_size": 0}).groupby(keys)
+    for (swapped, threshold, k, size, arm, rate), runs in rows:
+        mine = made[
+            (made.swapped == swapped) & (made.min_align == threshold) & (made.k == k)
+            & (made.static_size == size) & (made.arm == arm)
+        ]  # fmt: skip
         lines.append(
-            f"| {threshold} | {scores['threshold']:.3f} | {ARMS[name].says} | {rate:g} "
-            f"| {made['pairs']:,} | {made['wrong']:.1%} | {made['captions']:,} "
-            f"| {_over_seeds(rows, f'; {rows.samples_seen.max():,}')} |"
+            f"| {swapped:.0%} | {threshold} | {k:.0f} | {f'{size:,.0f}' if size else 'all'} "
+            f"| {ARMS[arm].says} | {rate:g} | {_pairs(mine)} | {_over_seeds(runs)} |"
         )
     return "\n".join(lines)
 
 
-def _growth_table(records: Sequence[Record]) -> str:
+def _growth_table(table: pd.DataFrame) -> str:
     lines = [
         "| portion | pairs | kept | wrong among the kept | noise estimated so far | noise true |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for r in (r for r in records if r["kind"] == "portion"):
-        estimate = "–" if r["noise_so_far"] is None else f"{r['noise_so_far']:.1%}"
+    for r in table[table.kind == "portion"].itertuples():
+        estimate = "–" if pd.isna(r.noise_so_far) else f"{r.noise_so_far:.1%}"
         lines.append(
-            f"| {r['portion']} | {r['pairs']:,} | {r['kept']:,} | {r['wrong_kept']:.1%} "
-            f"| {estimate} | {r['noise_true']:.1%} |"
+            f"| {r.portion:.0f} | {r.pairs:,.0f} | {r.kept:,.0f} | {r.wrong_kept:.1%} "
+            f"| {estimate} | {r.noise_true:.1%} |"
         )
     return "\n".join(lines)
 
 
-def _cost_table(records: Sequence[Record]) -> str:
-    lines = ["| step | device | CPU seconds |", "| --- | --- | --- |"]
-    for r in (r for r in records if r["kind"] == "cost"):
-        lines.append(f"| {r['step']} | {r['device']} | {r['cpu_s']:,.0f} |")
+def _cost_table(table: pd.DataFrame) -> str:
+    """CPU seconds of each step, on average over the settings or seeds that it was done for."""
+    costs = table[table.kind == "cost"].fillna({"arm": "", "objectives": ""})
+    lines = ["| step | device | done | CPU seconds each |", "| --- | --- | --- | --- |"]
+    for (step, arm, objectives, device), rows in costs.groupby(
+        ["step", "arm", "objectives", "device"], sort=False
+    ):
+        name = f"{step} {arm} ({objectives})" if arm else step
+        lines.append(f"| {name} | {device} | {len(rows)} | {rows.cpu_s.mean():,.0f} |")
     return "\n".join(lines)

@@ -123,25 +123,26 @@ def png(drawing: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def swap_captions(icons: Sequence[Icon], share: float, seed: int) -> dict[str, str]:
+def swap_captions(captions: dict[str, str], share: float, seed: int) -> dict[str, str]:
     """Wrong captions for a share of the icons: id → the caption of another one of them.
 
     The captions of the chosen icons change places, each to an icon with no word in common.
     """
+    ids = list(captions)
     rng = generator(seed, "claim", "swapped captions")
-    chosen = [icons[at] for at in sorted(rng.permutation(len(icons))[: round(share * len(icons))])]
-    given = [icon.caption for icon in chosen]
+    chosen = [ids[at] for at in sorted(rng.permutation(len(ids))[: round(share * len(ids))])]
+    given = [captions[icon] for icon in chosen]
     order = rng.permutation(len(chosen)).tolist()
     for at, icon in enumerate(chosen):
         for attempt in range(100):
             other = at if attempt == 0 else int(rng.integers(len(chosen)))
             mine, theirs = order[at], order[other]
-            fits = _differ(given[theirs], icon.caption)
-            if fits and (other == at or _differ(given[mine], chosen[other].caption)):
+            fits = _differ(given[theirs], captions[icon])
+            if fits and (other == at or _differ(given[mine], captions[chosen[other]])):
                 order[at], order[other] = theirs, mine
                 break
-    swapped = {icon.id: given[order[at]] for at, icon in enumerate(chosen)}
-    return {icon.id: swapped[icon.id] for icon in chosen if _differ(swapped[icon.id], icon.caption)}
+    swapped = {icon: given[order[at]] for at, icon in enumerate(chosen)}
+    return {icon: text for icon, text in swapped.items() if _differ(text, captions[icon])}
 
 
 def _differ(left: str, right: str) -> bool:

@@ -1,10 +1,10 @@
 """The parts of the experiment on disk: images in an LMDB, captions in annotation files, the truth.
 
-FOLDER/lmdb_{source,pretraining,seeds,test}    drawings, keys `set/name`
-FOLDER/{pretraining,seeds,test}.json           [{"image", "caption"}]
-FOLDER/source_{00..09}.json                    the source's portions, in the order of its sets
-FOLDER/truth.json                              {id: true caption} of the swapped ones
-FOLDER/{source,test}.parquet                   the drawings instead of their LMDB, to travel
+DRAWINGS/lmdb_{source,pretraining,seeds,test}    drawings, keys `set/name`
+DRAWINGS/{source,pretraining,seeds,test}.json    [{"image", "caption"}], as their artists wrote
+DRAWINGS/{source,test}.parquet                   the drawings instead of their LMDB, to travel
+SOURCE/source_{00..09}.json                      the source's portions, in the order of its sets
+SOURCE/truth.json                                {id: true caption} of the swapped ones
 """
 
 import io
@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter
+from infogrowth.errors import UserError
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.randomness import generator
 
 PARTS = ("source", "pretraining", "seeds", "test")
 
 
-def make_parts(
+def draw_parts(
     folder: Path,
     packages: Path,
     archive: tuple[str, str],
     sets: dict[str, Sequence[str]],
     pairs: int | None,
-    swapped: float,
-    portions: int,
     test_names: int,
     size: int,
     seed: int,
@@ -47,67 +47,95 @@ def make_parts(
         sets: the artists' sets of each part.
         pairs: at most so many pairs in the source and in the pretraining part: icons are left out
             at random, evenly over the sets. None takes all.
-        swapped: the share of the source's captions that change places.
 
     Returns:
         How many pairs each part holds.
 
     Raises:
-        UserError: the package cannot be had, or a set is not in it.
+        UserError: the package cannot be had, a set is not in it, or the folder holds other parts.
     """
-    done = folder / "parts.json"
     plan = {
         "archive": list(archive), "sets": {k: list(v) for k, v in sets.items()}, "pairs": pairs,
-        "swapped": swapped, "portions": portions, "test_names": test_names, "size": size,
-        "seed": seed,
+        "test_names": test_names, "size": size, "seed": seed,
     }  # fmt: skip
-    if done.exists() and (known := read_json(done))["plan"] == plan:
+    if (counts := _finished(folder, plan)) is not None:
         for part in PARTS:
             _unpack(folder, part)
-        return known["counts"]
+        return counts
     package = fetch(*archive, packages)
     drawings = read_sets(package, [name for part in PARTS for name in sets[part]])
     icons = {part: [i for name in sets[part] for i in drawings[name]] for part in PARTS}
     for part in PARTS[:3]:
         icons[part] = _at_most(icons[part], pairs, seed, part)
     icons["test"] = pick_test_icons(icons["test"], icons["source"], test_names, seed)
-    wrong = swap_captions(icons["source"], swapped, seed)
-    captions = {i.id: wrong.get(i.id, i.caption) for i in icons["source"]}
     for part in PARTS:
         failed = _draw_all(folder / f"lmdb_{part}", icons[part], size)
         icons[part] = [icon for icon in icons[part] if icon.id not in failed]
-    for number, portion in enumerate(np.array_split(np.arange(len(icons["source"])), portions)):
-        rows = [icons["source"][at] for at in portion]
-        _annotations(folder / f"source_{number:02d}.json", ((i.id, captions[i.id]) for i in rows))
-    for part in PARTS[1:]:
         _annotations(folder / f"{part}.json", ((i.id, i.caption) for i in icons[part]))
     names = {icon.caption: icon.id for icon in reversed(icons["seeds"])}  # the encoder's yardstick
     first = sorted(names.items(), key=lambda item: item[1])[:test_names]
     _annotations(folder / "seeds_val.json", ((image, text) for text, image in first))
-    truth = {icon.id: icon.caption for icon in icons["source"] if icon.id in wrong}
-    atomic_write_json(folder / "truth.json", truth)
-    counts = {part: len(icons[part]) for part in PARTS} | {"swapped": len(truth)}
-    atomic_write_json(done, {"plan": plan, "counts": counts})
+    return _finish(folder, plan, {part: len(icons[part]) for part in PARTS})
+
+
+def swap_source(
+    drawings: Path, folder: Path, swapped: float, portions: int, seed: int
+) -> dict[str, int]:
+    """Write the source's portions, a share of whose captions changed places, and the truth.
+
+    Returns:
+        How many captions are wrong.
+
+    Raises:
+        UserError: the folder holds other portions.
+    """
+    plan = {"swapped": swapped, "portions": portions, "seed": seed}
+    if (counts := _finished(folder, plan)) is not None:
+        return counts
+    captions = {pair["image"]: pair["caption"] for pair in read_json(drawings / "source.json")}
+    wrong = swap_captions(captions, swapped, seed)
+    for number, portion in enumerate(np.array_split(np.array(list(captions)), portions)):
+        rows = ((icon, wrong.get(icon, captions[icon])) for icon in portion.tolist())
+        _annotations(folder / f"source_{number:02d}.json", rows)
+    atomic_write_json(folder / "truth.json", {icon: captions[icon] for icon in wrong})
+    return _finish(folder, plan, {"wrong_captions": len(wrong)})
+
+
+def _finished(folder: Path, plan: dict[str, Any]) -> dict[str, int] | None:
+    """The counts of a folder that was made by this plan; None where none was."""
+    if not (folder / "parts.json").exists():
+        return None
+    known = read_json(folder / "parts.json")
+    for name, value in plan.items():
+        if known["plan"].get(name) != value:
+            raise UserError(f"{folder} was made with another {name}: name another --output")
+    counts: dict[str, int] = known["counts"]
     return counts
 
 
-def pack(folder: Path, output: Path) -> None:
+def _finish(folder: Path, plan: dict[str, Any], counts: dict[str, int]) -> dict[str, int]:
+    atomic_write_json(folder / "parts.json", {"plan": plan, "counts": counts})
+    return counts
+
+
+def pack(folder: Path, drawings: Path, source: Path, grown: Path, output: Path) -> None:
     """Copy what trainings need into `output`, small enough to send to another machine.
 
     Neighboring drawings resemble each other, so that all pixels compressed as one column take a
     fifth of the PNG files.
     """
-    for path in [folder / "vocab.txt", *folder.glob("grown_*.json"), *folder.glob("arms/*.json"),
-                 *(folder / "data" / name for name in ("parts.json", "test.json"))]:  # fmt: skip
+    marks = [drawings / "parts.json", source / "parts.json"]
+    annotations = [drawings / "test.json", *grown.glob("grown_*.json"), *grown.glob("arms/*.json")]
+    for path in [folder / "vocab.txt", *marks, *annotations]:
         (output / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, output / path.relative_to(folder))
     for part in ("source", "test"):
-        images = LmdbImages(folder / "data" / f"lmdb_{part}")
+        images = LmdbImages(drawings / f"lmdb_{part}")
         keys = sorted(images.keys())
-        drawings = (Image.open(io.BytesIO(images.read(key))) for key in keys)
-        pixels = [drawing.convert("L").tobytes() for drawing in drawings]
+        opened = (Image.open(io.BytesIO(images.read(key))) for key in keys)
+        pixels = [drawing.convert("L").tobytes() for drawing in opened]
         pq.write_table(
-            pa.table({"image": keys, "pixels": pixels}), output / "data" / f"{part}.parquet",
+            pa.table({"image": keys, "pixels": pixels}), output / drawings.name / f"{part}.parquet",
             compression="zstd", compression_level=15, use_dictionary=False,
             row_group_size=len(keys), data_page_size=1 << 27,
         )  # fmt: skip

@@ -104,7 +104,8 @@ def test_the_whole_experiment_runs_in_two_places_and_goes_on_where_it_was(archiv
     made = {r["arm"]: r for r in records if r["kind"] == "arm"}
     counts = next(r for r in records if r["kind"] == "parts")
     assert made["full"]["pairs"] == counts["source"]
-    assert made["full"]["wrong"] == pytest.approx(counts["swapped"] / counts["source"])
+    noise = next(r for r in records if r["kind"] == "noise")
+    assert made["full"]["wrong"] == pytest.approx(noise["wrong_captions"] / counts["source"])
     assert 0.25 < made["full"]["wrong"] < 0.31
     assert made["oracle"]["wrong"] == 0
     assert made["semdedup"]["pairs"] == min(60, made["grown_two_phase"]["pairs"])
@@ -113,6 +114,15 @@ def test_the_whole_experiment_runs_in_two_places_and_goes_on_where_it_was(archiv
     assert sum(r["kept"] for r in portions) == made["grown_two_phase"]["pairs"]
     assert (folder / "claim.png").stat().st_size > 10_000
     assert "two-phase" in (folder / "claim_tables.md").read_text()
+
+    varied = ("--swapped", 0.1, "--k", 2, "--arms", "grown_two_phase")
+    done = run_claim(folder, digest, *varied)
+    assert done.returncode == 0, done.stderr
+    assert "lmdb_source:" not in done.stderr  # nothing is drawn again
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    grown = [r for r in records if r["kind"] == "arm" and r["arm"] == "grown_two_phase"]
+    assert [(r["swapped"], r["k"]) for r in grown] == [(0.3, 4), (0.1, 2)]
+    assert "| 10% | auto | 2 | all |" in (folder / "claim_tables.md").read_text()
 
     before = [r for r in records if r["kind"] != "cost"]
     (folder / "claim.png").unlink()
@@ -129,6 +139,13 @@ def test_an_altered_package_is_refused(archive):
     assert "iconify-json-0.0.1.tgz" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_folder_made_with_other_options_is_left_alone(archive):
+    folder, digest = archive
+    done = run_claim(folder, digest, "--test_names", 10)
+    assert done.returncode == 2
+    assert "test_names" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_names_lose_what_tells_only_their_style(parts):
     caption = parts["icons"].caption
     assert caption("arrow-left-circle-outline") == "arrow left circle"
@@ -141,13 +158,12 @@ def test_names_lose_what_tells_only_their_style(parts):
 def test_swapped_captions_share_no_word_with_the_own_one(parts):
     icons = parts["icons"]
     names = ["arrow left", "arrow right", "home", "star", "sun", "moon", "cloud rain", "cloud"]
-    drawings = [icons.Icon(f"set/{n}", names[n % 8], "") for n in range(400)]
-    swapped = icons.swap_captions(drawings, 0.3, seed=0)
+    own = {f"set/{n}": names[n % 8] for n in range(400)}
+    swapped = icons.swap_captions(own, 0.3, seed=0)
     assert 0.25 * 400 < len(swapped) <= 0.3 * 400
-    own = {icon.id: icon.caption for icon in drawings}
     assert all(not set(text.split()) & set(own[name].split()) for name, text in swapped.items())
-    assert swapped == icons.swap_captions(drawings, 0.3, seed=0)
-    assert swapped != icons.swap_captions(drawings, 0.3, seed=1)
+    assert swapped == icons.swap_captions(own, 0.3, seed=0)
+    assert swapped != icons.swap_captions(own, 0.3, seed=1)
 
 
 def test_semdedup_keeps_one_of_each_group_of_copies(parts):
