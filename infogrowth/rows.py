@@ -20,7 +20,7 @@ nothing: rounding a unit row to float32 moves its norm by at most 6e-8."""
 _FOLD_ELEMENTS = 1 << 17  # float64 elements handled at once: 1 MB, so the fold stays in the cache
 
 
-class Trouble(IntEnum):
+class Problem(IntEnum):
     """What is wrong with a feature row."""
 
     NONE = 0
@@ -83,37 +83,37 @@ def as_matrix(values: Any, what: str) -> np.ndarray:
 def unit_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bring the rows of `matrix` (N, D) to unit length.
 
-    Returns (rows (N, D) float32, trouble (N,) int8 of `Trouble`). Lengths are taken in float64
+    Returns (rows (N, D) float32, problems (N,) int8 of `Problem`). Lengths are taken in float64
     and the quotient is rounded to float32 once. Rows that are not finite or zero come back as
-    zeros, with their trouble told.
+    zeros, with their problem reported.
     """
     rows = np.empty(matrix.shape, np.float32)
-    trouble = np.zeros(len(matrix), np.int8)
+    problems = np.zeros(len(matrix), np.int8)
     step = max(1, _FOLD_ELEMENTS // matrix.shape[1])
     for start in range(0, len(matrix), step):
         part = slice(start, start + step)
-        rows[part], trouble[part] = _unit_rows_at_once(matrix[part])
-    return rows, trouble
+        rows[part], problems[part] = _unit_rows_at_once(matrix[part])
+    return rows, problems
 
 
 def _unit_rows_at_once(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    trouble = np.zeros(len(matrix), np.int8)
+    problems = np.zeros(len(matrix), np.int8)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         squares = fold_sum(np.square(matrix, dtype=np.float64))
         odd = ~(np.isfinite(squares) & (squares > 1e-200))
         if odd.any():  # not finite, zero, or float64 values whose squares leave float64's range
             matrix = matrix.astype(np.float64)
             largest = np.abs(matrix[odd]).max(axis=1)
-            trouble[odd] = np.where(
+            problems[odd] = np.where(
                 np.isfinite(largest),
-                np.where(largest == 0, Trouble.ZERO, Trouble.NONE),
-                Trouble.NOT_FINITE,
+                np.where(largest == 0, Problem.ZERO, Problem.NONE),
+                Problem.NOT_FINITE,
             )
-            usable = trouble[odd] == Trouble.NONE
+            usable = problems[odd] == Problem.NONE
             scaled = np.where(usable[:, None], matrix[odd] / largest[:, None], 0)
             matrix[odd] = scaled
             squares[odd] = fold_sum(np.square(scaled))
-            squares[trouble != Trouble.NONE] = 1
+            squares[problems != Problem.NONE] = 1
     norms = np.sqrt(squares)
     rows = matrix.astype(np.float32)
     stretch = np.abs(norms - 1) > UNIT_TOLERANCE
@@ -121,4 +121,4 @@ def _unit_rows_at_once(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows[:] = matrix / norms[:, None]
     elif stretch.any():
         rows[stretch] = matrix[stretch] / norms[stretch, None]
-    return rows, trouble
+    return rows, problems

@@ -198,7 +198,7 @@ def _write_outputs(config: Config, folder: GrowthFolder) -> None:
 def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: float) -> str:
     """The table at the end: what became of all samples so far, and what this run did."""
     totals, reasons = folder.totals, dict(folder.totals["reasons"])
-    sources = folder.manifest.sources
+    sources = folder.sources
     again = len(folder.rows_of([n for n, source in enumerate(sources) if source.kind == "retry"]))
     skipped = sum(sum(source.skipped.values()) for source in sources)
     lines: list[tuple[str, str]] = [

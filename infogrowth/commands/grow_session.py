@@ -25,10 +25,9 @@ from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
-from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption
+from infogrowth.growth.decisions import Decisions, Reason, Recaption
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.ledger import GrowthFolder
-from infogrowth.growth.ledger_writer import GrowthLedger
+from infogrowth.growth.ledger import GrowthFolder, GrowthLedger
 from infogrowth.growth.scores import (
     Measure,
     NegClip,
@@ -80,7 +79,7 @@ class GrowSession:
         self._last_commit = time.monotonic()
         try:
             folder = on_main(self._open)
-            self._sources = deepcopy(folder.manifest.sources)
+            self._sources = deepcopy(folder.sources)
             self._measure = self._chosen_measure(begun=bool(folder.settings))
             before: dict[str, Any] = {"min_align": DEFAULT_MIN_ALIGN, "min_recaption_align": None}
             if folder.settings:  # its thresholds, unless others are given
@@ -149,7 +148,7 @@ class GrowSession:
                 pending = on_main(partial(self._pending, number))
                 self._read(number, stream, "processing again", _with_id(pending), size, process)
             else:
-                seeds = on_main(lambda: self.folder().seeded_rows(stream))
+                seeds = on_main(lambda: _seeded_rows(self.folder(), stream))
                 self._sources[number].skipped = stream.skipped
                 choose = _not_in_rows(seeds) if len(seeds) else None
                 self._read(number, stream, "growing", choose, size, process)
@@ -198,7 +197,7 @@ class GrowSession:
         decisions = decide(batch.ids, captions, image, batch.text)
         for row in np.flatnonzero(~complete).tolist():
             reason = Reason.CAPTION_MISSING if batch.ids[row] else Reason.ID_MISSING
-            decisions.reason_codes[row] = REASON_CODE[reason]
+            decisions.reason[row] = reason
         return decisions
 
     def _commit_if_due(self, number: int, stream: FeatureStream) -> None:
@@ -255,7 +254,7 @@ class GrowSession:
         """The engine as the folder left it, or a new one."""
         config, settings = self._config, folder.settings
         if settings:
-            folder.refuse_other(self._asked)
+            _refuse_other(folder, self._asked)
             if settings.get("index") != config.index:
                 log.info("note: the dataset was begun with index %s", settings.get("index"))
             if bool(settings.get("encoder")) != bool(self._asked["encoder"]):
@@ -264,7 +263,7 @@ class GrowSession:
                 )
         options: dict[str, Any] = {"device": device.type, "memory_mb": config.memory_mb}
         options["index"] = config.index
-        if folder.manifest.rows == 0:
+        if folder.rows == 0:
             return InfoGrowth(config.k, modality=config.modality, **requests, **options)
         table = pa.concat_tables(folder.kept_parts())
         log.info("continuing with %s samples in the dataset", f"{len(table):,}")
@@ -341,3 +340,39 @@ def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> set[str]:
         missing = (len(wanted) - len(found), len(wanted), stream.path, min(set(wanted) - found))
         log.warning("%d of the %d seed ids are not in %s (for example %r)", *missing)
     return found
+
+
+def _seeded_rows(folder: GrowthFolder, features: FeatureStream) -> np.ndarray:
+    """Rows of the features that were taken out of them as seeds, so are not processed again."""
+    sources = enumerate(folder.sources)
+    return folder.rows_of(
+        [n for n, s in sources if s.kind == "seed" and s.seed_ids and s.is_of(features)]
+    )
+
+
+def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
+    """Refuse to continue with other settings; UserError names the first difference."""
+    before, now = _identity(folder.settings), _identity(settings)
+    for name, value in before.items():
+        if now.get(name, value) != value:
+            raise UserError(
+                f"{folder.directory} was grown with {name} {value}, and this run has "
+                f"{now[name]}; use the same, or another --growth folder"
+            )
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, str]:
+    """What must stay as it was when the folder was begun, human-readable; without the encoder
+    where it is unknown. ``index`` may change: it is only recorded."""
+
+    def readable(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    parts = {name: settings.get(name) for name in ("k", "modality", "dimension", "clean_by")}
+    parts |= Thresholds.of_settings(settings).requests
+    if encoder := settings.get("encoder"):
+        fingerprint = str(encoder.get("fingerprint") or "")[:12]
+        parts["encoder"] = str(encoder.get("name")) + (f" ({fingerprint})" if fingerprint else "")
+    return {name: readable(value) for name, value in parts.items()}

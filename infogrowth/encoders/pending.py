@@ -136,7 +136,7 @@ def seeds_of_growth(directory: str) -> Seeds | None:
         alignment += seeds["original_alignment"].to_pylist()
     if not ids:
         return None
-    image = growth.first_kept_features("image", len(ids))
+    image = growth.kept_features("image", len(ids))
     return Seeds(ids, image, None, np.array(alignment), growth.settings.get("images"))
 
 

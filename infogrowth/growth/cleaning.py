@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from infogrowth.growth.decisions import REASON_CODE, Decisions, Reason, Recaption, one_row
+from infogrowth.growth.decisions import Decisions, Reason, Recaption, one_row
 from infogrowth.growth.scores import Measure, cosine
-from infogrowth.rows import Trouble, as_matrix, row_products, unit_rows
+from infogrowth.rows import Problem, as_matrix, row_products, unit_rows
 
 LABEL_BLOCK_ROWS = 512  # samples looked up together; within the block pairs are compared directly
 _ROUNDING = 1e-9  # far above what a float64 matrix product of unit rows can be off
@@ -44,9 +44,9 @@ def clean_pairs(
     unknown = batch.usable & np.isnan(alignment) & (min_align > -np.inf)
     low = is_below(alignment, min_align)
     batch.original_alignment, batch.alignment = alignment, alignment.copy()
-    batch.reason_codes[batch.usable & ~low] = REASON_CODE[Reason.ALIGNED]
-    batch.reason_codes[low] = REASON_CODE[Reason.LOW_ALIGNMENT]
-    batch.reason_codes[unknown] = REASON_CODE[Reason.SCORE_MISSING]
+    batch.reason[batch.usable & ~low] = Reason.ALIGNED
+    batch.reason[low] = Reason.LOW_ALIGNMENT
+    batch.reason[unknown] = Reason.SCORE_MISSING
     if recaptions:
         _recaption(batch, np.flatnonzero(low), min_recaption_align, recaptions, measure)
     return batch.usable & ~unknown & (~low | batch.recaptioned)
@@ -60,35 +60,30 @@ def _recaption(
     measure: Measure,
 ) -> None:
     """Give the samples `low_rows` their recaptions where these align well enough."""
-    image = batch.features["image"]
-    rows, features, captions = [], [], []
+    image, tried = batch.features["image"], {}
     for row in low_rows.tolist():
         recaption = recaptions.get(batch.ids[row])
         if recaption is None:
             continue
-        feature, reason = _recaption_feature(recaption, image.shape[1], batch.ids[row])
-        batch.reason_codes[row] = REASON_CODE[reason]
-        batch.captioners[row] = recaption.captioner
+        feature, batch.reason[row] = _recaption_feature(recaption, image.shape[1], batch.ids[row])
+        batch.captioner[row] = recaption.captioner
         if feature is not None:
-            rows.append(row)
-            features.append(feature)
-            captions.append(recaption.caption)
-    if not rows:
+            tried[row] = recaption.caption, feature
+    if not tried:
         return
-    candidates = np.concatenate(features)
-    ids = [batch.ids[row] for row in rows]
-    alignment = measure(image[rows], candidates, ids, recaptions=True)
+    rows, ids = np.array(list(tried)), [batch.ids[row] for row in tried]
+    features = np.concatenate([feature for _, feature in tried.values()])
+    alignment = measure(image[rows], features, ids, recaptions=True)
     batch.recaption_alignment[rows] = alignment
-    fits = ~is_below(alignment, min_recaption_align) & ~np.isnan(alignment)
-    aligned = np.flatnonzero(fits)
-    taken = np.array(rows)[aligned]
+    fits = alignment.astype(np.float32) >= np.float32(min_recaption_align)
+    taken = rows[fits]
     batch.captions = list(batch.captions)
-    for number, row in zip(aligned.tolist(), taken.tolist(), strict=True):
-        batch.captions[row] = captions[number]
-    batch.features["text"][taken] = candidates[aligned]
-    batch.alignment[taken] = alignment[aligned]
+    for row in taken.tolist():
+        batch.captions[row] = tried[row][0]
+    batch.features["text"][taken] = features[fits]
+    batch.alignment[taken] = alignment[fits]
     batch.recaptioned[taken] = True
-    batch.reason_codes[taken] = REASON_CODE[Reason.RECAPTIONED]
+    batch.reason[taken] = Reason.RECAPTIONED
 
 
 def _recaption_feature(
@@ -99,14 +94,14 @@ def _recaption_feature(
         return None, Reason.RECAPTION_WITHOUT_CAPTION
     if recaption.text_feature is None:
         return None, Reason.RECAPTION_WITHOUT_FEATURE
-    feature = one_row(recaption.text_feature)
-    matrix = as_matrix(feature, f"The recaption feature of sample {sample_id!r}")
+    what = f"The recaption feature of sample {sample_id!r}"
+    matrix = as_matrix(one_row(recaption.text_feature), what)
     if matrix.shape[1] != dimension:
         return None, Reason.RECAPTION_MISFIT
     unit, problem = unit_rows(matrix)
-    if problem[0] == Trouble.NONE:
+    if problem[0] == Problem.NONE:
         return unit, Reason.LOW_RECAPTION
-    return None, Reason[f"RECAPTION_{Trouble(int(problem[0])).name}"]
+    return None, Reason[f"RECAPTION_{Problem(int(problem[0])).name}"]
 
 
 # --- single-modal data: class labels in place of captions ------------------------------------
@@ -134,7 +129,7 @@ def clean_labels(
     and `known_ids` are those of the dataset.
     """
     ids, labels, usable = batch.ids[rows], batch.captions[rows], batch.usable[rows]
-    found, reasons = batch.neighbors["image"].part(rows), batch.reason_codes[rows]
+    found, reasons = batch.neighbors["image"].part(rows), batch.reason[rows]
     count, k = len(kept_labels), found.positions.shape[1]
     near = _near_pairs(batch.features["image"][rows], usable, found.products[:, -1])
     alignment = np.full(len(ids), np.nan)
@@ -154,14 +149,14 @@ def clean_labels(
             alignment[row] = nearest.count(label) / possible if possible else 1.0
         aligned = bool(usable[row] and not is_below(alignment[row], min_align))
         if sample in known_ids or sample in joined_ids:
-            reasons[row] = REASON_CODE[Reason.DUPLICATE_ID]
+            reasons[row] = Reason.DUPLICATE_ID
         elif aligned:
-            reasons[row] = REASON_CODE[passed]
+            reasons[row] = passed
             joined = np.append(joined, row)
             joined_ids.add(sample)
             counts[label] += 1
         elif usable[row]:
-            reasons[row] = REASON_CODE[Reason.LABEL_DISAGREES]
+            reasons[row] = Reason.LABEL_DISAGREES
     batch.alignment[rows] = batch.original_alignment[rows] = alignment
     joins = np.zeros(len(ids), bool)
     joins[joined] = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -16,8 +17,8 @@ import pyarrow as pa
 
 from infogrowth.annotations import SPACES
 from infogrowth.errors import UserError
-from infogrowth.neighbors import Neighbors
-from infogrowth.rows import Trouble, as_matrix, unit_rows
+from infogrowth.neighbors.base import no_neighbors
+from infogrowth.rows import Problem, as_matrix, unit_rows
 
 
 class Verdict(StrEnum):
@@ -52,11 +53,6 @@ class Reason(StrEnum):
     CAPTION_MISSING = "caption is missing"
     SCORE_MISSING = "score is missing"
 
-
-_VERDICTS = list(Verdict)
-_REASONS = list(Reason)
-REASON_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(_REASONS)}
-UNDECIDED = -1  # in place of a reason's code
 
 SCHEMA = pa.schema(
     [
@@ -121,13 +117,13 @@ class Decision:
 
 @dataclass
 class Decisions(Sequence[Decision]):
-    """N samples as columns, and what was decided about each; indexing builds `Decision` records.
+    """N samples as columns, and what was decided about each; indexing gives `Decision` records.
 
     Attributes:
         ids, captions: of the samples, N each; recaptioned ones have their new caption.
         features: per space (N, D) float32 unit rows, zeros where the feature is unusable; those of
             "text" belong to the final captions.
-        reason_codes: (N,) int8, positions in the list of `Reason`; `UNDECIDED` until then.
+        reason: (N,) object: a `Reason` each, None until it is decided.
         dataset_ids: ids of the growing dataset, in which neighbors' positions count.
         original_captions: the captions that the samples came with.
         usable: (N,) bool, both features can be used.
@@ -135,7 +131,7 @@ class Decisions(Sequence[Decision]):
         recaptioned: (N,) bool, it took its recaption.
         alignment, original_alignment: (N,) float64, NaN where a feature is unusable.
         recaption_alignment: (N,) float64, that of the new caption that was tried, NaN without one.
-        captioners: by row, who wrote it.
+        captioner: (N,) object, who wrote it.
         recaption_rule: what it had to reach.
         gains: (N, 2) float64: image, text; NaN where there is none.
         neighbors: per space the nearest samples of the dataset before each sample.
@@ -144,17 +140,17 @@ class Decisions(Sequence[Decision]):
     ids: list[str]
     captions: list[Any]
     features: dict[str, np.ndarray]
-    reason_codes: np.ndarray
+    reason: np.ndarray
     dataset_ids: list[str] = field(repr=False)
 
     def __post_init__(self) -> None:
         count = len(self.ids)
         self.original_captions = self.captions
-        self.usable = self.reason_codes == UNDECIDED
-        self.kept, self.recaptioned = np.zeros(count, bool), np.zeros(count, bool)
-        self.alignment, self.original_alignment = np.full(count, np.nan), np.full(count, np.nan)
+        self.usable = np.array([reason is None for reason in self.reason], bool)
+        self.kept, self.recaptioned = np.zeros((2, count), bool)
+        self.alignment, self.original_alignment = np.full((2, count), np.nan)
         self.recaption_alignment = np.full(count, np.nan)
-        self.captioners: dict[int, str | None] = {}
+        self.captioner = np.full(count, None)
         self.recaption_rule: str | None = None
         self.gains = np.full((count, 2), np.nan)
         self.neighbors = {space: no_neighbors(count, 0) for space in SPACES}
@@ -167,20 +163,15 @@ class Decisions(Sequence[Decision]):
     @overload
     def __getitem__(self, index: slice) -> list[Decision]: ...
     def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
-        rows = range(len(self))[index]
-        return self._record(rows) if isinstance(rows, int) else [self._record(row) for row in rows]
+        return self._records[index]
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [_VERDICTS[code] for code in self._verdict_codes.tolist()]
+        return np.array(list(Verdict), object)[self.kept * (1 + self.recaptioned)].tolist()
 
     @property
     def reasons(self) -> list[Reason]:
-        return [_REASONS[code] for code in self.reason_codes.tolist()]
-
-    @property
-    def _verdict_codes(self) -> np.ndarray:
-        return np.where(self.kept, 1 + self.recaptioned.astype(np.int8), 0)
+        return self.reason.tolist()
 
     def table(self, source: int, source_rows: np.ndarray) -> pa.Table:
         """The columns of :data:`SCHEMA` but ``row``, NaN as null.
@@ -189,77 +180,58 @@ class Decisions(Sequence[Decision]):
             source: number of the source among those of the growth folder.
             source_rows: (N,) the samples' rows in its features.
         """
-        numbers = {
-            "alignment": self.alignment,
-            "original_alignment": self.original_alignment,
-            "gain_image": self.gains[:, 0],
-            "gain_text": self.gains[:, 1],
-            "recaption_alignment": self.recaption_alignment,
-        }
-        caption = pa.array(self.captions, pa.string())
-        if self.original_captions is self.captions:
-            original_caption = caption
-        else:
-            original_caption = pa.array(self.original_captions, pa.string())
-        rule = [self.recaption_rule if taken else None for taken in self.recaptioned.tolist()]
-        columns: dict[str, Any] = {
-            "source": pa.array(np.full(len(self), source, np.int32)),
-            "source_row": pa.array(source_rows, pa.int64()),
-            "id": pa.array(self.ids, pa.string()),
-            "verdict": pa.array(_VERDICTS, pa.string()).take(pa.array(self._verdict_codes)),
-            "reason": pa.array(_REASONS, pa.string()).take(pa.array(self.reason_codes)),
-            **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
-            "caption": caption,
-            "original_caption": original_caption,
-            "captioner": pa.array(map(self.captioners.get, range(len(self))), pa.string()),
-            "recaption_rule": pa.array(rule, pa.string()),
-        }
+        columns = self._columns | {"source": np.full(len(self), source), "source_row": source_rows}
         for space, found in self.neighbors.items():
             present = found.positions >= 0
-            starts = np.zeros(len(self) + 1, np.int32)
-            np.cumsum(present.sum(axis=1), out=starts[1:])
+            ends = pa.array(np.r_[0, present.sum(axis=1).cumsum()], pa.int32())
             names = [self.dataset_ids[position] for position in found.positions[present].tolist()]
-            distances = found.distances[present]
             for name, values in (("neighbors", pa.array(names, pa.string())),
-                                 ("distances", pa.array(distances))):  # fmt: skip
-                columns[f"{space}_{name}"] = pa.ListArray.from_arrays(pa.array(starts), values)
-        return pa.table({name: columns[name] for name in SCHEMA.names[1:]})
+                                 ("distances", pa.array(found.distances[present]))):  # fmt: skip
+                columns[f"{space}_{name}"] = pa.ListArray.from_arrays(ends, values)
+        arrays = {
+            field.name: pa.array(columns[field.name], field.type, from_pandas=True)
+            for field in list(SCHEMA)[1:]
+        }
+        return pa.table(arrays)
 
     def blocks(self, size: int) -> Iterator[slice]:
         """All rows in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def _record(self, row: int) -> Decision:
-        def number(value: np.float64) -> float | None:
-            return None if np.isnan(value) else float(value)
+    @property
+    def _columns(self) -> dict[str, Any]:
+        """What a record holds, but for the neighbors: N values each, NaN where unknown."""
+        rule: Any = self.recaption_rule
+        return {
+            "id": self.ids,
+            "verdict": self.verdicts,
+            "reason": self.reason,
+            "alignment": self.alignment,
+            "original_alignment": self.original_alignment,
+            "gain_image": self.gains[:, 0],
+            "gain_text": self.gains[:, 1],
+            "caption": self.captions,
+            "original_caption": self.original_captions,
+            "recaption_alignment": self.recaption_alignment,
+            "captioner": self.captioner,
+            "recaption_rule": np.where(self.recaptioned, rule, None),
+        }
 
-        def nearest(space: str) -> list[tuple[str, float]]:
-            found = self.neighbors[space].part(slice(row, row + 1))
-            pairs = zip(found.positions[0].tolist(), found.distances[0].tolist(), strict=True)
-            return [(self.dataset_ids[at], distance) for at, distance in pairs if at >= 0]
-
-        return Decision(
-            id=self.ids[row],
-            verdict=_VERDICTS[(1 + self.recaptioned[row]) * self.kept[row]],
-            reason=_REASONS[self.reason_codes[row]],
-            alignment=number(self.alignment[row]),
-            original_alignment=number(self.original_alignment[row]),
-            gain_image=number(self.gains[row, 0]),
-            gain_text=number(self.gains[row, 1]),
-            image_neighbors=nearest("image"),
-            text_neighbors=nearest("text"),
-            caption=self.captions[row],
-            original_caption=self.original_captions[row],
-            recaption_alignment=number(self.recaption_alignment[row]),
-            captioner=self.captioners.get(row),
-            recaption_rule=self.recaption_rule if self.recaptioned[row] else None,
-        )
-
-
-def no_neighbors(count: int, k: int) -> Neighbors:
-    """Room for `k` neighbors of `count` samples."""
-    return Neighbors(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf))
+    @cached_property
+    def _records(self) -> list[Decision]:
+        columns = {
+            name: [None if v != v else v for v in values.tolist()]
+            if isinstance(values, np.ndarray) else values
+            for name, values in self._columns.items()
+        }  # fmt: skip
+        for space, found in self.neighbors.items():
+            columns[f"{space}_neighbors"] = [
+                [(self.dataset_ids[at], distance) for at, distance in pairs if at >= 0]
+                for pairs in map(zip, found.positions.tolist(), found.distances.tolist())
+            ]
+        rows = zip(*columns.values(), strict=True)
+        return [Decision(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def validate(
@@ -281,46 +253,42 @@ def validate(
             are not strings.
     """
     names, texts = (v.tolist() if hasattr(v, "tolist") else list(v) for v in (ids, captions))
-    odd = next((row for row, name in enumerate(names) if not isinstance(name, str)), None)
-    if odd is not None:
-        raise UserError(f"Sample ids must be strings; number {odd} is {names[odd]!r}.")
+    for row, name in enumerate(names):
+        if not isinstance(name, str):
+            raise UserError(f"Sample ids must be strings; number {row} is {name!r}.")
     if len(texts) != len(names):
         raise UserError(f"There are {len(names)} ids but {len(texts)} captions.")
     if features.get("text", ()) is None:
         raise UserError("text_features are missing; images alone need modality='image'.")
-    codes = np.full(len(names), UNDECIDED, np.int8)
-    rows = {
-        space: _validate_features(features[space], space, codes, dimension)
-        for space in SPACES
-        if space in features
-    }
+    reason = np.full(len(names), None)
+    rows = {s: _unit_features(given, s, reason, dimension) for s, given in features.items()}
     widths = [unit.shape[1] for unit in rows.values()]
     if len(names) and len(set(widths)) > 1:
         raise UserError(
             "Image features have {} columns but text features {}; both must come from one dual "
             "encoder.".format(*widths)
         )
-    return Decisions(names, texts, rows, codes, [] if dataset_ids is None else dataset_ids)
+    return Decisions(names, texts, rows, reason, [] if dataset_ids is None else dataset_ids)
 
 
-def _validate_features(
-    features: Any, space: str, codes: np.ndarray, dimension: int | None
+def _unit_features(
+    features: Any, space: str, reason: np.ndarray, dimension: int | None
 ) -> np.ndarray:
-    """The features as unit rows; the reason why one is unusable goes into `codes`."""
-    if len(codes) == 0 and len(features) == 0:
+    """The features as unit rows; why one is unusable is entered in `reason`."""
+    if len(reason) == 0 and len(features) == 0:
         return np.empty((0, dimension or 1), np.float32)
     matrix = as_matrix(features, f"{space}_features")
-    if len(matrix) != len(codes):
-        raise UserError(f"There are {len(codes)} ids but {len(matrix)} rows of {space}_features.")
+    if len(matrix) != len(reason):
+        raise UserError(f"There are {len(reason)} ids but {len(matrix)} rows of {space}_features.")
     if dimension is not None and matrix.shape[1] != dimension:
         raise UserError(
             f"{space}_features have {matrix.shape[1]} columns, but the dataset has {dimension}; "
             "use the encoder that it was begun with."
         )
     rows, problems = unit_rows(matrix)
-    for kind in (Trouble.NOT_FINITE, Trouble.ZERO):  # of two unusable features the image's counts
-        reason = Reason[f"{space.upper()}_{kind.name}"]
-        codes[(problems == kind) & (codes == UNDECIDED)] = REASON_CODE[reason]
+    for row in np.flatnonzero(problems).tolist():
+        if reason[row] is None:  # of two unusable features the image's counts
+            reason[row] = Reason[f"{space.upper()}_{Problem(problems[row]).name}"]
     return rows
 
 

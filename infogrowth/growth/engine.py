@@ -20,18 +20,11 @@ import numpy as np
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import LABEL_BLOCK_ROWS, clean_labels, clean_pairs
-from infogrowth.growth.decisions import (
-    REASON_CODE,
-    Decisions,
-    Reason,
-    Recaption,
-    no_neighbors,
-    one_row,
-    validate,
-)
+from infogrowth.growth.decisions import Decisions, Reason, Recaption, one_row, validate
 from infogrowth.growth.scores import Measure, cosine
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
+from infogrowth.neighbors.base import no_neighbors
 from infogrowth.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
@@ -74,7 +67,17 @@ class InfoGrowth:
         min_recaption_align: float | str | None = None,
     ) -> None:
         self.thresholds = Thresholds.requested(min_align, min_recaption_align)
-        _check_settings(k, self.thresholds, index, modality, memory_mb)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
+            raise UserError(
+                f"k must be a whole number from 1 to {MAX_K}, not {k!r}: a gain is local."
+            )
+        if modality == "image" and not self.thresholds.resolved:
+            raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
+        if index not in INDEX_KINDS or modality not in ("pair", "image") or not memory_mb > 0:
+            raise UserError(
+                f"index must be one of {', '.join(INDEX_KINDS)}, modality pair or image and "
+                f"memory_mb more than 0, not {index!r}, {modality!r} and {memory_mb!r}."
+            )
         self.k = k
         self.modality = modality
         self.spaces = SPACES if modality == "pair" else SPACES[:1]
@@ -153,8 +156,8 @@ class InfoGrowth:
         if not len(batch):
             return batch
         if not self._indexes:
-            widths = {space: rows.shape[1] for space, rows in batch.features.items()}
-            self._indexes = {s: self._new_index(s, width) for s, width in widths.items()}
+            for space, features in batch.features.items():
+                self._indexes[space] = self._new_index(space, features.shape[1])
         batch.neighbors |= {space: no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "image":
             for rows in batch.blocks(LABEL_BLOCK_ROWS):
@@ -165,10 +168,10 @@ class InfoGrowth:
         batch.recaption_rule = self.thresholds.recaption_rule
         aligned = clean_pairs(batch, min_align, recaptions, recaption_align, self.measure)
         if passed is not None:
-            batch.reason_codes[aligned] = REASON_CODE[passed]
+            batch.reason[aligned] = passed
         for rows in batch.blocks(BLOCK_ROWS):
             repeated = self._repeated(batch.ids[rows], aligned[rows])
-            batch.reason_codes[rows][repeated] = REASON_CODE[Reason.DUPLICATE_ID]
+            batch.reason[rows][repeated] = Reason.DUPLICATE_ID
             joins = aligned[rows] & ~repeated
             # The block joins the indexes at once, and each sample sees those that came before it.
             visible = len(self) + np.cumsum(joins) - joins
@@ -230,9 +233,8 @@ class InfoGrowth:
 
     def _validate(self, ids: Any, captions: Any, image: Any, text: Any) -> Decisions:
         dimension = self._indexes["image"].dimension if self._indexes else None
-        features = {"image": image, "text": text}
-        chosen = {space: features[space] for space in self.spaces}
-        return validate(ids, captions, chosen, dimension, self._ids)
+        features = dict(zip(self.spaces, (image, text), strict=False))
+        return validate(ids, captions, features, dimension, self._ids)
 
     def _new_index(self, space: str, dimension: int) -> NeighborIndex:
         from infogrowth import distributed
@@ -321,12 +323,9 @@ class InfoGrowth:
         Features are (N, D) arrays, or iterables of such parts in order, each used and let go.
         Raises UserError if the parts do not belong together.
         """
-        growth = cls(
-            k=settings["k"],
-            index=index or settings.get("index", "auto"),
-            modality=settings.get("modality", "pair"),
-            **options,
-        )
+        index = index or settings.get("index", "auto")
+        modality = settings.get("modality", "pair")
+        growth = cls(k=settings["k"], index=index, modality=modality, **options)
         growth.thresholds = Thresholds.of_settings(settings)
         growth._search = dict(settings.get("search") or {})
         gains = np.asarray(gains, np.float64).reshape(-1, 2)
@@ -335,10 +334,11 @@ class InfoGrowth:
                 f"A saved dataset has {len(ids)} ids ({len(set(ids))} different), {len(captions)} "
                 f"captions and {len(gains)} gains: they do not belong together."
             )
-        features = {"image": image_features, "text": text_features}
         with growth._all_or_nothing():
-            for space in growth.spaces:
-                held = growth._restore_index(space, features[space])
+            for space, features in zip(
+                growth.spaces, (image_features, text_features), strict=False
+            ):
+                held = growth._restore_index(space, features)
                 if held != len(ids):
                     raise UserError(
                         f"A saved dataset has {len(ids)} ids but {held} {space} features."
@@ -375,20 +375,3 @@ def mean_distance(distances: np.ndarray) -> np.ndarray:
         total[present] += column[present]
         found += present
     return np.where(found > 0, total / np.maximum(found, 1), 1.0)
-
-
-def _check_settings(
-    k: int, thresholds: Thresholds, index: str, modality: str, memory_mb: float
-) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
-        raise UserError(f"k must be a whole number from 1 to {MAX_K}, not {k!r}: a gain is local.")
-    if modality == "image" and not thresholds.resolved:
-        raise UserError("min_align 'auto' needs captions; give a number for modality 'image'.")
-    for name, value, valid in (
-        ("index", index, INDEX_KINDS),
-        ("modality", modality, ("pair", "image")),
-    ):
-        if value not in valid:
-            raise UserError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")
-    if not memory_mb > 0:
-        raise UserError(f"memory_mb must be more than 0, not {memory_mb!r}.")

@@ -6,15 +6,20 @@
     kept/image_000000.npy     unit features of the samples that joined, a file per commit and space
     lock                      held by the one process that writes
 
-Files come in this order: where a later one is there without an earlier one, that one was lost. This
-is the reading side; writing is ledger_writer.py.
+Files come in this order: where a later one is there without an earlier one, that one was lost. A
+commit writes the part's files under their final names first and then replaces manifest.json: that
+rename is the commit. Files of a part that the manifest does not count are the leftovers of a killed
+run, and are removed when the folder is opened for writing again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +30,40 @@ import pyarrow.parquet as pq
 
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError, refusing
-from infogrowth.files import read_json
-from infogrowth.growth.decisions import SCHEMA, Reason
-from infogrowth.growth.sources import Features, SourceProgress
-from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, Thresholds, estimate_stream
+from infogrowth.files import (
+    TEMPORARY_MARK,
+    atomic_write,
+    atomic_write_array,
+    atomic_write_json,
+    read_json,
+    remove_leftovers,
+)
+from infogrowth.growth.decisions import SCHEMA, Decisions, Reason
+from infogrowth.growth.sources import SourceProgress
+from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, estimate_stream
 
 FORMAT = 1
 _DAMAGED = "is damaged"
-PENDING_REASONS = frozenset(
-    reason.value for reason in Reason if reason.value.startswith("alignment")
-)
+_OURS = {"growth.json", "manifest.json", "lock", "decisions", "kept", "reference.npz"}
+PENDING_REASONS = frozenset(reason for reason in Reason if reason.startswith("alignment"))
 """Dropped for one of these, a sample may join later with a (better) caption."""
 
 
-@dataclass
-class Manifest:
-    """What is committed: ``parts`` files of each kind, holding ``rows`` decisions."""
+@dataclass(frozen=True)
+class GrowthFolder:
+    """A growth folder as it was committed when it was opened; a running `grow` does not disturb it.
 
+    Attributes:
+        settings: growth.json (``k``, ``min_align``, ``modality``, ``dimension``, ``encoder`` …);
+            empty before the dataset is begun.
+        parts, rows: how many files of each kind count, and how many decisions they hold.
+        totals: decisions by verdict (``pairs``, ``kept``, ``recaptioned``, ``dropped``) and by
+            reason (``reasons``), and ``dataset``, the number of samples now in the dataset.
+        sources: the sources in the order in which they were first read.
+    """
+
+    directory: Path
+    settings: dict[str, Any] = field(default_factory=dict)
     parts: int = 0
     rows: int = 0
     totals: dict[str, Any] = field(
@@ -52,33 +74,11 @@ class Manifest:
     )
     sources: list[SourceProgress] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
-
-
-@dataclass(frozen=True)
-class GrowthFolder:
-    """A growth folder as it was committed when it was opened; a running `grow` does not disturb it.
-
-    Attributes:
-        settings: growth.json (``k``, ``min_align``, ``modality``, ``dimension``, ``encoder`` …);
-            empty before the dataset is begun.
-        totals: decisions by verdict (``pairs``, ``kept``, ``recaptioned``, ``dropped``) and by
-            reason (``reasons``), and ``dataset``, the number of samples now in the dataset.
-        sources: the sources in the order in which they were first read.
-    """
-
-    directory: Path
-    settings: dict[str, Any]
-    manifest: Manifest
-
-    @property
-    def totals(self) -> dict[str, Any]:
-        return self.manifest.totals
-
-    @property
-    def sources(self) -> list[dict[str, Any]]:
-        return [asdict(source) for source in self.manifest.sources]
+    def write_manifest(self) -> None:
+        """The commit: from now on this is what the folder holds."""
+        manifest = {name: getattr(self, name) for name in ("parts", "rows", "totals")}
+        manifest = {"format": FORMAT, **manifest, "sources": list(map(asdict, self.sources))}
+        atomic_write_json(self.directory / "manifest.json", manifest, indent=1)
 
     @property
     def spaces(self) -> tuple[str, ...]:
@@ -93,8 +93,8 @@ class GrowthFolder:
 
     @property
     def decision_files(self) -> list[Path]:
-        """The committed parquet files, in order; others that lie beside them do not count."""
-        return [self.file(part) for part in range(self.manifest.parts)]
+        """The committed parquet files, in order."""
+        return [self.file(part) for part in range(self.parts)]
 
     def decision_parts(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The decisions in the order they were made, a table per commit; one empty table when there
@@ -104,7 +104,7 @@ class GrowthFolder:
             UserError: a part is missing or damaged, named by its file.
         """
         schema = pa.schema([SCHEMA.field(name) for name in columns])
-        if not self.manifest.parts:
+        if not self.parts:
             yield schema.empty_table()
         for path in self.decision_files:
             with refusing(path, "the growth folder's part", pa.ArrowException, fault=_DAMAGED):
@@ -135,7 +135,6 @@ class GrowthFolder:
                 yield {"image": sample, "caption": caption, "gains": [image, text]}
 
     def annotations(self) -> list[Annotation]:
-        """All of :meth:`iter_annotations`."""
         return list(self.iter_annotations())
 
     def kept_feature_parts(self, space: str) -> Iterator[np.ndarray]:
@@ -145,7 +144,7 @@ class GrowthFolder:
             UserError: a part is missing or damaged, named by its file.
         """
         width = self.settings["dimension"].get(space)
-        for part in range(self.manifest.parts):
+        for part in range(self.parts):
             path = self.file(part, space)
             with refusing(path, "the growth folder's part", ValueError, EOFError, fault=_DAMAGED):
                 rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -153,13 +152,11 @@ class GrowthFolder:
                     raise ValueError(f"{rows.dtype} {rows.shape}, not float32 rows of {width}")
             yield rows
 
-    def kept_features(self, space: str) -> np.ndarray:
-        """All kept samples' unit features ``(N, D) float32`` in ``space``, in insertion order."""
-        return self.first_kept_features(space, self.totals["dataset"])
-
-    def first_kept_features(self, space: str, count: int) -> np.ndarray:
-        """Unit rows of the first ``count`` kept samples: the seeds come first."""
+    def kept_features(self, space: str, first: int | None = None) -> np.ndarray:
+        """Unit features ``(N, D) float32`` of all kept samples in ``space``, in insertion order, or
+        of the ``first`` so many: the seeds come first."""
         width = self.settings["dimension"].get(space) or 0
+        count = self.totals["dataset"] if first is None else first
         rows, filled = np.empty((count if width else 0, width), np.float32), 0
         for part in self.kept_feature_parts(space) if width else ():
             part = part[: count - filled]
@@ -177,79 +174,35 @@ class GrowthFolder:
             before_source: count only what was decided before this source began (a retry that goes
                 on must process the same samples as one that was never interrupted).
         """
-        names = ("id", "original_caption", "original_alignment")
-        table = self.decisions(("source", "verdict", "reason", *names))
-        if (
-            before_source is not None
-            and (end := pc.index(table["source"], before_source).as_py()) >= 0
-        ):
-            table = table.slice(0, end)
-        dropped = pc.equal(table["verdict"], "dropped")
-        joined = table.filter(pc.invert(dropped))["id"]
-        waits = pc.and_(dropped, pc.is_in(table["reason"], pa.array(sorted(PENDING_REASONS))))
-        waits = pc.and_(waits, pc.invert(pc.is_in(table["id"], joined.combine_chunks())))
-        first = [(name, "first") for name in names[1:]]
-        found = table.filter(waits).group_by("id", use_threads=False).aggregate(first)
-        return found.select(["id", *(f"{name}_first" for name in names[1:])]).rename_columns(names)
+        names = ["id", "original_caption", "original_alignment"]
+        table = self.decisions(["source", "verdict", "reason", *names])
+        end = -1 if before_source is None else pc.index(table["source"], before_source).as_py()
+        table = table.slice(0, end if end >= 0 else None)
+        joined = table.filter(pc.not_equal(table["verdict"], "dropped"))["id"].combine_chunks()
+        waits = pc.is_in(table["reason"], pa.array(sorted(PENDING_REASONS)))
+        waits = pc.and_not(waits, pc.is_in(table["id"], joined))
+        found = table.filter(waits).group_by("id", use_threads=False)
+        return found.aggregate([(name, "first") for name in names[1:]]).rename_columns(names)
 
     def estimate(self) -> StreamEstimate | None:
         """How many captions of all that was processed are wrong, by the seeds and the recorded
         alignments; None where there are too few of either."""
         if self.spaces != SPACES:
             return None
-        kinds = np.array([source.kind for source in self.manifest.sources] or [""])
-        seeds, parts = 0, [np.empty(0)]
-        for table in self.decision_parts(("source", "reason", "original_alignment")):
-            seeds += pc.sum(pc.equal(table["reason"], Reason.SEED)).as_py() or 0
-            own = pc.fill_null(table["original_alignment"], float("nan")).to_numpy()
-            parts.append(own[kinds[table["source"].to_numpy()] == "stream"])
-        stream = np.concatenate(parts)
+        table = self.decisions(("source", "reason", "original_alignment"))
+        seeds = pc.sum(pc.equal(table["reason"], Reason.SEED)).as_py() or 0
+        kinds = np.array([source.kind for source in self.sources] or [""])
+        stream = table["original_alignment"].to_numpy()[kinds[table["source"]] == "stream"]
         stream = stream[np.isfinite(stream)]
         if seeds < MIN_SEEDS or not len(stream):
             return None
-        image, text = (self.first_kept_features(space, seeds) for space in SPACES)
+        image, text = (self.kept_features(space, seeds) for space in SPACES)
         return estimate_stream(image, text, stream)
 
-    def rows_of(self, sources: Sequence[int]) -> np.ndarray:
+    def rows_of(self, sources: Collection[int]) -> np.ndarray:
         """Rows in their features of all samples decided in these sources, in order."""
-        if not sources:
-            return np.empty(0, np.int64)
         table = self.decisions(("source", "source_row"))
-        return table["source_row"].to_numpy()[np.isin(table["source"].to_numpy(), sources)]
-
-    def seeded_rows(self, features: Features) -> np.ndarray:
-        """Rows of ``features`` that were taken out of it as seeds, so are not processed again."""
-        sources = enumerate(self.manifest.sources)
-        return self.rows_of(
-            [n for n, s in sources if s.kind == "seed" and s.seed_ids and s.is_of(features)]
-        )
-
-    def refuse_other(self, settings: dict[str, Any]) -> None:
-        """Refuse to continue with other settings; UserError names the first difference."""
-        before, now = _identity(self.settings), _identity(settings)
-        for name, value in before.items():
-            if now.get(name, value) != value:
-                raise UserError(
-                    f"{self.directory} was grown with {name} {value}, and this run has "
-                    f"{now[name]}; use the same, or another --growth folder"
-                )
-
-
-def _identity(settings: dict[str, Any]) -> dict[str, str]:
-    """What must stay as it was when the folder was begun, human-readable; without the encoder
-    where it is unknown. ``index`` may change: it is only recorded."""
-
-    def readable(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    parts = {name: settings.get(name) for name in ("k", "modality", "dimension", "clean_by")}
-    parts |= Thresholds.of_settings(settings).requests
-    if encoder := settings.get("encoder"):
-        fingerprint = str(encoder.get("fingerprint") or "")[:12]
-        parts["encoder"] = str(encoder.get("name")) + (f" ({fingerprint})" if fingerprint else "")
-    return {name: readable(value) for name, value in parts.items()}
+        return table["source_row"].to_numpy()[np.isin(table["source"], list(sources))]
 
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
@@ -258,7 +211,7 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
     Raises:
         UserError: no such folder, not a growth folder, one written by another format, or damaged.
     """
-    folder = read_folder(Path(directory))
+    folder = _read_folder(Path(directory))
     if not folder.settings:
         raise UserError(
             f"{directory} is not a growth folder (it has no growth.json); "
@@ -267,37 +220,31 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
     return folder
 
 
-def read_folder(directory: Path) -> GrowthFolder:
+def _read_folder(directory: Path) -> GrowthFolder:
     """A growth folder, begun or not. UserError where a file is damaged, or lost."""
-    found, lost = any(data_files(directory)), None
+    found = any(_data_files(directory))
     for name in ("manifest.json", "growth.json"):  # a first commit may be writing them just now
-        if (directory / name).is_file():
-            found = True
-        elif found:
-            lost = name
-    if lost:
-        raise UserError(
-            f"{directory} has lost its {lost}, without which its decisions cannot be trusted; "
-            "put the file back, or give another --growth folder"
-        )
-    settings = _read(directory / "growth.json")
-    content = _read(directory / "manifest.json")
-    if not content:
-        return GrowthFolder(directory, settings, Manifest())
+        is_there = (directory / name).is_file()
+        if found and not is_there:
+            raise UserError(
+                f"{directory} has lost its {name}, without which its decisions cannot be trusted; "
+                "put the file back, or give another --growth folder"
+            )
+        found |= is_there
+    settings, manifest = (_read(directory / name) for name in ("growth.json", "manifest.json"))
     damage = (KeyError, TypeError, AttributeError)
     with refusing(directory / "manifest.json", "the commit point", *damage, fault=_DAMAGED):
-        del content["format"]
-        names = {f.name for f in fields(SourceProgress)}
+        manifest.pop("format", None)
+        known = {field.name for field in fields(SourceProgress)}
         sources = [
-            SourceProgress(**{name: value for name, value in source.items() if name in names})
-            for source in content.pop("sources")
+            SourceProgress(**{name: value for name, value in source.items() if name in known})
+            for source in (manifest.pop("sources") if manifest else ())
         ]
         sum(sum(source.skipped.values()) for source in sources)  # TypeError unless all are counts
-        return GrowthFolder(directory, settings, Manifest(**content, sources=sources))
+        return GrowthFolder(directory, settings, **manifest, sources=sources)
 
 
-def data_files(directory: Path) -> list[Path]:
-    """Files of decisions and features, committed or not."""
+def _data_files(directory: Path) -> list[Path]:
     return [*directory.glob("decisions/*.parquet"), *directory.glob("kept/*.npy")]
 
 
@@ -306,3 +253,148 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} has an unknown format; this version reads {FORMAT}")
     return content if len(content) > 1 else {}
+
+
+class GrowthLedger:
+    """A growth folder opened for writing; a context manager that holds the folder's lock.
+
+    A commit's table is built and its files are written in a thread of its own, while the caller
+    goes on; what fails there is raised by the next :meth:`commit` or :meth:`folder`.
+
+    Args:
+        directory: an existing growth folder, or one to make (missing or empty).
+
+    Attributes:
+        pending_rows: decisions recorded since the last commit.
+        dropped: decisions "dropped", committed or not: for the progress bar.
+
+    Raises:
+        UserError: the folder holds something else, or another process is writing to it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.pending_rows = 0
+        self._recorded: list[tuple[int, Decisions, np.ndarray]] = []
+        self._lock = _take_lock(Path(directory))
+        self._thread = ThreadPoolExecutor(1, "ledger")
+        self._committing: Future[GrowthFolder] = Future()
+        try:
+            self._committing.set_result(_recovered(Path(directory)))
+        except BaseException:
+            self.__exit__()
+            raise
+        self.dropped = self.folder().totals["dropped"]
+
+    def __enter__(self) -> GrowthLedger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the lock back; what was not committed is forgotten."""
+        self._thread.shutdown()
+        os.close(self._lock)
+
+    def folder(self) -> GrowthFolder:
+        """The committed content, for reading; waits until all commits are done."""
+        return self._committing.result()
+
+    def record(self, source: int, decisions: Decisions, rows: np.ndarray) -> None:
+        """Take decisions in; they are on disk after the next :meth:`commit`.
+
+        Args:
+            source: the number of the source.
+            rows: (N,) the samples' rows in the source's features.
+        """
+        self._recorded.append((source, decisions, rows))
+        self.pending_rows += len(decisions)
+        self.dropped += len(decisions) - int(decisions.kept.sum())
+
+    def commit(self, settings: dict[str, Any], sources: Sequence[SourceProgress]) -> None:
+        """Make everything recorded, and how far the sources are, durable in one step.
+
+        Args:
+            settings: what growth.json is to hold.
+
+        Raises:
+            UserError: the disk is full or not writable; what was committed before stays intact.
+        """
+        before = self.folder()  # at most one commit's decisions wait in memory
+        given = {"format": FORMAT, **deepcopy(settings)}, deepcopy(list(sources)), self._recorded
+        self._committing = self._thread.submit(_commit, before, *given)
+        self._recorded, self.pending_rows = [], 0
+
+
+def _commit(
+    before: GrowthFolder,
+    settings: dict[str, Any],
+    sources: list[SourceProgress],
+    recorded: list[tuple[int, Decisions, np.ndarray]],
+) -> GrowthFolder:
+    """Write a part, if anything was recorded, and the manifest; returns the folder as it is now."""
+    if settings != before.settings:
+        atomic_write_json(before.directory / "growth.json", settings, indent=1)
+    if not (before.directory / "manifest.json").is_file():
+        before.write_manifest()
+    after = replace(before, settings=settings, sources=sources)
+    if recorded:
+        table = pa.concat_tables([part.table(source, rows) for source, part, rows in recorded])
+        numbers = np.arange(before.rows, before.rows + len(table), dtype=np.int64)
+        table = table.combine_chunks().add_column(0, "row", pa.array(numbers)).cast(SCHEMA)
+        for space in after.spaces:
+            kept = [part.features[space][part.kept] for _, part, _ in recorded]
+            atomic_write_array(before.file(before.parts, space), *kept)
+        with atomic_write(before.file(before.parts)) as file:
+            pq.write_table(table, file, compression="zstd")
+        totals, rows = _added(before.totals, table), before.rows + len(table)
+        after = replace(after, parts=before.parts + 1, rows=rows, totals=totals)
+    after.write_manifest()
+    return after
+
+
+def _recovered(directory: Path) -> GrowthFolder:
+    """What is committed; what a killed run left beside it is removed."""
+    folder = _read_folder(directory)
+    for part in (directory, directory / "decisions", directory / "kept"):
+        part.mkdir(exist_ok=True)
+        remove_leftovers(part)
+    for path in _data_files(directory):
+        number = path.stem.rpartition("_")[2]
+        if number.isdigit() and int(number) >= folder.parts:
+            path.unlink()
+    return folder
+
+
+def _added(totals: dict[str, Any], table: pa.Table) -> dict[str, Any]:
+    """The totals with a part's decisions counted in."""
+    totals = {**totals, "reasons": dict(totals["reasons"])}
+    totals["pairs"] += len(table)
+    for counted, column in ((totals, "verdict"), (totals["reasons"], "reason")):
+        for entry in table[column].value_counts().to_pylist():
+            counted[entry["values"]] = counted.get(entry["values"], 0) + entry["counts"]
+    totals["dataset"] = totals["kept"] + totals["recaptioned"]
+    return totals
+
+
+def _take_lock(directory: Path) -> int:
+    """The folder's lock file, open and exclusively locked: the lock goes when the process ends,
+    however it ends. UserError where the folder is another's, or in use."""
+    with refusing(directory, "the growth folder", action="use"):
+        directory.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in directory.iterdir()}
+        foreign = [name for name in sorted(names - _OURS) if TEMPORARY_MARK not in name]
+        if foreign and "growth.json" not in names:
+            raise UserError(
+                f"{directory} is not a growth folder: it holds {foreign[0]!r}; "
+                "give --growth an empty or a new folder"
+            )
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"{directory} is in use by another run (process {owner}); wait for it to end"
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock

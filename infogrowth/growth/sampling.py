@@ -144,9 +144,7 @@ class GainSampler:
         return self._rank_length() - self._skip
 
     def __iter__(self) -> Iterator[int]:
-        start, self._skip = self._skip, 0
-        self._position = start
-        return self._walk(self._rank_rows(), start)
+        return (row for row, _, _ in self.positions())
 
     def positions(self) -> Iterator[tuple[int, int, int]]:
         """Like iteration, but (row, epoch, position in the padded global sequence).
@@ -154,9 +152,9 @@ class GainSampler:
         The position distinguishes two draws of one sample, so augmentation can be a pure function
         of (seed, epoch, position), whatever the number of loader workers.
         """
-        epoch, start = self.epoch, self._skip
-        for offset, row in enumerate(self, start=start):
-            yield row, epoch, offset * self.world_size + self.rank
+        self._position, self._skip = self._skip, 0
+        padded = np.resize(self._sequence, self._rank_length() * self.world_size)
+        return self._walk(padded[self.rank :: self.world_size], self._position, self.epoch)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """Where the sampler is, as plain values.
@@ -197,17 +195,13 @@ class GainSampler:
         self._skip = min(state["consumed"] // self.world_size, self._rank_length())
         self._position = self._skip
 
-    def _walk(self, rows: np.ndarray, start: int) -> Iterator[int]:
-        for row in rows[start:]:
-            self._position += 1
-            yield int(row)
+    def _walk(self, rows: np.ndarray, start: int, epoch: int) -> Iterator[tuple[int, int, int]]:
+        for offset in range(start, len(rows)):
+            self._position = offset + 1
+            yield int(rows[offset]), epoch, offset * self.world_size + self.rank
 
     def _rank_length(self) -> int:
         return math.ceil(len(self._sequence) / self.world_size)
-
-    def _rank_rows(self) -> np.ndarray:
-        padded = np.resize(self._sequence, self._rank_length() * self.world_size)
-        return padded[self.rank :: self.world_size]
 
     def _draw(self, epoch: int) -> np.ndarray:
         random = generator(self.seed, "sampler", self.mode, epoch)

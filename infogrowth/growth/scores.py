@@ -36,11 +36,7 @@ class Measure:
     about: dict[str, Any] | None = None
 
     def __call__(
-        self,
-        image: np.ndarray,
-        text: np.ndarray,
-        ids: Sequence[str] = (),
-        recaptions: bool = False,
+        self, image: np.ndarray, text: np.ndarray, ids: Sequence[str] = (), recaptions: bool = False
     ) -> np.ndarray:
         """(N,) float64, NaN where unknown.
 
@@ -87,11 +83,7 @@ class ScoreColumn(Measure):
         return bool(self._values[True])
 
     def __call__(
-        self,
-        image: np.ndarray,
-        text: np.ndarray,
-        ids: Sequence[str] = (),
-        recaptions: bool = False,
+        self, image: np.ndarray, text: np.ndarray, ids: Sequence[str] = (), recaptions: bool = False
     ) -> np.ndarray:
         values = self._values[recaptions]
         return np.array([values.get(name, np.nan) for name in ids], np.float64)
@@ -128,11 +120,7 @@ class NegClip(Measure):
         }
 
     def __call__(
-        self,
-        image: np.ndarray,
-        text: np.ndarray,
-        ids: Sequence[str] = (),
-        recaptions: bool = False,
+        self, image: np.ndarray, text: np.ndarray, ids: Sequence[str] = (), recaptions: bool = False
     ) -> np.ndarray:
         cosines = row_products(image, text)
         own = cosines / self.temperature

@@ -121,56 +121,37 @@ def plan_stream(
     Raises:
         UserError: the features changed while they were half read.
     """
+
+    def added(kind: str, start: int, rows: int, retries: int | None = None) -> int:
+        source = SourceProgress(kind, features.path, start, start, rows, "", recaptions, retries)
+        sources.append(source)
+        return len(sources) - 1
+
     begun = [n for n, s in enumerate(sources) if s.kind == "stream" and s.is_of(features)]
-    latest = max(begun, key=lambda number: sources[number].position, default=None)
-    todo = _plan_new_rows(sources, latest, features, recaptions)
-    if recaptions is None:
-        return todo
-    for number in begun:  # rows that were read without this recaption table
-        source = sources[number]
-        if source.recaptions == recaptions or source.position == source.start:
-            continue
-        retries = [
-            n for n, s in enumerate(sources) if (s.retries, s.recaptions) == (number, recaptions)
-        ] or [
-            _append(sources, "retry", features, source.start, source.position, recaptions, number)
-        ]
-        todo += [retry for retry in retries if not sources[retry].complete]
-    return todo
-
-
-def _plan_new_rows(
-    sources: list[SourceProgress], latest: int | None, features: Features, recaptions: str | None
-) -> list[int]:
-    """The rows of the features that no source has decided yet; `latest` got furthest in them."""
-    if latest is None:
+    todo = []
+    if not begun:
         for source in sources:
             if source.kind == "stream" and not source.complete and source.has_path_of(features):
                 raise UserError(
                     f"the features {features.path} have changed since {source.position} of their "
                     f"{source.rows} rows were grown; restore them, or copy the new ones elsewhere"
                 )
-        return [_append(sources, "stream", features, 0, features.rows, recaptions)]
-    source = sources[latest]
-    if source.position >= features.rows:
-        return []
-    if source.recaptions == recaptions:
-        source.rows = features.rows
-        return [latest]
-    source.rows = source.position  # from here on another table is used: another source
-    return [_append(sources, "stream", features, source.position, features.rows, recaptions)]
-
-
-def _append(
-    sources: list[SourceProgress],
-    kind: str,
-    features: Features,
-    start: int,
-    rows: int,
-    recaptions: str | None,
-    retries: int | None = None,
-) -> int:
-    """The number of a new source, which reads the features from `start` up to `rows`."""
-    new = SourceProgress(kind, features.path, start, start, rows, "", recaptions, retries)
-    sources.append(new)
-    return len(sources) - 1
+        todo = [added("stream", 0, features.rows)]
+    else:
+        latest = max(begun, key=lambda number: sources[number].position)
+        source = sources[latest]
+        if source.position < features.rows and source.recaptions == recaptions:
+            source.rows = features.rows
+            todo = [latest]
+        elif source.position < features.rows:
+            source.rows = source.position  # from here on another table is used: another source
+            todo = [added("stream", source.position, features.rows)]
+    for number in begun if recaptions is not None else ():
+        source = sources[number]  # whose rows may have been read without this recaption table
+        if source.recaptions == recaptions or source.position == source.start:
+            continue
+        retries = [
+            n for n, s in enumerate(sources) if (s.retries, s.recaptions) == (number, recaptions)
+        ] or [added("retry", source.start, source.position, number)]
+        todo += [retry for retry in retries if not sources[retry].complete]
+    return todo

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -76,13 +76,13 @@ class Thresholds:
     def of_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Those recorded in growth.json; older folders have the paper's rule for recaptions."""
         align = settings["min_align"]
-        return cls(
-            align,
-            settings.get("min_align_rule", "given"),
-            settings.get("min_recaption_align", align),
-            settings.get("min_recaption_align_rule", PAPERS_RULE),
-            settings.get("estimate"),
-        )
+        older = {
+            "min_align_rule": "given",
+            "min_recaption_align": align,
+            "min_recaption_align_rule": PAPERS_RULE,
+            "estimate": None,
+        }
+        return cls(align, **{name: settings.get(name, value) for name, value in older.items()})
 
     @property
     def requests(self) -> dict[str, Any]:
@@ -126,55 +126,47 @@ class Thresholds:
         Raises:
             UserError: too few seeds, no stream, or a purity that no threshold reaches.
         """
-        found = self
+        align, align_rule, estimate = self.min_align, self.min_align_rule, self.estimate
         if self.purity is not None:
-            found = self._with_purity(self.purity, image, text, stream, measure)
-        elif self.min_align is None:
-            how = "best balanced accuracy between the captions of"
-            found = replace(
-                self,
-                min_align=choose_min_align(image, text, measure),
-                min_align_rule=f"auto: {how} {len(image)} seeds and swapped ones",
-            )
-        align, recaption = found.min_align, found.min_recaption_align
-        assert align is not None
-        rule = found.min_recaption_align_rule
+            align, estimate = _reaching(self.purity, image, text, stream, measure)
+            align_rule += ": the lowest that leaves the stream this pure, estimated from "
+            align_rule += f"{estimate['seeds']} seeds and {estimate['samples']} samples"
+        elif align is None:
+            align = choose_min_align(image, text, measure)
+            align_rule += ": best balanced accuracy between the captions of "
+            align_rule += f"{len(image)} seeds and swapped ones"
+        recaption, rule = self.min_recaption_align, self.min_recaption_align_rule
         if rule == "auto":
             if not len(image):
                 raise UserError("min_recaption_align 'auto' needs seeds: there are none")
             recaption = float(np.quantile(measure(image, text), RECAPTION_QUANTILE))
-            how = f"the {RECAPTION_QUANTILE:g} quantile of the alignments of"
-            rule = f"auto: {how} {len(image)} seeds"
+            rule += f": the {RECAPTION_QUANTILE:g} quantile of the alignments of {len(image)} seeds"
         recaption = align if recaption is None else max(recaption, align)
         if self.min_align is None:
-            log.info("min_align = %.4f (%s)", align, found.min_align_rule)
+            log.info("min_align = %.4f (%s)", align, align_rule)
         if rule != PAPERS_RULE:
             log.info("min_recaption_align = %.4f (%s)", recaption, rule)
-        return replace(found, min_recaption_align=recaption, min_recaption_align_rule=rule)
+        return Thresholds(align, align_rule, recaption, rule, estimate)
 
-    def _with_purity(
-        self, purity: float, image: Any, text: Any, stream: Any, measure: Measure
-    ) -> Thresholds:
-        if stream is None:
-            raise UserError(
-                f"min_align '{self.min_align_rule}' is found from the seeds and the stream: give "
-                "seed() the alignments of the samples to come as stream=…"
-            )
-        estimate = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
-        threshold = estimate.threshold(purity)
-        lost = float(estimate.right_lost(threshold))
-        if lost > 0.5:
-            log.warning(
-                "a purity of %g costs about %.0f %% of the right captions with this encoder",
-                *(purity, 100 * lost),
-            )
-        return replace(
-            self,
-            min_align=threshold,
-            min_align_rule=f"{self.min_align_rule}: the lowest that leaves the stream this pure, "
-            f"estimated from {estimate.seeds} seeds and {len(estimate.stream)} samples",
-            estimate={"purity_aim": purity, **estimate.at(threshold)},
+
+def _reaching(
+    purity: float, image: np.ndarray, text: np.ndarray, stream: Any, measure: Measure
+) -> tuple[float, dict[str, Any]]:
+    """The threshold that leaves the stream this pure, and what was estimated when it was found."""
+    if stream is None:
+        raise UserError(
+            f"min_align 'auto:{purity:g}' is found from the seeds and the stream: give "
+            "seed() the alignments of the samples to come as stream=…"
         )
+    estimate = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
+    threshold = estimate.threshold(purity)
+    found = {"purity_aim": purity, **estimate.at(threshold)}
+    if found["right_lost"] > 0.5:
+        log.warning(
+            "a purity of %g costs about %.0f %% of the right captions with this encoder",
+            *(purity, 100 * found["right_lost"]),
+        )
+    return threshold, found
 
 
 def choose_min_align(image: np.ndarray, text: np.ndarray, measure: Measure = cosine) -> float:

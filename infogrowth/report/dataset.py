@@ -17,6 +17,7 @@ import pyarrow as pa
 from infogrowth.annotations import gains_array, load_annotations
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
+from infogrowth.growth.sources import SourceProgress
 from infogrowth.growth.thresholds import StreamEstimate
 
 TEXTS = ("id", "caption", "original_caption", "verdict", "reason", "captioner", "recaption_rule")
@@ -157,15 +158,15 @@ def open_annotations(path: str | os.PathLike[str]) -> GrowthTable:
     return GrowthTable(Path(path).name, rows)
 
 
-def _last_decisions(table: pa.Table, sources: list[dict[str, Any]]) -> pa.Table:
+def _last_decisions(table: pa.Table, sources: list[SourceProgress]) -> pa.Table:
     """One row per sample: one that was processed again counts by its last decision.
 
     Only dropped samples are processed again, so the order of the kept rows does not change.
     """
     origin = np.arange(len(sources) + 1)
     for number, source in enumerate(sources):  # a source retries an earlier one only
-        if source.get("retries") is not None:
-            origin[number] = origin[source["retries"]]
+        if source.retries is not None:
+            origin[number] = origin[source.retries]
     samples = pd.DataFrame(
         {"origin": origin[table["source"].to_numpy()], "row": table["source_row"].to_numpy()}
     )
@@ -173,18 +174,18 @@ def _last_decisions(table: pa.Table, sources: list[dict[str, Any]]) -> pa.Table:
     return table.filter(pa.array(~again)) if again.any() else table
 
 
-def _source_name(source: dict[str, Any]) -> str:
-    kind = {"seed": "seeds from ", "retry": "processed again from "}.get(source["kind"], "")
-    return kind + (Path(source["features"]).name or source["features"])
+def _source_name(source: SourceProgress) -> str:
+    kind = {"seed": "seeds from ", "retry": "processed again from "}.get(source.kind, "")
+    return kind + (Path(source.features).name or source.features)
 
 
-def _skipped(sources: list[dict[str, Any]]) -> dict[str, int]:
+def _skipped(sources: list[SourceProgress]) -> dict[str, int]:
     """Samples without features by reason; features that were read twice are counted once."""
     counts = pd.DataFrame(
         [
-            (source["features"], reason, count)
+            (source.features, reason, count)
             for source in sources
-            for reason, count in source["skipped"].items()
+            for reason, count in source.skipped.items()
         ],
         columns=["features", "reason", "count"],
     )

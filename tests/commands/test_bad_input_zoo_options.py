@@ -182,7 +182,7 @@ BAD_GROWTH_FOLDERS = {
     "lost settings": (lambda g: (g / "growth.json").unlink(), r"lost .*growth\.json"),
     "settings lost with the manifest": (
         lambda g: [(g / name).unlink() for name in ("growth.json", "manifest.json")],
-        r"lost .*growth\.json",
+        r"lost .*\.json",
     ),
     "a damaged manifest": (damaged_manifest, r"manifest\.json is damaged"),
     "an unknown format": (other_format, r"growth\.json .*format"),

@@ -159,4 +159,4 @@ def test_what_embed_skipped_is_counted_in_the_summary(feature_folder, infogrowth
     )
     assert status == 0
     assert "skipped before (no features)  3" in printed
-    assert read_growth(tmp_path / "g").sources[0]["skipped"] == {"image is truncated": 3}
+    assert read_growth(tmp_path / "g").sources[0].skipped == {"image is truncated": 3}

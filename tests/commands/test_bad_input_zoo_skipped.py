@@ -66,7 +66,7 @@ def test_good_records_of_skipped_samples_are_counted(grow, tmp_path):
     lines = b'{"id": "a", "reason": "no caption"}\n{"id": "b", "reason": "no caption"}\n'
     status, printed = grow("skipped.jsonl", lines)
     assert status == 0, printed
-    assert read_growth(tmp_path / "growth").sources[0]["skipped"] == {"no caption": 2}
+    assert read_growth(tmp_path / "growth").sources[0].skipped == {"no caption": 2}
 
 
 def test_a_manifest_with_skipped_counts_of_words_is_told_as_damaged(grow, infogrowth, tmp_path):

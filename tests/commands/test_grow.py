@@ -68,7 +68,7 @@ def test_new_data_later_continues_the_same_dataset(selection, infogrowth):
     assert infogrowth("grow", *common, "--features", second)[0] == 0
     selection.check_golden(selection.home / "out.json")
     folder = read_growth(selection.home / "growth")
-    assert [source["kind"] for source in folder.sources] == ["seed", "stream", "stream"]
+    assert [source.kind for source in folder.sources] == ["seed", "stream", "stream"]
     assert folder.totals["pairs"] == 1600
     assert folder.totals["dataset"] == len(selection.expected["kept_ids"])
 
@@ -181,7 +181,7 @@ def test_a_grown_recaption_table_processes_what_is_pending_once_more(selection, 
     for table in (small, full, small, full):
         assert infogrowth("grow", *flags(selection, features=stream, recaptions=table))[0] == 0
     folder = read_growth(selection.home / "growth")
-    kinds = [source["kind"] for source in folder.sources]
+    kinds = [source.kind for source in folder.sources]
     assert kinds == ["stream", "retry"]
     ids = [a["image"] for a in folder.annotations()]
     assert len(ids) == len(set(ids))
@@ -392,6 +392,7 @@ def test_a_second_run_on_one_folder_is_refused_with_the_process_named(
     [
         (["--k", "5"], "k 4, and this run has 5"),
         (["--min-align", "0.3"], "min_align 0.4, and this run has 0.3"),
+        (["--min-align", "auto"], "min_align 0.4, and this run has auto"),
         (["--modality", "image"], "modality pair, and this run has image"),
     ],
 )
@@ -424,6 +425,7 @@ def test_a_changed_encoder_or_dimension_is_refused_and_named(feature_folder, inf
     status, printed = grow(other)
     assert status == 2
     assert "encoder tiny (aa11), and this run has big (bb22)" in printed
+    assert grow(feature_folder("unknown", seed=2))[0] == 0  # no encoder is no difference
     wide = np.random.default_rng(0).normal(size=(6, 16))
     status, printed = grow(describe(feature_folder("wide", image=wide, text=wide), "tiny", "aa11"))
     assert status == 2

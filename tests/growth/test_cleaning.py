@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.rows import Trouble, fold_sum, row_products, unit_rows
+from infogrowth.rows import Problem, fold_sum, row_products, unit_rows
 
 
 def test_unit_rows_are_correctly_rounded_and_bringing_them_to_length_twice_changes_nothing():
@@ -23,7 +23,7 @@ def test_extreme_but_finite_features_are_no_problem():
     np.testing.assert_allclose(
         rows[:3], [[0.5**0.5, 0.5**0.5], [1, 0], [0.5**0.5, -(0.5**0.5)]], atol=1e-7
     )
-    assert problems.tolist() == [0, 0, 0, Trouble.NOT_FINITE, Trouble.ZERO]
+    assert problems.tolist() == [0, 0, 0, Problem.NOT_FINITE, Problem.ZERO]
     assert not rows[3:].any()
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from infogrowth.errors import UserError
 from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.ledger import read_growth
-from infogrowth.growth.ledger_writer import GrowthLedger
+from infogrowth.growth.ledger import GrowthLedger, read_growth
 from infogrowth.growth.sources import SourceProgress
 
 SETTINGS = {
@@ -62,7 +61,7 @@ def test_what_was_committed_reads_back_the_same(grown):
     assert folder.totals["kept"] == folder.totals["dataset"] == len(growth)
     assert folder.totals["dropped"] == 50 - len(growth)
     assert sum(folder.totals["reasons"].values()) == 50
-    assert folder.sources[0]["features"] == "features"
+    assert folder.sources[0].features == "features"
     kept = folder.annotations()
     restored = InfoGrowth.restore(
         folder.settings,
@@ -159,31 +158,6 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"notes\.txt"):
         GrowthLedger(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("k", 8),
-        ("min_align", 0.25),
-        ("dimension", {"image": 16, "text": 16}),
-        ("encoder", {"name": "big", "fingerprint": "0" * 64}),
-    ],
-)
-def test_other_settings_are_refused_by_name(grown, name, value):
-    folder = read_growth(grown[0])
-    folder.refuse_other(SETTINGS)  # the same ones are fine
-    with pytest.raises(UserError, match=name):
-        folder.refuse_other({**SETTINGS, name: value})
-
-
-def test_a_threshold_that_was_given_is_not_one_to_be_found(grown):
-    with pytest.raises(UserError, match=r"min_align 0\.4.* auto"):
-        read_growth(grown[0]).refuse_other({**SETTINGS, "min_align_rule": "auto"})
-
-
-def test_an_unknown_encoder_is_no_difference(grown):
-    read_growth(grown[0]).refuse_other({**SETTINGS, "encoder": None})
 
 
 def test_image_growth_has_one_space_and_its_gain_in_both_columns(tmp_path):

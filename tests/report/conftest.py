@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.growth.decisions import SCHEMA
-from infogrowth.growth.ledger import Manifest
+from infogrowth.growth.ledger import GrowthFolder
 from infogrowth.growth.sources import SourceProgress
 
 COLORS = ["crimson", "teal", "goldenrod", "royalblue", "purple", "olive", "coral", "slategray"]
@@ -93,9 +93,8 @@ def write_growth(growth, rows, image, text, images=None, min_align=0.4, skipped=
         SourceProgress("stream", "features/a$b_{1}", position=len(rows), rows=len(rows),
                skipped={"not an image": 3, "no <caption>": 1} if skipped is None else skipped),
     ]  # fmt: skip
-    totals = {**Manifest().totals, "dataset": len(image)}
-    manifest = Manifest(parts=1, rows=len(rows), totals=totals, sources=sources)
-    (growth / "manifest.json").write_text(json.dumps(manifest.as_json()))
+    totals = {**GrowthFolder(growth).totals, "dataset": len(image)}
+    GrowthFolder(growth, settings, 1, len(rows), totals, sources).write_manifest()
 
 
 def make_samples(count: int) -> list[dict]:
