@@ -199,7 +199,8 @@ def _summary(config: Config, folder: GrowthFolder, processed: int, seconds: floa
     """The table at the end: what became of all samples so far, and what this run did."""
     totals, reasons = folder.totals, dict(folder.totals["reasons"])
     sources = folder.sources
-    again = len(folder.rows_of([n for n, source in enumerate(sources) if source.kind == "retry"]))
+    retries = [number for number, source in enumerate(sources) if source.kind == "retry"]
+    again = int(np.isin(folder.decisions(["source"])["source"], retries).sum()) if retries else 0
     skipped = sum(sum(source.skipped.values()) for source in sources)
     lines: list[tuple[str, str]] = [
         ("pairs processed", f"{totals['pairs']:,}"),

@@ -79,6 +79,7 @@ class GrowSession:
         self._last_commit = time.monotonic()
         try:
             folder = on_main(self._open)
+            self._decided = folder.totals["pairs"]
             self._sources = deepcopy(folder.sources)
             self._measure = self._chosen_measure(begun=bool(folder.settings))
             before: dict[str, Any] = {"min_align": DEFAULT_MIN_ALIGN, "min_recaption_align": None}
@@ -172,20 +173,21 @@ class GrowSession:
             disable=True if quiet else None,
         ) as bar:  # fmt: skip
             for batch in stream.batches(batch_size, source.position, source.rows, choose):
-                decisions = self._decided(batch, decide)
+                decisions = self._decide(batch, decide)
                 self.processed += len(batch)
+                self._decided += len(batch)
                 bar.update(int(batch.rows[-1]) + 1 - source.position)
                 source.position = int(batch.rows[-1]) + 1
                 if self._ledger is not None:
                     self._ledger.record(number, decisions, batch.rows)
                     self._commit_if_due(number, stream)
-                    counts = {"kept": len(self._engine), "dropped": self._ledger.dropped}
-                    bar.set_postfix(counts, refresh=False)
+                    kept = len(self._engine)
+                    bar.set_postfix(kept=kept, dropped=self._decided - kept, refresh=False)
             bar.update(source.rows - source.position)
         source.position = source.rows
         self._commit(number, stream)
 
-    def _decided(self, batch: FeatureBatch, decide: Callable[..., Decisions]) -> Decisions:
+    def _decide(self, batch: FeatureBatch, decide: Callable[..., Decisions]) -> Decisions:
         """What the engine decides about a batch; samples without id or caption are dropped."""
         captions, image = batch.captions, batch.image
         if self._config.modality == "image" and "label" in batch.extra:
@@ -344,10 +346,11 @@ def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> set[str]:
 
 def _seeded_rows(folder: GrowthFolder, features: FeatureStream) -> np.ndarray:
     """Rows of the features that were taken out of them as seeds, so are not processed again."""
-    sources = enumerate(folder.sources)
-    return folder.rows_of(
-        [n for n, s in sources if s.kind == "seed" and s.seed_ids and s.is_of(features)]
-    )
+    seeds = [n for n, s in enumerate(folder.sources) if s.seed_ids and s.is_of(features)]
+    if not seeds:
+        return np.empty(0, np.int64)
+    table = folder.decisions(("source", "source_row"))
+    return table["source_row"].to_numpy()[np.isin(table["source"], seeds)]
 
 
 def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -156,15 +156,14 @@ class GrowthFolder:
         """Unit features ``(N, D) float32`` of all kept samples in ``space``, in insertion order, or
         of the ``first`` so many: the seeds come first."""
         width = self.settings["dimension"].get(space) or 0
-        count = self.totals["dataset"] if first is None else first
-        rows, filled = np.empty((count if width else 0, width), np.float32), 0
+        missing = self.totals["dataset"] if first is None else first
+        parts = [np.empty((0, width), np.float32)]
         for part in self.kept_feature_parts(space) if width else ():
-            part = part[: count - filled]
-            rows[filled : filled + len(part)] = part
-            filled += len(part)
-            if filled == count:
+            parts.append(part[:missing])
+            missing -= len(parts[-1])
+            if not missing:
                 break
-        return rows[:filled]
+        return np.concatenate(parts)
 
     def pending(self, before_source: int | None = None) -> pa.Table:
         """Samples that wait for a better caption: dropped for their alignment, and never joined
@@ -198,11 +197,6 @@ class GrowthFolder:
             return None
         image, text = (self.kept_features(space, seeds) for space in SPACES)
         return estimate_stream(image, text, stream)
-
-    def rows_of(self, sources: Collection[int]) -> np.ndarray:
-        """Rows in their features of all samples decided in these sources, in order."""
-        table = self.decisions(("source", "source_row"))
-        return table["source_row"].to_numpy()[np.isin(table["source"], list(sources))]
 
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
@@ -258,15 +252,14 @@ def _read(path: Path) -> dict[str, Any]:
 class GrowthLedger:
     """A growth folder opened for writing; a context manager that holds the folder's lock.
 
-    A commit's table is built and its files are written in a thread of its own, while the caller
-    goes on; what fails there is raised by the next :meth:`commit` or :meth:`folder`.
+    Tables are built and files written in a thread of its own, one after the other, while the
+    caller goes on; what fails there is raised by the next :meth:`commit` or :meth:`folder`.
 
     Args:
         directory: an existing growth folder, or one to make (missing or empty).
 
     Attributes:
         pending_rows: decisions recorded since the last commit.
-        dropped: decisions "dropped", committed or not: for the progress bar.
 
     Raises:
         UserError: the folder holds something else, or another process is writing to it.
@@ -274,7 +267,7 @@ class GrowthLedger:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.pending_rows = 0
-        self._recorded: list[tuple[int, Decisions, np.ndarray]] = []
+        self._recorded: list[Future[_Part]] = []
         self._lock = _take_lock(Path(directory))
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._committing: Future[GrowthFolder] = Future()
@@ -283,7 +276,6 @@ class GrowthLedger:
         except BaseException:
             self.__exit__()
             raise
-        self.dropped = self.folder().totals["dropped"]
 
     def __enter__(self) -> GrowthLedger:
         return self
@@ -304,9 +296,8 @@ class GrowthLedger:
             source: the number of the source.
             rows: (N,) the samples' rows in the source's features.
         """
-        self._recorded.append((source, decisions, rows))
+        self._recorded.append(self._thread.submit(_part, source, decisions, rows))
         self.pending_rows += len(decisions)
-        self.dropped += len(decisions) - int(decisions.kept.sum())
 
     def commit(self, settings: dict[str, Any], sources: Sequence[SourceProgress]) -> None:
         """Make everything recorded, and how far the sources are, durable in one step.
@@ -323,11 +314,21 @@ class GrowthLedger:
         self._recorded, self.pending_rows = [], 0
 
 
+_Part = tuple[pa.Table, dict[str, np.ndarray]]
+
+
+def _part(source: int, decisions: Decisions, rows: np.ndarray) -> _Part:
+    """The decisions as a table, and the features of the samples that joined."""
+    kept = slice(None) if decisions.kept.all() else decisions.kept  # spares copies
+    features = {space: features[kept] for space, features in decisions.features.items()}
+    return decisions.table(source, rows), features
+
+
 def _commit(
     before: GrowthFolder,
     settings: dict[str, Any],
     sources: list[SourceProgress],
-    recorded: list[tuple[int, Decisions, np.ndarray]],
+    recorded: list[Future[_Part]],
 ) -> GrowthFolder:
     """Write a part, if anything was recorded, and the manifest; returns the folder as it is now."""
     if settings != before.settings:
@@ -336,12 +337,12 @@ def _commit(
         before.write_manifest()
     after = replace(before, settings=settings, sources=sources)
     if recorded:
-        table = pa.concat_tables([part.table(source, rows) for source, part, rows in recorded])
+        tables, features = zip(*(part.result() for part in recorded), strict=True)
+        table = pa.concat_tables(tables)
         numbers = np.arange(before.rows, before.rows + len(table), dtype=np.int64)
         table = table.combine_chunks().add_column(0, "row", pa.array(numbers)).cast(SCHEMA)
         for space in after.spaces:
-            kept = [part.features[space][part.kept] for _, part, _ in recorded]
-            atomic_write_array(before.file(before.parts, space), *kept)
+            atomic_write_array(before.file(before.parts, space), *(f[space] for f in features))
         with atomic_write(before.file(before.parts)) as file:
             pq.write_table(table, file, compression="zstd")
         totals, rows = _added(before.totals, table), before.rows + len(table)
