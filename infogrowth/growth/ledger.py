@@ -87,9 +87,8 @@ class GrowthFolder:
 
     def file(self, part: int, space: str | None = None) -> Path:
         """The decisions of a part, or the features that it kept in a space."""
-        if space is None:
-            return self.directory / "decisions" / f"{part:06d}.parquet"
-        return self.directory / "kept" / f"{space}_{part:06d}.npy"
+        name = f"kept/{space}_{part:06d}.npy" if space else f"decisions/{part:06d}.parquet"
+        return self.directory / name
 
     @property
     def decision_files(self) -> list[Path]:
@@ -190,8 +189,8 @@ class GrowthFolder:
             return None
         table = self.decisions(("source", "reason", "original_alignment"))
         seeds = pc.sum(pc.equal(table["reason"], Reason.SEED)).as_py() or 0
-        kinds = np.array([source.kind for source in self.sources] or [""])
-        stream = table["original_alignment"].to_numpy()[kinds[table["source"]] == "stream"]
+        streams = [number for number, source in enumerate(self.sources) if source.kind == "stream"]
+        stream = table["original_alignment"].to_numpy()[np.isin(table["source"], streams)]
         stream = stream[np.isfinite(stream)]
         if seeds < MIN_SEEDS or not len(stream):
             return None
