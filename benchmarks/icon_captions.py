@@ -56,7 +56,8 @@ def embed(texts: list[str], batch_size: int = 256) -> np.ndarray:
             given, padding=True, return_tensors="pt", return_offsets_mapping=True, truncation=True
         )
         ends = tokens.pop("offset_mapping")[:, :, 1]
-        states = model(**tokens).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast, 0.99999 of the cosine
+            states = model(**tokens).last_hidden_state.float()
         names = torch.tensor([[text.index(",")] for text in given])
         masks = (ends > 0) & (ends <= names), tokens["attention_mask"]
         for space, mask in enumerate(masks):
