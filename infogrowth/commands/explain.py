@@ -1,12 +1,26 @@
-"""``infogrowth explain``: why one sample was kept, recaptioned or dropped."""
+"""`infogrowth explain`: why one sample was kept, recaptioned or dropped, in words, numbers and
+images."""
 
+import difflib
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from infogrowth.config import option
+from infogrowth.data.names import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
+from infogrowth.growth.decisions import Decision
+from infogrowth.report.formatting import decimal, percent, shown
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from infogrowth.report.dataset import GrowthTable
+    from infogrowth.report.galleries import Thumbnails
 
 HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
 POSITIONAL = ("growth", "id")
@@ -27,7 +41,6 @@ class Config:
 def run(config: Config) -> int:
     """Print the explanation; exit status 2 when there is no such sample."""
     from infogrowth.report.dataset import open_growth
-    from infogrowth.report.explain import as_text, explain, image_strip
     from infogrowth.report.galleries import open_thumbnails
 
     table = open_growth(config.growth)
@@ -40,7 +53,180 @@ def run(config: Config) -> int:
             image_strip(found[-1], thumbnails).save(file, "PNG")
         log.info("wrote %s", config.image)
     if config.json:
-        print(json.dumps([one.as_json() for one in found], indent=2, ensure_ascii=False))
+        print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print("\n\n".join(as_text(one) for one in found))
+        print("\n\n".join(map(as_text, found)))
     return 0
+
+
+def explain(table: "GrowthTable", sample_id: str) -> list[dict[str, Any]]:
+    """Every decision about ``sample_id``, which may have come more than once, in stream order.
+
+    The id is found with or without its extension, as everywhere.
+
+    Returns:
+        ready for JSON, the fields of a `Decision` (None is unknown; neighbors have ``id``,
+        ``distance`` and ``caption``) and ``row`` (its position in the stream, from 0), ``source``,
+        ``why``, ``min_align``, ``gain_rank`` (percent of the kept samples with a smaller mean gain)
+        and, if it is kept, ``visits``: those expected per epoch, by sampler.
+
+    Raises:
+        UserError: no such sample, with the nearest ids.
+    """
+    from infogrowth.report.numbers import expected_visits, ranks_in_percent
+
+    rows, kept = table.rows, table.rows[table.kept]
+    ways: list[Callable[[str], str]] = [str, strip_extension, image_key]
+    matches = (rows[rows.id.map(way) == way(sample_id)] for way in ways)
+    found = next((match for match in matches if len(match)), None)
+    if found is None:
+        # difflib looks at every id; the first hundred thousand are enough for a hint
+        close = difflib.get_close_matches(sample_id, rows.id[:100_000].tolist(), n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UserError(
+            f"sample {sample_id!r} was never processed in {table.name!r}"
+            f"{hint or '; samples without features are counted by reason in the report'}"
+        )
+    visits = expected_visits(table.gains[table.kept]).set_index(kept.index)
+    visits = visits[["uniform", "proportional", "two_phase"]]
+    ranks = ranks_in_percent(kept.gain)
+    explanations = []
+    for row, sample in found.to_dict("index").items():
+        near = {f"{space}_neighbors": table.near(row, space) for space in ("image", "text")}
+        decision = {
+            field.name: near[field.name] if field.name in near else _plain(sample[field.name])
+            for field in fields(Decision)
+        }
+        about = {"row": row, "source": sample["source"], "why": _why(decision, table.min_align)}
+        about |= {
+            "min_align": table.min_align,
+            "gain_rank": float(ranks[row]) if row in ranks else None,
+            "visits": visits.loc[row].to_dict() if row in ranks else None,
+        }
+        explanations.append(decision | about)
+    return explanations
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The explanation for a terminal."""
+    alignment = decimal(found["original_alignment"])
+    if found["verdict"] == "recaptioned":
+        alignment += f" → {decimal(found['alignment'])}"
+    if found["min_align"] is not None:
+        alignment += f"   (threshold {found['min_align']:g})"
+    gain = f"image {decimal(found['gain_image'])}, text {decimal(found['gain_text'])}"
+    if found["gain_rank"] is not None:
+        gain += f"   (more than {percent(found['gain_rank'])} of the kept samples)"
+    lines = [f"{shown(found['id'])}: {found['verdict']}", found["why"], ""]
+    lines.append(f"caption     {shown(found['caption'] or '')}")
+    if found["original_caption"] != found["caption"]:
+        lines.append(f"was         {shown(found['original_caption'] or '')}")
+    if found["recaption_alignment"] is not None:
+        by = f"by {shown(found['captioner'])}, " if found["captioner"] else ""
+        rule = found["recaption_rule"]
+        taken = f"taken by {rule}" if rule else "not taken"
+        lines.append(f"recaption   {by}alignment {decimal(found['recaption_alignment'])}, {taken}")
+    lines += [f"alignment   {alignment}", f"gain        {gain}"]
+    if found["visits"]:
+        each = (f"{name.replace('_', '-')} {n:.2f}" for name, n in found["visits"].items())
+        lines.append(f"visits      per epoch: {', '.join(each)}")
+    source = f", from {shown(found['source'])}" if found["source"] else ""
+    lines.append(f"arrived     as number {found['row'] + 1:,}{source}")
+    for space in ("image", "text"):
+        if neighbors := found[f"{space}_neighbors"]:
+            lines += ["", f"nearest in {space} space when it arrived (cosine distance)"]
+            lines += [
+                f"  {decimal(near['distance'])}  {shown(near['id'])}  {_shortened(near['caption'])}"
+                for near in neighbors
+            ]
+    return "\n".join(lines)
+
+
+def image_strip(found: dict[str, Any], thumbnails: "Thumbnails", side: int = 224) -> "Image.Image":
+    """The sample and its nearest images in a row, with captions and distances under them."""
+    from PIL import Image, ImageDraw, ImageOps
+
+    entries = [(found["id"], found["verdict"], found["caption"] or "")]
+    entries += [
+        (near["id"], f"distance {near['distance']:.3f}", near["caption"])
+        for near in found["image_neighbors"]
+    ]
+    margin, words = 16, 84
+    width = margin + len(entries) * (side + margin)
+    strip = Image.new("RGB", (width, side + words + 2 * margin), "white")
+    draw = ImageDraw.Draw(strip)
+    bold, small = _font("DejaVuSans-Bold.ttf", 13), _font("DejaVuSans.ttf", 12)
+    for number, (name, label, caption) in enumerate(entries):
+        left = margin + number * (side + margin)
+        image = thumbnails.image(name, side)
+        if image is None:
+            draw.rectangle((left, margin, left + side, margin + side), fill="#eef0f4")
+            draw.text((left + 12, margin + 12), "no image", fill="#566070", font=small)
+        else:
+            image = ImageOps.contain(image, (side, side))
+            at = (left + (side - image.width) // 2, margin + (side - image.height) // 2)
+            strip.paste(image, at)
+        top = margin + side + 6
+        draw.text((left, top), label, fill="#1c2430", font=bold)
+        for line, text in enumerate(_wrapped(draw, shown(caption), small, side)[:3], start=1):
+            draw.text((left, top + 4 + 18 * line), text, fill="#566070", font=small)
+    return strip
+
+
+def _why(decision: dict[str, Any], min_align: float | None) -> str:
+    """One sentence for the reader."""
+    before, after = decimal(decision["original_alignment"]), decimal(decision["alignment"])
+    threshold = f"{min_align:g}" if min_align is not None else "the threshold"
+    match decision["verdict"], decision["reason"]:
+        case _, "seed":
+            return "It belongs to the trusted start set, which is never filtered."
+        case "recaptioned", _:
+            return (
+                f"Its own caption did not fit ({before} is under {threshold}), the new one does "
+                f"({after}), so it was kept with the new caption."
+            )
+        case "kept", "aligned":
+            return f"Image and caption fit: {after} is not under {threshold}."
+        case "dropped", "alignment below min_align":
+            return f"Image and caption do not fit: {before} is under {threshold}."
+        case "dropped", "alignment and recaption below min_align":
+            return (
+                f"Image and caption do not fit ({before} is under {threshold}), "
+                "and neither does the new caption."
+            )
+    return f"{decision['verdict'].capitalize()}: {decision['reason'] or ''}."
+
+
+def _plain(value: Any) -> Any:
+    """A value of the table; None for what is unknown."""
+    return None if value != value or value == "" else value
+
+
+def _shortened(text: str, limit: int = 90) -> str:
+    text = shown(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":
+    """A font that matplotlib brings along, so that it is there on every machine."""
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), size)
+
+
+def _wrapped(
+    draw: "ImageDraw.ImageDraw", text: str, font: "ImageFont.FreeTypeFont", width: int
+) -> list[str]:
+    """``text`` in lines of at most ``width`` pixels, words broken where they are too long."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and draw.textlength(lines[-1] + letter, font=font) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines[1:]

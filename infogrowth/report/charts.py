@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from infogrowth.growth.thresholds import StreamEstimate
 from infogrowth.report.formatting import compact
-from infogrowth.report.sweep import Sweep
 
 INCH = 72.0  # an SVG of matplotlib counts in points
 _STYLE = Path(__file__).parent / "templates/charts.mplstyle"
@@ -236,6 +235,21 @@ def draw_gain(figure: Figure, gains: dict[str, np.ndarray]) -> None:
     legend_above(axes)
 
 
+def draw_gains(figure: Figure, parts: dict[str, pd.Series]) -> None:
+    """Histograms of the mean gain of what only A, both, and only B kept."""
+    axes = figure.subplots()
+    everything = pd.concat(list(parts.values())).dropna()
+    top = float(np.quantile(everything, 0.999)) if len(everything) else 1.0
+    edges = np.linspace(0, max(top, 1e-6), 41)
+    for (name, gain), color in zip(parts.items(), ("image", "kept", "text"), strict=True):
+        if gain.notna().any():
+            values = gain.dropna().to_numpy()
+            outlined_histogram(axes, values, edges, COLORS[color], name, alpha=0.25)
+    axes.set(ylim=(0, None), xlim=(0, edges[-1]), xlabel="mean gain", ylabel="samples")
+    compact_counts(axes, "y")
+    legend_above(axes)
+
+
 def draw_visits(figure: Figure, visits: pd.DataFrame) -> None:
     """Expected visits per epoch under each sampler, over the kept samples ordered by gain.
 
@@ -275,10 +289,10 @@ def _draw_phases(axes: Axes, share: np.ndarray, even: np.ndarray, odd: np.ndarra
         note(axes, name, (share[at], values[at]), offset, xycoords="data", **style)
 
 
-def draw_sweep(figure: Figure, found: Sweep) -> None:
+def draw_sweep(figure: Figure, found: dict[str, Any]) -> None:
     """Samples kept by threshold, purity where it is known, and the information kept by the top N:
     side by side, or one under the other on a phone."""
-    thresholds, tops = pd.DataFrame(found.thresholds), pd.DataFrame(found.tops)
+    thresholds, tops = pd.DataFrame(found["thresholds"]), pd.DataFrame(found["tops"])
     pure = thresholds[thresholds.purity.notna()]
     panels: list[tuple[Any, ...]] = [(_draw_thresholds, thresholds)]
     if len(pure):

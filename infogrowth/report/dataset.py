@@ -30,15 +30,6 @@ _NEIGHBORS = [
 ]
 
 
-@dataclass(frozen=True)
-class Neighbor:
-    """One of the nearest kept samples when a sample arrived, with the caption it is known by."""
-
-    id: str
-    distance: float  # cosine
-    caption: str
-
-
 @dataclass(frozen=True, eq=False)
 class GrowthTable:
     """The last decision about each sample that was seen, in the order of the stream (N rows).
@@ -91,8 +82,9 @@ class GrowthTable:
         value = self.settings.get("min_align")
         return None if value is None else float(value)
 
-    def near(self, row: int, space: str) -> list[Neighbor]:
-        """The nearest kept samples in ``space`` when ``row`` arrived, nearest first."""
+    def near(self, row: int, space: str) -> list[dict[str, Any]]:
+        """``id``, cosine ``distance`` and ``caption`` (by which it is known) of the nearest kept
+        samples in ``space`` when ``row`` arrived, nearest first."""
         if self.neighbors is None:
             return []
         ids, distances = (
@@ -100,7 +92,7 @@ class GrowthTable:
             for what in ("neighbors", "distances")
         )
         return [
-            Neighbor(name, distance, self.known_captions.get(name, ""))
+            {"id": name, "distance": distance, "caption": self.known_captions.get(name, "")}
             for name, distance in zip(ids, distances, strict=True)
         ]
 

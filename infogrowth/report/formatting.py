@@ -18,6 +18,11 @@ def decimal(value: float | None, places: int = 3) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def known(value: float) -> float | None:
+    """A number for JSON, None for one that is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
 def plain(value: float | None) -> str:
     """A number for the page's script, which sorts "nan" last."""
     return "nan" if value is None else repr(float(value))

@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,8 @@ from infogrowth.data.image_stores import LmdbImages
 from infogrowth.data.images import BadImage, decode_image
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import GrowthTable
-from infogrowth.report.numbers import DuplicateGroups
 
 GALLERY_SIZE = 60
-GROUP_IMAGES = 12
-GROUPS_SHOWN = 24
 THUMBNAIL_SIDE = 128  # pixels, the longer side
 SORT_KEYS = {"gain": "gain", "gain_image": "image gain", "gain_text": "text gain"}
 
@@ -90,19 +87,9 @@ class Gallery:
     explanation: str
     total: int  # of which `samples` are the first
     samples: list[Any]
-    sort_keys: dict[str, str]
+    sort_keys: dict[str, str] = field(default_factory=lambda: SORT_KEYS)
     largest_first: bool = False
     with_neighbors: bool = False
-
-
-@dataclass(frozen=True)
-class Group:
-    """Near-duplicates: how many, why they count as such, and the first few of them."""
-
-    size: int
-    why: str
-    gain: float  # mean over the group
-    samples: list[Any]
 
 
 def samples(rows: pd.DataFrame) -> list[Any]:
@@ -118,7 +105,7 @@ def galleries(table: GrowthTable) -> list[Gallery]:
     recaptioned = rows[rows.verdict == "recaptioned"]
     recaptioned = recaptioned.sort_values("improvement", ascending=False, kind="stable")
     by_gain = rows[table.kept & rows.gain.notna()].sort_values("gain", kind="stable")
-    early = novelty_warm_up(len(by_gain))
+    early = min(len(by_gain) // 10, 1000)  # when everything is new
     later = np.sort(by_gain.index)[early:]
     novel = by_gain[by_gain.index.isin(later)].iloc[::-1]
     with_alignment = {**SORT_KEYS, "alignment": "alignment"}
@@ -163,21 +150,3 @@ def galleries(table: GrowthTable) -> list[Gallery]:
         ),
     ]
     return [gallery for gallery in made if gallery.samples]
-
-
-def groups(table: GrowthTable, found: DuplicateGroups) -> list[Group]:
-    """The biggest groups of near-duplicates."""
-    return [
-        Group(
-            size=len(rows),
-            why=found.why(number),
-            gain=float(table.rows.gain[rows].mean()),
-            samples=samples(table.rows.iloc[rows[:GROUP_IMAGES]]),
-        )
-        for number, rows in enumerate(found.groups[:GROUPS_SHOWN])
-    ]
-
-
-def novelty_warm_up(kept: int) -> int:
-    """How many of the first kept samples are not called novel: a tenth, at most a thousand."""
-    return min(kept // 10, 1000)

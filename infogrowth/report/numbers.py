@@ -1,6 +1,6 @@
 """The figures behind the report: pure functions of a table, no files, no drawing."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,59 +13,24 @@ NEAR_DUPLICATE = 0.2  # of the usual nearest distance
 ROUNDING = 1e-6  # what float32 features of one image may be apart
 
 
-@dataclass(frozen=True)
-class Headline:
-    """The counts a reader wants first. ``seen`` includes seeds, not the skipped samples."""
-
-    seen: int
-    seeds: int
-    kept: int
-    recaptioned: int
-    dropped: int
-    skipped: int
-    gain_image: float  # means over the kept samples
-    gain_text: float
-    effective_size: float  # sum of the normalized gains: draws of one gain-weighted pass
-
-
-@dataclass(frozen=True, eq=False)
-class DuplicateGroups:
-    """Kept samples that hang together through images that are nearly the same to the encoder."""
-
-    groups: list[list[int]]  # at least two rows each
-    distance: float  # up to which two images count as near-duplicates
-    usual: float  # median distance of a kept image to the nearest one before it
-    nearest: np.ndarray  # (N,) distance to the nearest image at arrival, inf without one
-    captions: pd.Series  # (N,)
-
-    def why(self, number: int) -> str:
-        """Why the samples of a group count as near-duplicates, in one sentence."""
-        rows = self.groups[number]
-        linked = self.nearest[rows][self.nearest[rows] <= self.distance]
-        widest = float(linked.max()) if len(linked) else 0.0
-        captions = self.captions[rows].nunique()
-        words = "the same caption" if captions == 1 else f"{captions} captions"
-        if widest < ROUNDING:
-            return f"The same image to the encoder, under {len(rows)} ids with {words}."
-        times = f"{self.usual / widest:.0f} times closer than usual, " if self.usual else ""
-        return f"Each within {widest:.2g} of another, {times}with {words}."
-
-
-def headline(table: GrowthTable) -> Headline:
-    """Count the verdicts and average the gains."""
+def headline(table: GrowthTable) -> dict[str, Any]:
+    """The counts a reader wants first: ``seen`` (with seeds, without the skipped), ``seeds``,
+    ``kept`` (the recaptioned too), ``recaptioned``, ``dropped``, ``skipped``; the means of the
+    gains over the kept samples; and the effective size, the sum of the normalized gains: draws of
+    one gain-weighted pass."""
     gains = table.gains[table.kept]
-    image, text = pd.DataFrame(gains).mean()
-    return Headline(
-        seen=len(table.rows),
-        seeds=int((table.rows.reason == "seed").sum()),
-        kept=len(gains),
-        recaptioned=int((table.rows.verdict == "recaptioned").sum()),
-        dropped=len(table.rows) - len(gains),
-        skipped=sum(table.skipped.values()),
-        gain_image=float(image),
-        gain_text=float(text),
-        effective_size=float(_safe_normalized(gains).sum()),
-    )
+    image, text = pd.DataFrame(gains).mean().tolist()
+    return {
+        "seen": len(table.rows),
+        "seeds": int((table.rows.reason == "seed").sum()),
+        "kept": len(gains),
+        "recaptioned": int((table.rows.verdict == "recaptioned").sum()),
+        "dropped": len(table.rows) - len(gains),
+        "skipped": sum(table.skipped.values()),
+        "gain_image": image,
+        "gain_text": text,
+        "effective_size": float(_safe_normalized(gains).sum()),
+    }
 
 
 def growth_curve(table: GrowthTable, blocks: int = 120) -> pd.DataFrame:
@@ -128,7 +93,9 @@ def expected_visits(gains: np.ndarray) -> pd.DataFrame:
     )
 
 
-def duplicate_groups(table: GrowthTable, distance: float | None = None) -> DuplicateGroups:
+def duplicate_groups(
+    table: GrowthTable, distance: float | None = None, described: int = 24
+) -> dict[str, Any]:
     """Groups of kept samples that are linked through images at most ``distance`` apart.
 
     A sample is linked to those of its recorded nearest neighbors that are that close; groups are
@@ -138,14 +105,19 @@ def duplicate_groups(table: GrowthTable, distance: float | None = None) -> Dupli
         distance: cosine distance; None follows the encoder: :data:`NEAR_DUPLICATE` times the
             distance at which a kept image usually finds its nearest, so that an encoder whose
             features lie close together calls no more duplicates than another.
+        described: how many groups to describe.
+
+    Returns:
+        ``groups``, the ``rows`` of each described one, ``why`` they count as near-duplicates and
+        their mean ``gain``; the number of ``all_groups`` and of ``samples`` in them; the
+        ``distance``; and the ``usual`` one of a kept image to the nearest before it (median).
     """
-    captions = table.rows.caption
     if table.neighbors is None:
-        return DuplicateGroups([], distance or 0.0, float("nan"), np.zeros(0), captions)
+        return {"groups": [], "all_groups": 0, "samples": 0, "distance": 0.0, "usual": np.nan}
     names = table.neighbors["image_neighbors"].combine_chunks()
     distances = table.neighbors["image_distances"].combine_chunks().flatten().to_numpy(False)
     rows = names.value_parent_indices().to_numpy()
-    nearest = np.full(len(captions), np.inf)
+    nearest = np.full(len(table.rows), np.inf)
     np.minimum.at(nearest, rows, distances)
     known = nearest[table.kept & np.isfinite(nearest)]
     usual = float(np.median(known)) if len(known) else float("nan")
@@ -155,10 +127,30 @@ def duplicate_groups(table: GrowthTable, distance: float | None = None) -> Dupli
     row_of = {name: row for row, name in table.rows.id[table.kept].items()}
     near = [row_of.get(name, -1) for name in names.flatten().filter(pa.array(close)).to_pylist()]
     links = np.stack([rows[close], np.array(near, np.int64)])
-    leader = _connected(len(captions), links[:, links[1] >= 0])
+    leader = _connected(len(table.rows), links[:, links[1] >= 0])
     members = pd.Series(np.arange(len(leader))).groupby(leader).agg(list)
     groups = sorted((m for m in members if len(m) > 1), key=lambda rows: (-len(rows), rows[0]))
-    return DuplicateGroups(groups, distance, usual, nearest, captions)
+
+    def why(rows: list[int]) -> str:
+        linked = nearest[rows][nearest[rows] <= distance]
+        widest = float(linked.max()) if len(linked) else 0.0
+        captions = table.rows.caption[rows].nunique()
+        words = "the same caption" if captions == 1 else f"{captions} captions"
+        if widest < ROUNDING:
+            return f"The same image to the encoder, under {len(rows)} ids with {words}."
+        times = f"{usual / widest:.0f} times closer than usual, " if usual else ""
+        return f"Each within {widest:.2g} of another, {times}with {words}."
+
+    return {
+        "groups": [
+            {"rows": rows, "why": why(rows), "gain": float(table.rows.gain[rows].mean())}
+            for rows in groups[:described]
+        ],
+        "all_groups": len(groups),
+        "samples": sum(map(len, groups)),
+        "distance": distance,
+        "usual": usual,
+    }
 
 
 def reason_counts(table: GrowthTable) -> list[tuple[str, int]]:

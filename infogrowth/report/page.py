@@ -29,9 +29,10 @@ from infogrowth.report.charts import (
 )
 from infogrowth.report.dataset import GrowthTable
 from infogrowth.report.formatting import compact, decimal
-from infogrowth.report.galleries import Thumbnails, galleries, groups
+from infogrowth.report.galleries import Thumbnails, galleries, samples
 from infogrowth.report.projection import kept_map
 
+GROUP_IMAGES = 12
 _FILTERS = ("count", "decimal", "percent", "plain", "share", "shown", "compact")
 
 
@@ -60,6 +61,8 @@ def dataset_context(
 ) -> dict[str, Any]:
     """Everything that dataset.html.j2 shows."""
     duplicates = numbers.duplicate_groups(table, duplicate_distance)
+    for group in duplicates["groups"]:
+        group["samples"] = samples(table.rows.iloc[group["rows"][:GROUP_IMAGES]])
     head = numbers.headline(table)
     visits = numbers.expected_visits(table.gains[table.kept])
     return {
@@ -73,7 +76,6 @@ def dataset_context(
         "purity_note": purity_note(table.estimate) if table.estimate else None,
         "epoch_lengths": visits.sum(),
         "galleries": galleries(table),
-        "groups": groups(table, duplicates),
         "duplicates": duplicates,
         "map": kept_map(table, thumbnails),
         "reasons": numbers.reason_counts(table),
@@ -81,13 +83,13 @@ def dataset_context(
 
 
 def dataset_charts(
-    table: GrowthTable, head: numbers.Headline, visits: pd.DataFrame
+    table: GrowthTable, head: dict[str, Any], visits: pd.DataFrame
 ) -> dict[str, Markup]:
     """The charts of dataset.html.j2 by name; without those for which the table has no numbers."""
     gains = dict(zip(("image", "text"), table.gains[table.kept].T, strict=True))
     if not table.has_text:
         del gains["text"]
-    means = f"{decimal(head.gain_image)} image and {decimal(head.gain_text)} text"
+    means = f"{decimal(head['gain_image'])} image and {decimal(head['gain_text'])} text"
     charts = {
         "gain": svg(
             "gains",
@@ -109,8 +111,9 @@ def dataset_charts(
         curve = numbers.growth_curve(table)
         charts["growth"] = wide_and_narrow(
             "growth",
-            f"Of {head.seen} samples seen, {head.kept} were kept, {head.recaptioned} of them with "
-            f"a new caption, and {head.dropped} dropped. {_flattening(curve)}",
+            "Of {seen} samples seen, {kept} were kept, {recaptioned} of them with a new caption, "
+            "and {dropped} dropped. ".format_map(head)
+            + _flattening(curve),
             (680, 380),
             (NARROW, 380),
             draw_growth,

@@ -8,7 +8,6 @@ The two axes are the directions along which the kept images' features differ mos
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -32,29 +31,6 @@ ATLAS_COMMAND = (
 _CHUNK_ROWS = 4096  # rows whose images are held at once
 
 
-@dataclass(frozen=True)
-class Landmark:
-    """An image on the map; its position in percent of the frame."""
-
-    left: float
-    top: float
-    sample: Any  # a row of the table
-    level: int  # of its gain, as the dots' colors
-    on_small_screens: bool
-
-
-@dataclass(frozen=True)
-class Map:
-    """The kept set in two dimensions: dots by level of gain as SVG paths, and some images."""
-
-    points: int
-    explained: float
-    paths: list[str]
-    low: float
-    high: float
-    landmarks: list[Landmark]
-
-
 def principal_components(features: np.ndarray) -> tuple[np.ndarray, float]:
     """Points (K, 2) float64 of the features (K, D), and the share of the variance they show.
 
@@ -75,8 +51,15 @@ def principal_components(features: np.ndarray) -> tuple[np.ndarray, float]:
     return features @ axes - mean @ axes, explained
 
 
-def kept_map(table: GrowthTable, thumbnails: Thumbnails) -> Map | None:
-    """The map of the kept set, or None when there are no features or too few to draw."""
+def kept_map(table: GrowthTable, thumbnails: Thumbnails) -> dict[str, Any] | None:
+    """The map of the kept set, or None when there are no features or too few to draw.
+
+    Returns:
+        the number of ``points`` and the percentage of variance ``explained``; ``paths``, SVG paths
+        of dots by level of gain between ``low`` and ``high``; and ``landmarks``, images: positions
+        ``left`` and ``top`` in percent of the frame, ``sample`` (a row of the table), ``level``,
+        and whether it is shown ``on_small_screens``.
+    """
     kept = table.rows[table.kept]
     if table.kept_features is None or len(kept) < 3:
         return None
@@ -95,14 +78,26 @@ def kept_map(table: GrowthTable, thumbnails: Thumbnails) -> Map | None:
     on_map = spread_out(positions / 1000, IMAGE_ON_MAP)
     small = {on_map[at] for at in spread_out(positions[on_map] / 1000, IMAGE_ON_SMALL_MAP)}
     landmarks = [
-        Landmark(positions[at, 0] / 10, positions[at, 1] / 10, sample, int(level[at]), at in small)
+        {
+            "left": positions[at, 0] / 10,
+            "top": positions[at, 1] / 10,
+            "sample": sample,
+            "level": int(level[at]),
+            "on_small_screens": at in small,
+        }
         for at, sample in zip(on_map, samples(kept.iloc[on_map]), strict=True)
         if thumbnails.address(sample.id)
     ]
     # Tab walks from the top left to the bottom right.
-    landmarks.sort(key=lambda mark: (mark.top // 10, mark.left))
-    paths = [_dots(positions[level == value]) for value in range(MAP_LEVELS)]
-    return Map(len(kept), 100 * explained, paths, low, high, landmarks)
+    landmarks.sort(key=lambda mark: (mark["top"] // 10, mark["left"]))
+    return {
+        "points": len(kept),
+        "explained": 100 * explained,
+        "paths": [_dots(positions[level == value]) for value in range(MAP_LEVELS)],
+        "low": low,
+        "high": high,
+        "landmarks": landmarks,
+    }
 
 
 def _dots(positions: np.ndarray) -> str:
@@ -179,7 +174,9 @@ def _atlas_rows(
 ) -> Iterator[dict[str, object]]:
     for sample in table.rows.itertuples():
         row = sample.Index
-        near = [(row_of[n.id], n.distance) for n in table.near(row, "image") if n.id in row_of]
+        near = [
+            (row_of[n["id"]], n["distance"]) for n in table.near(row, "image") if n["id"] in row_of
+        ]
         if np.isnan(points[row]).any() and near:
             points[row] = points[[other for other, _ in near]].mean(axis=0)
         # Atlas wants lists of one length. The first samples met fewer neighbors: they fill up with

@@ -39,8 +39,8 @@ def test_columns_come_in_stream_order_with_their_neighbors(made):
         assert grown.rows[column].tolist() == [r[column] for r in made.rows]
     assert grown.gains[:, 0].tolist() == [r["gain_image"] for r in made.rows]
     near = grown.near(50, "text")
-    assert [neighbor.id for neighbor in near] == made.rows[50]["text_neighbors"]
-    assert [neighbor.distance for neighbor in near] == made.rows[50]["text_distances"]
+    assert [neighbor["id"] for neighbor in near] == made.rows[50]["text_neighbors"]
+    assert [neighbor["distance"] for neighbor in near] == made.rows[50]["text_distances"]
     assert grown.rows.source.iloc[0] == "seeds from seeds"
     assert grown.rows.source.iloc[-1] == "a$b_{1}"
 

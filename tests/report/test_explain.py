@@ -1,11 +1,9 @@
-from dataclasses import replace
-
 import pytest
 
 from infogrowth.annotations import save_annotations
+from infogrowth.commands.explain import as_text, explain, image_strip
 from infogrowth.errors import UserError
 from infogrowth.report.dataset import open_annotations, open_growth
-from infogrowth.report.explain import as_text, explain, image_strip
 from infogrowth.report.galleries import Thumbnails
 
 
@@ -36,36 +34,33 @@ def test_a_new_caption_tells_who_wrote_it_and_what_let_it_in(made, grown):
     found = one(grown, made.ids("recaptioned")[0])
     assert "captioner" not in as_text(found)  # folders of earlier versions did not record it
     record = {"captioner": "nearest:list.json", "recaption_alignment": 0.7125}
-    taken = found.sample._replace(**record, recaption_rule="auto 0.62")
-    assert "by nearest:list.json, alignment 0.713, taken by auto 0.62" in as_text(
-        replace(found, sample=taken)
-    )
-    tried = found.sample._replace(**record)
-    assert "alignment 0.713, not taken" in as_text(replace(found, sample=tried))
+    taken = {**found, **record, "recaption_rule": "auto 0.62"}
+    assert "by nearest:list.json, alignment 0.713, taken by auto 0.62" in as_text(taken)
+    assert "alignment 0.713, not taken" in as_text({**found, **record})
 
 
 def test_a_dropped_sample_tells_the_threshold_it_missed(made, grown):
     found = one(grown, made.ids("dropped")[0])
-    assert f"{found.sample.alignment:.3f}".replace("-", "−") + " is under 0.4" in found.why
-    assert found.visits is None
-    assert found.gain_rank is None
-    assert found.sample.gain_image is not None
+    assert f"{found['alignment']:.3f}".replace("-", "−") + " is under 0.4" in found["why"]
+    assert found["visits"] is None
+    assert found["gain_rank"] is None
+    assert found["gain_image"] is not None
 
 
 def test_a_seed_is_told_to_be_trusted(grown):
-    assert "never filtered" in one(grown, "000003").why
+    assert "never filtered" in one(grown, "000003")["why"]
 
 
 def test_neighbors_come_nearest_first_with_the_captions_they_are_known_by(made, grown):
     found, row = one(grown, "000090"), row_of(made, "000090")
-    assert [n.id for n in found.neighbors["image"]] == row["image_neighbors"]
-    assert [n.distance for n in found.neighbors["text"]] == row["text_distances"]
-    for near in found.neighbors["image"]:
-        assert near.caption == row_of(made, near.id)["caption"]
+    assert [n["id"] for n in found["image_neighbors"]] == row["image_neighbors"]
+    assert [n["distance"] for n in found["text_neighbors"]] == row["text_distances"]
+    for near in found["image_neighbors"]:
+        assert near["caption"] == row_of(made, near["id"])["caption"]
 
 
 def test_the_id_is_found_with_its_extension_too(grown):
-    assert one(grown, "cc3m_train/000090.jpg").sample.id == "000090"
+    assert one(grown, "cc3m_train/000090.jpg")["id"] == "000090"
 
 
 def test_an_unknown_id_names_the_nearest_ones(grown):
@@ -80,7 +75,7 @@ def test_gain_rank_counts_the_kept_samples_that_are_less_novel(made, grown):
         if row["verdict"] != "dropped"
     }
     below = sum(value < gains["000090"] for value in gains.values())
-    assert one(grown, "000090").gain_rank == pytest.approx(100 * below / len(gains))
+    assert one(grown, "000090")["gain_rank"] == pytest.approx(100 * below / len(gains))
 
 
 def test_terminal_text_holds_no_control_characters(tmp_path, write_folder, made, grown):
@@ -113,4 +108,4 @@ def test_a_sample_in_a_folder_is_found_without_its_extension(tmp_path, asked):
     names = ["x/a.jpg", "x/b.jpg"]
     samples = [{"image": name, "caption": "c", "gains": [0.5, 0.25]} for name in names]
     save_annotations(tmp_path / "grown.json", samples)
-    assert one(open_annotations(tmp_path / "grown.json"), asked).sample.id == "x/b.jpg"
+    assert one(open_annotations(tmp_path / "grown.json"), asked)["id"] == "x/b.jpg"

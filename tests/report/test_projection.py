@@ -31,12 +31,12 @@ def test_points_that_lie_in_a_plane_keep_their_positions():
 def test_many_rows_are_drawn_at_random_and_always_the_same(made, monkeypatch):
     monkeypatch.setattr(projection, "MAP_POINTS", 50)
     first, again = (kept_map(open_growth(made.growth), Thumbnails(made.lmdb)) for _ in range(2))
-    assert first.paths == again.paths
-    assert [mark.sample.id for mark in first.landmarks] == [
-        mark.sample.id for mark in again.landmarks
+    assert first["paths"] == again["paths"]
+    assert [mark["sample"].id for mark in first["landmarks"]] == [
+        mark["sample"].id for mark in again["landmarks"]
     ]
-    assert first.points == 50
-    assert sum(path.count("M") for path in first.paths) == 50
+    assert first["points"] == 50
+    assert sum(path.count("M") for path in first["paths"]) == 50
 
 
 def test_equal_rows_and_a_single_dimension_do_not_break_it():
