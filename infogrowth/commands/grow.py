@@ -62,18 +62,20 @@ class Config:
         "fixed reference drawn from the features), or a column of --scores such as itm",
     )
     scores: list[str] = option([], help="parquet files with id and the column of --clean-by")
-    k: int = option(4, help="a gain is the mean distance to this many nearest kept samples")
+    k: int = option(4, help="a gain is the mean distance to this many nearest kept samples", min=1)
     index: Literal["auto", "exact", "approximate"] = option("auto", help="neighbor search")
     modality: Literal["pair", "image"] = option(
         "pair", help="pair: image and caption; image: images with class labels as captions"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to search")
-    batch_size: int = option(8192, help="samples looked up together; does not change the result")
-    memory_mb: int = option(256, help="scratch memory of a search, MB")
+    batch_size: int = option(
+        8192, help="samples looked up together; does not change the result", min=1
+    )
+    memory_mb: int = option(256, help="scratch memory of a search, MB", min=1)
     feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
-    commit_rows: int = option(65536, help="samples per commit, at most; also every 60 s")
+    commit_rows: int = option(65536, help="samples per commit, at most; also every 60 s", min=1)
     legacy_strings: bool = option(False, help="write JSON gains as strings, as the paper's files")
-    uid_repeats: int = option(1, help="repeat a .npy uid up to this often, by its gain")
+    uid_repeats: int = option(1, help="repeat a .npy uid up to this often, by its gain", min=1)
     file_ending: str = option(".jpg", help="for ids without one, in file_name of a .jsonl")
 
 
@@ -114,8 +116,6 @@ def run(config: Config) -> int:
 def _check(config: Config) -> None:
     """Refuse options that cannot go together, before any work."""
     check_outputs(config.output)
-    labels, by_column = config.modality == "image", config.clean_by not in ("cosine", "negclip")
-    thresholds = (config.min_align, config.min_recaption_align)
     for path in config.output:
         if Path(realpath(path)).is_relative_to(realpath(config.growth)):
             raise UserError(
@@ -123,26 +123,24 @@ def _check(config: Config) -> None:
             )
     if config.seed_features and config.seed_ids:
         raise UserError("give --seed-features or --seed-ids, not both")
-    if labels and config.recaptions:
-        raise UserError("--recaptions has no use with --modality image: labels are not captions")
-    if labels and config.clean_by != "cosine":
-        raise UserError("--clean-by judges captions: --modality image has none")
-    if by_column and not config.scores:
+    if config.modality == "image" and (config.recaptions or config.clean_by != "cosine"):
+        raise UserError(
+            "--recaptions and --clean-by judge captions, which --modality image does not have"
+        )
+    align, recaption_align = config.min_align, config.min_recaption_align
+    Thresholds.requested(DEFAULT_MIN_ALIGN if align is None else align, recaption_align)
+    if config.clean_by in ("cosine", "negclip"):
+        return
+    if not config.scores:
         raise UserError(
             f"--clean-by {config.clean_by} needs --scores FILE.parquet with that column; "
             "without a table there are cosine and negclip"
         )
-    if by_column and any(isinstance(value, str) for value in thresholds):
+    if isinstance(align, str) or isinstance(recaption_align, str):
         raise UserError(
             f"--clean-by {config.clean_by} is a table's column, which has no scores of swapped "
             "captions to find a threshold from: give a number"
         )
-    for name in ("k", "batch_size", "memory_mb", "commit_rows", "uid_repeats"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
-    Thresholds.requested(
-        DEFAULT_MIN_ALIGN if thresholds[0] is None else thresholds[0], thresholds[1]
-    )
 
 
 def _opened(
@@ -164,17 +162,16 @@ def _opened(
             f"{path} has features of dimension {width}, and {like.path} of {like.dimension}; "
             "they must come from the same encoder"
         )
-    ours, theirs = (  # the fingerprint of the weights; where there is none, the name
-        encoder and (encoder.get("fingerprint") or encoder.get("name"), encoder.get("name"))
-        for encoder in (like.encoder, stream.encoder)
-    )
+    ours, theirs = like.encoder, stream.encoder
     if bool(ours) != bool(theirs):
         log.info("note: it is not known whether %s has the encoder of the features", path)
-    elif ours and theirs and ours[0] != theirs[0]:
-        raise UserError(
-            f"{path} was embedded with encoder {theirs[1]}, and {like.path} with {ours[1]}; "
-            "embed both with the same one"
-        )
+    elif ours and theirs:  # known by the fingerprint of the weights; without one, by the name
+        weights = [encoder.get("fingerprint") or encoder.get("name") for encoder in (ours, theirs)]
+        if weights[0] != weights[1]:
+            raise UserError(
+                f"{path} was embedded with encoder {theirs.get('name')}, and {like.path} with "
+                f"{ours.get('name')}; embed both with the same one"
+            )
     return stream
 
 
@@ -231,14 +228,11 @@ def _threshold_lines(
     thresholds: Thresholds, estimate: StreamEstimate | None
 ) -> list[tuple[str, str]]:
     """The thresholds, and what is estimated about the stream so far: nothing without seeds."""
-    align, recaption = thresholds.min_align, thresholds.min_recaption_align
-    rule, recaption_rule = (
-        name.partition(": ")[0]
-        for name in (thresholds.min_align_rule, thresholds.min_recaption_align_rule)
-    )
+    align, rule = thresholds.min_align, thresholds.min_align_rule.partition(": ")[0]
     lines = [("min_align", f"{align:.4f} ({rule})")]
-    if recaption_rule != PAPERS_RULE:
-        lines.append(("min_recaption_align", f"{recaption:.4f} ({recaption_rule})"))
+    rule = thresholds.min_recaption_align_rule.partition(": ")[0]
+    if rule != PAPERS_RULE:
+        lines.append(("min_recaption_align", f"{thresholds.min_recaption_align:.4f} ({rule})"))
     if estimate is None:
         return lines
     low, high = (f"{100 * share:.1f}" for share in estimate.noise_interval)
@@ -250,8 +244,8 @@ def _threshold_lines(
             log.warning(
                 "what was added is noisier than what min_align was chosen on: about %.1f %% pure, "
                 "not %.1f %%; begin another --growth folder to choose it again",
-                100 * purity, 100 * aim,
-            )  # fmt: skip
+                *(100 * purity, 100 * aim),
+            )
     return [
         *lines,
         ("wrong captions (estimate)", f"{100 * estimate.noise:.1f} % of the stream ({low}–{high})"),

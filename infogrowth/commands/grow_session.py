@@ -25,10 +25,7 @@ from infogrowth.data.features import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
-from infogrowth.growth.decisions import Decisions, Reason, Recaption
-from infogrowth.growth.engine import InfoGrowth
-from infogrowth.growth.ledger import GrowthFolder, GrowthLedger
-from infogrowth.growth.scores import (
+from infogrowth.growth.cleaning import (
     Measure,
     NegClip,
     ScoreColumn,
@@ -36,7 +33,10 @@ from infogrowth.growth.scores import (
     draw_reference,
     reference_path,
 )
-from infogrowth.growth.sources import plan_seeds, plan_stream
+from infogrowth.growth.decisions import Decisions, Reason, Recaption
+from infogrowth.growth.engine import InfoGrowth
+from infogrowth.growth.ledger import GrowthFolder, GrowthLedger
+from infogrowth.growth.sources import SourceProgress, plan_seeds, plan_stream
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 
 if TYPE_CHECKING:
@@ -79,18 +79,17 @@ class GrowSession:
         self._last_commit = time.monotonic()
         try:
             folder = on_main(self._open)
-            self._decided = folder.totals["pairs"]
-            self._sources = deepcopy(folder.sources)
-            self._measure = self._chosen_measure(begun=bool(folder.settings))
-            before: dict[str, Any] = {"min_align": DEFAULT_MIN_ALIGN, "min_recaption_align": None}
-            if folder.settings:  # its thresholds, unless others are given
-                before = Thresholds.of_settings(folder.settings).requests
-            given = {name: getattr(config, name) for name in before}
-            requests = {name: before[name] if v is None else v for name, v in given.items()}
-            self._settings = folder.settings
-            self._asked = self._settings_asked(Thresholds.requested(**requests))
+            self._before = folder.totals["pairs"]
+            self._sources, self._settings = deepcopy(folder.sources), folder.settings
+            measure = self._chosen_measure()
+            # The folder's thresholds, unless others are given.
+            begun = folder.settings or {"min_align": DEFAULT_MIN_ALIGN}
+            requests = Thresholds.of_settings(begun).requests
+            given = {name: getattr(config, name) for name in requests}
+            requests |= {name: value for name, value in given.items() if value is not None}
+            self._asked = self._settings_asked(measure, Thresholds.requested(**requests))
             self._engine = self._restored(folder, requests, device)
-            self._engine.measure = self._measure
+            self._engine.measure = measure
         except BaseException:
             self.__exit__()
             raise
@@ -124,13 +123,12 @@ class GrowSession:
             )
         for number in todo:
             assert stream is not None
-            choose, alignments = None, None
-            if seed_ids is not None:
-                choose = _with_id(_found_seeds(stream, seed_ids))
+            choose = None if seed_ids is None else _with_id(_found_seeds(stream, seed_ids))
+            alignments = None
             if not thresholds.resolved and thresholds.purity:
                 log.info("estimating how many captions of %s are wrong", self._features.path)
-                find = partial(stream_alignments, self._features, seed_ids or (), self._measure)
-                alignments = on_main(find)
+                stream_of = self._features, seed_ids or (), self._engine.measure
+                alignments = on_main(partial(stream_alignments, *stream_of))
             # The thresholds come from all seeds together, so they are inserted in one step.
             size = self._config.batch_size if thresholds.resolved else stream.rows
             insert = partial(self._engine.seed, stream=alignments)
@@ -151,8 +149,8 @@ class GrowSession:
             else:
                 seeds = on_main(lambda: _seeded_rows(self.folder(), stream))
                 self._sources[number].skipped = stream.skipped
-                choose = _not_in_rows(seeds) if len(seeds) else None
-                self._read(number, stream, "growing", choose, size, process)
+                new = partial(_not_in_rows, seeds) if len(seeds) else None
+                self._read(number, stream, "growing", new, size, process)
 
     # --- underneath ------------------------------------------------------------------------------
 
@@ -175,17 +173,18 @@ class GrowSession:
             for batch in stream.batches(batch_size, source.position, source.rows, choose):
                 decisions = self._decide(batch, decide)
                 self.processed += len(batch)
-                self._decided += len(batch)
-                bar.update(int(batch.rows[-1]) + 1 - source.position)
                 source.position = int(batch.rows[-1]) + 1
+                bar.update(source.position - bar.n)
                 if self._ledger is not None:
                     self._ledger.record(number, decisions, batch.rows)
-                    self._commit_if_due(number, stream)
-                    kept = len(self._engine)
-                    bar.set_postfix(kept=kept, dropped=self._decided - kept, refresh=False)
-            bar.update(source.rows - source.position)
+                    late = time.monotonic() - self._last_commit >= COMMIT_SECONDS
+                    if late or self._ledger.pending_rows >= self._config.commit_rows:
+                        self._commit(source, stream)
+                kept, decided = len(self._engine), self._before + self.processed
+                bar.set_postfix(kept=kept, dropped=decided - kept, refresh=False)
+            bar.update(source.rows - bar.n)
         source.position = source.rows
-        self._commit(number, stream)
+        self._commit(source, stream)
 
     def _decide(self, batch: FeatureBatch, decide: Callable[..., Decisions]) -> Decisions:
         """What the engine decides about a batch; samples without id or caption are dropped."""
@@ -202,21 +201,14 @@ class GrowSession:
             decisions.reason[row] = reason
         return decisions
 
-    def _commit_if_due(self, number: int, stream: FeatureStream) -> None:
-        assert self._ledger is not None
-        pending, late = self._ledger.pending_rows, time.monotonic() - self._last_commit
-        if pending >= self._config.commit_rows or (pending and late >= COMMIT_SECONDS):
-            self._commit(number, stream)
-
-    def _commit(self, number: int, stream: FeatureStream) -> None:
+    def _commit(self, source: SourceProgress, stream: FeatureStream) -> None:
         if self._ledger is None:
             return
-        source = self._sources[number]
         source.digest = stream.fingerprint(source.position)
         if not self._settings:  # the folder begins, with the thresholds that were found
             self._settings = self._asked | asdict(self._engine.thresholds)
-            if isinstance(self._measure, NegClip):
-                self._measure.save(reference_path(self._config.growth))
+            if isinstance(self._engine.measure, NegClip):
+                self._engine.measure.save(reference_path(self._config.growth))
         if search := self._engine.settings["search"]:
             self._settings = {**self._settings, "search": search}
         self._ledger.commit(self._settings, self._sources)
@@ -232,17 +224,16 @@ class GrowSession:
         self._ledger = GrowthLedger(self._config.growth)
         return self._ledger.folder()
 
-    def _chosen_measure(self, begun: bool) -> Measure:
+    def _chosen_measure(self) -> Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
-        name, scores = self._config.clean_by, self._config.scores
+        name = self._config.clean_by
         if name == "cosine":
             return cosine
         if name == "negclip":
             path = reference_path(self._config.growth)
-            return (
-                NegClip.load(path) if begun and path.is_file() else draw_reference(self._features)
-            )
-        column = ScoreColumn(scores, name)
+            begun = self._settings and path.is_file()
+            return NegClip.load(path) if begun else draw_reference(self._features)
+        column = ScoreColumn(self._config.scores, name)
         if self._recaptions and not column.has_recaptions:
             raise UserError(
                 f"--recaptions with --clean-by {name} needs the column recaption_{name} in "
@@ -263,8 +254,11 @@ class GrowSession:
                 log.warning(
                     "it is not known whether these features have the encoder of the dataset"
                 )
-        options: dict[str, Any] = {"device": device.type, "memory_mb": config.memory_mb}
-        options["index"] = config.index
+        options: dict[str, Any] = {
+            "index": config.index,
+            "device": device.type,
+            "memory_mb": config.memory_mb,
+        }
         if folder.rows == 0:
             return InfoGrowth(config.k, modality=config.modality, **requests, **options)
         table = pa.concat_tables(folder.kept_parts())
@@ -275,11 +269,11 @@ class GrowSession:
             options[f"{space}_features"] = folder.kept_feature_parts(space)
         return InfoGrowth.restore(settings, ids, captions, gains, **options)
 
-    def _settings_asked(self, thresholds: Thresholds) -> dict[str, Any]:
+    def _settings_asked(self, measure: Measure, thresholds: Thresholds) -> dict[str, Any]:
         """The settings of this run, in the form of growth.json."""
         features, encoder = self._features, self._features.encoder
         return {
-            **({"clean_by": self._measure.about} if self._measure.about else {}),
+            **({"clean_by": measure.about} if measure.about else {}),
             "k": self._config.k,
             **asdict(thresholds),
             "modality": self._config.modality,
@@ -320,9 +314,8 @@ def _with_id(wanted: Collection[str]) -> Choose:
     return lambda batch: np.fromiter((i in wanted for i in batch.ids), bool, len(batch))
 
 
-def _not_in_rows(rows: np.ndarray) -> Choose:
-    """Leave out these rows of the features."""
-    return lambda batch: ~np.isin(batch.rows, rows)
+def _not_in_rows(rows: np.ndarray, batch: FeatureBatch) -> np.ndarray:
+    return ~np.isin(batch.rows, rows)
 
 
 def _digest(ids: Collection[str] | None) -> str | None:
@@ -354,28 +347,23 @@ def _seeded_rows(folder: GrowthFolder, features: FeatureStream) -> np.ndarray:
 
 
 def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
-    """Refuse to continue with other settings; UserError names the first difference."""
-    before, now = _identity(folder.settings), _identity(settings)
+    """Refuse to continue with other settings; UserError names the first difference. ``index`` may
+    change, it is only recorded; an encoder that is not known is no difference."""
+    names = ("k", "modality", "dimension", "clean_by", "encoder")
+    before, now = (
+        {name: s.get(name) for name in names} | Thresholds.of_settings(s).requests
+        for s in (folder.settings, settings)
+    )
     for name, value in before.items():
-        if now.get(name, value) != value:
+        unknown = name == "encoder" and not (value and now[name])
+        if value != now[name] and not unknown:
             raise UserError(
-                f"{folder.directory} was grown with {name} {value}, and this run has "
-                f"{now[name]}; use the same, or another --growth folder"
+                f"{folder.directory} was grown with {name} {_readable(value)}, and this run has "
+                f"{_readable(now[name])}; use the same, or another --growth folder"
             )
 
 
-def _identity(settings: dict[str, Any]) -> dict[str, str]:
-    """What must stay as it was when the folder was begun, human-readable; without the encoder
-    where it is unknown. ``index`` may change: it is only recorded."""
-
-    def readable(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    parts = {name: settings.get(name) for name in ("k", "modality", "dimension", "clean_by")}
-    parts |= Thresholds.of_settings(settings).requests
-    if encoder := settings.get("encoder"):
-        fingerprint = str(encoder.get("fingerprint") or "")[:12]
-        parts["encoder"] = str(encoder.get("name")) + (f" ({fingerprint})" if fingerprint else "")
-    return {name: readable(value) for name, value in parts.items()}
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,14 +15,14 @@ from infogrowth.config import option
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, atomic_write_json, read_json, remove_leftovers
-from infogrowth.growth.decisions import Recaption
-from infogrowth.growth.scores import (
+from infogrowth.growth.cleaning import (
     REFERENCE_ROWS,
     TEMPERATURE,
     NegClip,
     draw_reference,
     reference_path,
 )
+from infogrowth.growth.decisions import Recaption
 from infogrowth.rows import row_products, unit_rows
 
 if TYPE_CHECKING:

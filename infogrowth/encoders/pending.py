@@ -10,10 +10,9 @@ import pyarrow.compute as pc
 
 from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import is_below
+from infogrowth.growth.cleaning import Measure, cosine, is_below
 from infogrowth.growth.decisions import Reason, validate
 from infogrowth.growth.ledger import read_growth
-from infogrowth.growth.scores import Measure, cosine
 from infogrowth.rows import row_products
 
 if TYPE_CHECKING:

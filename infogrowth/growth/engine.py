@@ -19,9 +19,8 @@ import numpy as np
 
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import LABEL_BLOCK_ROWS, clean_labels, clean_pairs
+from infogrowth.growth.cleaning import LABEL_BLOCK_ROWS, Measure, clean_labels, clean_pairs, cosine
 from infogrowth.growth.decisions import Decisions, Reason, Recaption, one_row, validate
-from infogrowth.growth.scores import Measure, cosine
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
 from infogrowth.neighbors.base import no_neighbors

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from infogrowth.errors import UserError
-from infogrowth.growth.scores import Measure, cosine
+from infogrowth.growth.cleaning import Measure, cosine
 from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)

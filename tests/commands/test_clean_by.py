@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from infogrowth import load_annotations
+from infogrowth.growth.cleaning import NegClip, reference_path
 from infogrowth.growth.ledger import read_growth
-from infogrowth.growth.scores import NegClip, reference_path
 from infogrowth.rows import unit_rows
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from infogrowth import UserError, load_annotations
 from infogrowth.commands import score as command
 from infogrowth.data.features import open_features
-from infogrowth.growth.scores import NegClip, draw_reference
+from infogrowth.growth.cleaning import NegClip, draw_reference
 from infogrowth.rows import row_products, unit_rows
 
 
