@@ -466,7 +466,7 @@ def golden(machine: Machine) -> Iterator[Row]:
     from infogrowth.blip import momentum
     from infogrowth.blip.checkpoint import load_weights
     from infogrowth.blip.pretrain import BlipPretrain
-    from infogrowth.training.precision import Precision
+    from infogrowth.training.options import Precision
 
     arrays = np.load(GOLDEN / "pretrain_arrays.npz")
     names = ("input_ids_0", "attention_mask_0")
@@ -616,7 +616,7 @@ def evaluation(machine: Machine) -> Iterator[Row]:
 
     from infogrowth.blip.config import preset
     from infogrowth.blip.dual import BlipDual
-    from infogrowth.training.precision import Precision
+    from infogrowth.training.options import Precision
 
     images, k_test = machine.size(400, 12), machine.size(128, 4)
     side = machine.size(384, 64)

@@ -21,10 +21,9 @@ from infogrowth.blip.config import preset
 from infogrowth.blip.dual import BlipDual
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.evaluation.rerank import NOT_RANKED, retrieval_scores
+from infogrowth.evaluation.retrieval import NOT_RANKED, retrieval_scores
 from infogrowth.randomness import generator, torch_generator
-from infogrowth.training.options import Vit
-from infogrowth.training.precision import Precision, PrecisionName
+from infogrowth.training.options import Precision, PrecisionName, Vit
 
 CAPTIONS_PER_IMAGE = 5
 MAX_LENGTH = 35

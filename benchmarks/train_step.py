@@ -43,9 +43,7 @@ from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
 from infogrowth.training.epoch import TrainingState, adamw, on_device, optimizer_step
 from infogrowth.training.loader import EpochLoader
-from infogrowth.training.options import RunOptions, Vit
-from infogrowth.training.precision import Precision, PrecisionName
-from infogrowth.training.schedule import Schedule
+from infogrowth.training.options import Precision, PrecisionName, RunOptions, Schedule, Vit
 
 TEXT_LENGTH = 30
 PICTURES = 512

@@ -26,6 +26,7 @@ def option(
     default: Any = dataclasses.MISSING,
     help: str = "",
     min: float | None = None,
+    max: float | None = None,
     short: str | None = None,
 ) -> Any:
     """A configuration field.
@@ -33,10 +34,10 @@ def option(
     Args:
         default: the value when neither file nor flag gives one; without it the key is required.
         help: one line for ``--help``.
-        min: the smallest that a number may be.
+        min, max: the smallest and the largest that a number may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
     """
-    metadata = {"help": help, "min": min, "short": short}
+    metadata = {"help": help, "min": min, "max": max, "short": short}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -80,9 +81,13 @@ def build_config(
     hints = typing.get_type_hints(cls)
     values = {key: _coerce(value, hints[key], where) for key, (value, where) in given.items()}
     for key, value in values.items():
-        smallest = fields[key].metadata.get("min")
-        if smallest is not None and isinstance(value, int | float) and not value >= smallest:
-            raise UserError(f"{given[key][1]} must be at least {smallest}, not {value}")
+        low, high = (fields[key].metadata.get(end) for end in ("min", "max"))
+        if not isinstance(value, int | float):
+            continue
+        if low is not None and not value >= low:
+            raise UserError(f"{given[key][1]} must be at least {low}, not {value}")
+        if high is not None and not value <= high:
+            raise UserError(f"{given[key][1]} must be at most {high}, not {value}")
     for name, field in fields.items():
         if name not in values and _is_required(field):
             how = f"--{_flag(name)}"

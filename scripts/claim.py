@@ -33,7 +33,7 @@ from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.growth.ledger import read_growth
-from infogrowth.training.precision import PrecisionName
+from infogrowth.training.options import PrecisionName
 
 TRAINING = "train/pretrain_gain.py"
 

@@ -9,7 +9,7 @@ from the last checkpoint of --output_dir; train/README.md explains what it leave
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,15 +35,13 @@ from infogrowth.data.pairs import PairDataset, classes_of
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import Augment, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
-from infogrowth.evaluation.rerank import retrieval_recall
+from infogrowth.evaluation.retrieval import retrieval_recall
 from infogrowth.growth.sampling import GainSampler, Mode
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
-from infogrowth.training.options import RunOptions, Vit
-from infogrowth.training.precision import Precision
-from infogrowth.training.schedule import Decay, Schedule
+from infogrowth.training.options import Decay, Precision, RunOptions, Schedule, Vit, share
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +55,9 @@ class PretrainConfig(RunOptions):
     sampler: Mode = option("two_phase", "how an epoch is drawn from the gains")
     vit: Vit = option("base", "size of the model")
     vision_stem: Stem | None = option(None, "patch or conv (small models); none: the size's own")
-    image_size: int = option(224, "pixels a side")
+    image_size: int = option(224, "pixels a side", min=1)
     embed_dim: int | None = option(None, "width of the common feature space; none: the size's own")
-    text_dropout: float = option(0.1, "dropout of the text transformers")
+    text_dropout: float = share(0.1, "dropout of the text transformers")
     drop_path: float | None = option(None, "stochastic depth; none: the size's own")
     vocabulary: str = option("bert-base-uncased", "name, folder or vocab.txt")
     vision_init: str = option("auto", "random, fan_in, deit, imagenet21k or a file of ViT weights")
@@ -67,28 +65,27 @@ class PretrainConfig(RunOptions):
     pretrained: str | None = option(None, "start from this BLIP checkpoint instead")
     val_annotations: str | None = option(None, "captions to validate with; none: no validation")
     val_images: str | None = option(None, "folder or LMDB of their images; none: as `images`")
-    validate_every: int = option(1000, "optimizer steps between validations")
-    max_length: int = option(30, "tokens of a caption that are kept")
-    min_crop: float = option(0.2, "smallest share of the image that a random crop keeps")
+    validate_every: int = option(1000, "optimizer steps between validations", min=1)
+    max_length: int = option(30, "tokens of a caption that are kept", min=3)
+    min_crop: float = share(0.2, "smallest part of the image that a random crop keeps")
     tint: bool = option(False, "give images without colors random ones")
     augment: Augment = option("blip", "random operations: blip, jitter (for drawings) or none")
     captions_per_visit: int = option(1, "captions of an image in a batch, all its matches")
     class_key: str | None = option(None, "annotation key; samples alike in it match each other")
     class_vectors: bool = option(False, "also learn a vector per class, to classify by")
-    batch_size: int = option(75, "pairs per rank and forward pass")
+    batch_size: int = option(75, "pairs per rank and forward pass", min=1)
     objectives: list[Objective] = option([*OBJECTIVES], "losses: ita (contrastive), itm, lm")
-    label_smoothing: float = option(0.1, "of the language modelling loss")
+    label_smoothing: float = share(0.1, "of the language modelling loss")
     id_aware_targets: bool = option(False, "hide queued copies of a sample from its own negatives")
-    max_epoch: int = option(20, "epochs")
-    init_lr: float = option(3e-4, "learning rate after warm-up")
-    min_lr: float = option(1e-6, "learning rate that decay does not go below")
-    warmup_lr: float = option(1e-6, "learning rate at the first step")
-    warmup_steps: int = option(3000, "optimizer steps of warm-up, counted over the whole run")
+    max_epoch: int = option(20, "epochs", min=1)
+    init_lr: float = option(3e-4, "learning rate after warm-up", min=0)
+    min_lr: float = option(1e-6, "learning rate that decay does not go below", min=0)
+    warmup_lr: float = option(1e-6, "learning rate at the first step", min=0)
+    warmup_steps: int = option(3000, "optimizer steps of warm-up, over the whole run", min=0)
     lr_decay: Decay = option("step", "by epoch")
-    lr_decay_rate: float = option(0.9, "factor per epoch of the step decay")
+    lr_decay_rate: float = share(0.9, "factor per epoch of the step decay")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.objectives:
             raise UserError("objectives must name one or more of ita, itm and lm")
         if self.class_vectors and (self.class_key is None or "ita" not in self.objectives):
@@ -126,23 +123,8 @@ def pretrain(config: PretrainConfig) -> int:
         checkpoints.resume(state, config.resume)
         if distributed.is_main():  # beside the checkpoints, so that each is a whole model
             save_vocabulary(tokenizer, checkpoints.directory)
-        val_set = validation_set(config)
+        validate = validation(config, model, tokenizer, precision)
         with Logger(state) as log:
-
-            def validate() -> None:
-                if val_set is not None:
-                    recalls = retrieval_recall(
-                        model,
-                        tokenizer,
-                        val_set,
-                        k_test=0,  # by cosine alone
-                        batch_size=config.batch_size,
-                        max_length=config.max_length,
-                        workers=config.num_workers,
-                        autocast=precision.autocast,
-                    )
-                    log.validation(recalls)
-
             while not state.finished:
                 train_one_epoch(
                     state, losses, schedule, checkpoints, log, validate, config.validate_every
@@ -153,6 +135,7 @@ def pretrain(config: PretrainConfig) -> int:
                         save_folder(model, output / "model", tokenizer)
                     state.next_epoch()
                 checkpoints.save(state)
+            log.done()
         distributed.barrier()  # no rank leaves before the last checkpoint is on disk
     return 0
 
@@ -172,16 +155,28 @@ def losses(
     )
 
 
-def validation_set(config: PretrainConfig) -> RetrievalEvaluation | None:
-    """The images and captions that the run is validated with, if any."""
+def validation(
+    config: PretrainConfig,
+    model: BlipPretrain,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+) -> Callable[[], dict[str, float]] | None:
+    """What computes the recalls on the validation set by cosine alone, if there is a set."""
     if config.val_annotations is None:
         return None
-    return RetrievalEvaluation(
-        config.val_annotations,
-        config.val_images or config.images,
-        EvaluationTransform(config.image_size),
-        max_words=config.max_words,
-        split="val",
+    transform, images = EvaluationTransform(config.image_size), config.val_images or config.images
+    return partial(
+        retrieval_recall,
+        model,
+        tokenizer,
+        RetrievalEvaluation(
+            config.val_annotations, images, transform, config.max_words, split="val"
+        ),
+        k_test=0,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        workers=config.num_workers,
+        autocast=precision.autocast,
     )
 
 
@@ -239,14 +234,12 @@ def build_model(
         "vision_stem": config.vision_stem,
         "embed_dim": config.embed_dim,
         "drop_path": config.drop_path,
+        "image_size": config.image_size,
+        "text_dropout": config.text_dropout,
     }
+    size = preset(config.vit, **{k: value for k, value in changes.items() if value is not None})
     model = BlipPretrain(
-        preset(
-            config.vit,
-            image_size=config.image_size,
-            text_dropout=config.text_dropout,
-            **{key: value for key, value in changes.items() if value is not None},
-        ).with_tokenizer(tokenizer),
+        size.with_tokenizer(tokenizer),
         queue_size=config.queue_size,
         momentum=config.momentum,
         objectives=config.objectives,

@@ -35,16 +35,13 @@ from infogrowth.data.pairs import PairDataset
 from infogrowth.data.retrieval import RetrievalEvaluation, training_pairs
 from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import save_tables
-from infogrowth.evaluation.rerank import retrieval_recall
+from infogrowth.evaluation.retrieval import retrieval_recall, save_tables
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
-from infogrowth.training.options import RunOptions, Vit
-from infogrowth.training.precision import Precision
-from infogrowth.training.schedule import Schedule
+from infogrowth.training.options import Precision, RunOptions, Schedule, Vit, share
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +59,17 @@ class RetrievalConfig(RunOptions):
     val_annotations: str | None = option(None, "captions that choose the best epoch")
     test_annotations: str | None = option(None, "captions that are reported")
     vit: Vit | None = option(None, "size of a checkpoint without config.json; none: infer it")
-    image_size: int | None = option(None, "pixels a side; none: the checkpoint's own")
+    image_size: int | None = option(None, "pixels a side; none: the checkpoint's own", min=1)
     vocabulary: str | None = option(None, "name, folder or vocab.txt; none: the checkpoint's own")
-    max_length: int = option(35, "tokens of a caption that are kept")
-    min_crop: float = option(0.5, "smallest share of the image that a random crop keeps")
-    batch_size_train: int = option(32, "pairs per rank and forward pass")
-    batch_size_test: int = option(64, "images or texts per forward pass of the evaluation")
-    k_test: int = option(256, "candidates per query that the matching head re-ranks")
+    max_length: int = option(35, "tokens of a caption that are kept", min=3)
+    min_crop: float = share(0.5, "smallest part of the image that a random crop keeps")
+    batch_size_train: int = option(32, "pairs per rank and forward pass", min=1)
+    batch_size_test: int = option(64, "images or texts per forward pass of the evaluation", min=1)
+    k_test: int = option(256, "candidates per query that the matching head re-ranks", min=1)
     negative_all_rank: bool = option(True, "matching negatives from all ranks")
-    max_epoch: int = option(6, "epochs")
-    init_lr: float = option(1e-5, "learning rate of the first epoch")
-    min_lr: float = option(0.0, "learning rate that the cosine ends in")
+    max_epoch: int = option(6, "epochs", min=1)
+    init_lr: float = option(1e-5, "learning rate of the first epoch", min=0)
+    min_lr: float = option(0.0, "learning rate that the cosine ends in", min=0)
 
 
 def train_or_evaluate(config: RetrievalConfig) -> int:
@@ -141,6 +138,7 @@ def train(config: RetrievalConfig, precision: Precision) -> None:
                 log.epoch(recall=tables)
                 state.next_epoch()
             checkpoints.save(state)
+        log.done()
     distributed.barrier()  # no rank leaves before the last checkpoint is on disk
     if state.progress.best:
         logger.info("best epoch: %d", state.progress.best["epoch"])

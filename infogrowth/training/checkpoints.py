@@ -61,20 +61,17 @@ class Checkpoints:
         return path
 
     def save(self, state: "TrainingState") -> None:
-        """Write a checkpoint on rank 0; the other ranks' state is the same."""
-        if distributed.is_main():
-            self.write(state.state_dict(), state.progress.step)
-
-    def write(self, state: dict[str, Any], step: int) -> Path:
-        """Write ``state`` as the newest checkpoint, and remove those that are no longer kept."""
-        path = self.directory / f"step_{step:08d}.pth"
+        """Write the newest checkpoint and remove those that are no longer kept, on rank 0: the
+        other ranks' state is the same."""
+        if not distributed.is_main():
+            return
+        path = self.directory / f"step_{state.progress.step:08d}.pth"
         with atomic_write(path, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save({"format": FORMAT, **state.state_dict()}, file)
         with atomic_write(self.directory / POINTER, "w") as file:
             file.write(f"{path.name}\n")
         for old in sorted(p for p in self.directory.glob("step_*.pth") if p <= path)[: -self.keep]:
             old.unlink(missing_ok=True)
-        return path
 
     def resume(self, state: "TrainingState", resume: str) -> None:
         """Load the checkpoint that ``resume`` means (see :meth:`find`), if there is one.
@@ -82,7 +79,8 @@ class Checkpoints:
         Raises:
             UserError: no such checkpoint, or one that does not fit.
         """
-        path = self.find(resume)
+        # Rank 0 looks: on another node the pointer may not have arrived yet.
+        path = distributed.on_main(lambda: self.find(resume))
         if path is None:
             return
         content = load_checkpoint(path)
@@ -95,16 +93,12 @@ class Checkpoints:
         logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that ``--resume`` means (auto, none or a path); all ranks agree.
+        """The checkpoint that ``--resume`` means: auto, none or a path.
 
         Raises:
             UserError: no such file; or ``none`` where a run already left checkpoints, which would
                 be lost.
         """
-        # Rank 0 looks: on another node the pointer may not have arrived yet.
-        return distributed.on_main(lambda: self._look(resume))
-
-    def _look(self, resume: str) -> Path | None:
         remove_leftovers(self.directory)
         if resume == "auto":
             return self.latest()

@@ -12,9 +12,11 @@ if the batches were steps of their own; in-batch negatives come from one batch.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -26,13 +28,11 @@ from infogrowth.blip.momentum import MomentumBlip
 from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import normalized
 from infogrowth.errors import UserError, shorten
-from infogrowth.randomness import torch_generator
+from infogrowth.randomness import stream_key, torch_generator
 from infogrowth.training.checkpoints import Checkpoints
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
-from infogrowth.training.options import RunOptions
-from infogrowth.training.precision import Precision, step_randomness
-from infogrowth.training.schedule import Schedule
+from infogrowth.training.options import Precision, RunOptions, Schedule
 
 # (model, batch on the device, alpha, generator of negatives) -> the losses by name
 Forward = Callable[[nn.Module, Batch, float, torch.Generator], dict[str, torch.Tensor]]
@@ -73,14 +73,20 @@ class TrainingState:
         self.parallel = distributed.data_parallel(model, self.device, config.compress_gradients)
 
     @property
-    def stopped(self) -> bool:
-        """Whether ``max_steps`` is reached."""
-        return self.config.max_steps is not None and self.progress.step >= self.config.max_steps
+    def rate(self) -> float:
+        """The learning rate of the last optimizer step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps until ``max_steps``."""
+        last = self.config.max_steps
+        return (sys.maxsize if last is None else last) - self.progress.step
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.stopped or self.progress.epoch >= self.config.max_epoch
+        return self.steps_left <= 0 or self.progress.epoch >= self.config.max_epoch
 
     @property
     def epoch_done(self) -> bool:
@@ -91,7 +97,19 @@ class TrainingState:
     def at_last_step(self) -> bool:
         """Whether the run ends with the optimizer step that was just made."""
         last_epoch = self.progress.epoch + 1 >= self.config.max_epoch
-        return self.stopped or (self.epoch_done and last_epoch)
+        return self.steps_left <= 0 or (self.epoch_done and last_epoch)
+
+    def batches_left(self) -> int:
+        """Forward passes of one rank until ``max_epoch`` or ``max_steps`` ends the run."""
+        progress, window = self.progress, self.config.gradient_accumulation
+        left, steps, done = 0, self.steps_left, progress.batch
+        for epoch in range(progress.epoch, self.config.max_epoch):
+            if steps <= 0:
+                break
+            batches = self.loader.count(epoch) - done
+            left += min(batches, steps * window)
+            steps, done = steps - math.ceil(batches / window), 0
+        return left
 
     def next_epoch(self) -> None:
         """Go to the start of the next epoch."""
@@ -99,16 +117,6 @@ class TrainingState:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.epoch_steps, progress.epoch_sums = 0, {}
         self.loader.sampler.set_epoch(progress.epoch)
-
-    def batches(self) -> tuple[int, int]:
-        """Forward passes on one rank: those done, those of the whole run."""
-        each = [self.loader.count(epoch) for epoch in range(self.config.max_epoch)]
-        return sum(each[: self.progress.epoch]) + self.progress.batch, sum(each)
-
-    def position(self) -> dict[str, Any]:
-        """Where training is, and the learning rate there, as every record of the log has it."""
-        done = {key: getattr(self.progress, key) for key in ("epoch", "step", "samples_seen")}
-        return {**done, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; weights, optimizer and queues are equal on all ranks."""
@@ -147,93 +155,54 @@ def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay, fused=True)
 
 
-def read_later(
-    names: list[str], values: torch.Tensor, where: str
-) -> Callable[[], dict[str, float]]:
-    """Send losses to the host; the function that reads them there waits for what the device was
-    given before, and not since. It raises a UserError with ``where`` if they are not finite."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    host.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event() if values.is_cuda else None
-    if arrived is not None:
-        arrived.record()
-
-    def read() -> dict[str, float]:
-        if arrived is not None:
-            arrived.synchronize()
-        found = dict(zip(names, host.tolist(), strict=True))
-        if not all(math.isfinite(value) for value in found.values()):
-            shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-            raise UserError(
-                f"the loss is not finite at {where} ({shown}); no checkpoint was written since: "
-                "resume from the last with a lower init_lr, clip_grad_norm, or another precision"
-            )
-        return found
-
-    return read
-
-
 def train_one_epoch(
     state: TrainingState,
     forward: Forward,
     schedule: Schedule,
     checkpoints: Checkpoints,
     logger: Logger,
-    validate: Callable[[], None] | None = None,
+    validate: Callable[[], dict[str, float]] | None = None,
     validate_every: int = 0,
 ) -> None:
     """Train from where ``state`` is to the end of its epoch, or to ``max_steps``.
 
     Args:
-        validate: called after every ``validate_every`` optimizer steps and after the run's last.
+        validate: recalls in per cent, which are logged after every ``validate_every`` optimizer
+            steps and after the run's last.
 
     Raises:
         UserError: the loss is not finite, or a sample cannot be read.
     """
     progress, config = state.progress, state.config
-    unread: list[Callable[[], dict[str, float]]] = []  # losses of the last step
-
-    def look() -> dict[str, float]:
-        losses = unread.pop()()
-        for name, value in losses.items():
-            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
-        return losses
-
+    last_losses: Callable[[], Any] = dict
     state.model.train()
     batches = state.loader.epoch(progress.epoch, start=progress.batch)
     while window := list(islice(batches, config.gradient_accumulation)):
         losses = optimizer_step(state, window, forward, schedule)
-        samples = sum(len(batch["image"]) for batch in window) * distributed.world_size()
-        progress.batch += len(window)
-        progress.forwards += len(window)
-        progress.samples_seen += samples
-        progress.epoch_steps += 1
-        logger.batches_done(len(window), samples)
-        if unread:
-            look()
-        unread.append(losses)
-
-        step, ends = progress.step, state.stopped or state.epoch_done
+        logger.advance()
+        last_losses()
+        step, ends = progress.step, state.steps_left <= 0 or state.epoch_done
         log_now = step % config.log_every == 0 or step == 1
         save_now = config.checkpoint_every and step % config.checkpoint_every == 0
         validate_now = validate_every and (step % validate_every == 0 or state.at_last_step)
         if log_now or save_now or validate_now or ends:
-            values = look()
-            if log_now:
-                logger.step(values)
-            if validate is not None and validate_now:
-                validate()
-            if save_now and not ends:
-                checkpoints.save(state)
+            losses()
+        if log_now:
+            logger.step(losses())
+        if validate is not None and validate_now:
+            logger.validation(validate())
         if ends:
             return
+        if save_now:
+            checkpoints.save(state)
+        last_losses = losses
 
 
 def optimizer_step(
     state: TrainingState, window: list[Batch], forward: Forward, schedule: Schedule
 ) -> Callable[[], dict[str, float]]:
     """One optimizer step over the batches of ``window``; what reads its losses, means over them and
-    all ranks (see :func:`read_later`). Nothing is read back from the device here.
+    all ranks (see :func:`_read_later`). Nothing is read back from the device here.
     """
     progress, scaler = state.progress, state.precision.scaler
     no_sync = getattr(state.parallel, "no_sync", nullcontext)
@@ -251,9 +220,13 @@ def optimizer_step(
     scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
+    progress.epoch_steps += 1
+    progress.batch += len(window)
+    progress.forwards += len(window)
+    samples = sum(len(batch["image"]) for batch in window)
+    progress.samples_seen += samples * distributed.world_size()
     values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
-    where = f"step {progress.step} of epoch {progress.epoch}"
-    return read_later(list(readings[0]), distributed.all_reduce_mean(values), where)
+    return _read_later(list(readings[0]), distributed.all_reduce_mean(values), progress)
 
 
 def forward_backward(
@@ -277,7 +250,7 @@ def forward_backward(
     negatives = torch_generator(seed, "negatives", *stream, device=state.device)
     batch = on_device(batch, state.device)
     # Backward too: a checkpointed block runs forward again in it.
-    with step_randomness(state.device, seed, "dropout", *stream):
+    with _step_randomness(state.device, seed, "dropout", *stream):
         with state.precision.autocast():
             parts = forward(state.parallel, batch, alpha, negatives)
             total: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
@@ -295,3 +268,48 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     if moved["image"].dtype == torch.uint8:
         moved["image"] = normalized(moved["image"])
     return moved
+
+
+def _read_later(
+    names: list[str], values: torch.Tensor, progress: Progress
+) -> Callable[[], dict[str, float]]:
+    """Send the losses of the step just made to the host; the function that reads them there waits
+    for what the device was given before, and not since. When first called it adds them to the
+    epoch's sums, or raises a UserError if they are not finite."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event() if values.is_cuda else None
+    if arrived is not None:
+        arrived.record()
+    where = f"step {progress.step} of epoch {progress.epoch}"
+
+    @cache
+    def read() -> dict[str, float]:
+        if arrived is not None:
+            arrived.synchronize()
+        found = dict(zip(names, host.tolist(), strict=True))
+        if not all(math.isfinite(value) for value in found.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+            raise UserError(
+                f"the loss is not finite at {where} ({shown}); no checkpoint was written since: "
+                "resume from the last with a lower init_lr, clip_grad_norm, or another precision"
+            )
+        for name, value in found.items():
+            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
+        return found
+
+    return read
+
+
+@contextmanager
+def _step_randomness(device: torch.device, seed: int, *stream: int | str) -> Iterator[None]:
+    """Within the block torch's global state is a function of ``(seed, stream)``; then as before.
+
+    Dropout and stochastic depth can only draw from the global state. Seeding it per forward pass
+    means that no random state has to be saved: a resumed run names the same pass and draws the
+    same numbers.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stream_key(seed, *stream) % 2**63)
+        yield

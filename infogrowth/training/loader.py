@@ -41,9 +41,9 @@ class EpochLoader:
         device: torch.device | str = "cpu",
     ) -> None:
         self.sampler, self.batch_size = sampler, batch_size
-        self._order = _BatchOrder(sampler, batch_size)
+        self._rows = _RowBatches(sampler, batch_size)
         self._loader = open_loader(
-            dataset, self._order, workers, torch.device(device), tokenize, persistent=True
+            dataset, self._rows, workers, torch.device(device), tokenize, persistent=True
         )
 
     def count(self, epoch: int) -> int:
@@ -59,7 +59,7 @@ class EpochLoader:
         """
         self.sampler.set_epoch(epoch)
         self.sampler.load_state_dict(self.state_dict(start))
-        self._order.remaining = self.count(epoch) - start
+        self._rows.remaining = self.count(epoch) - start
         return checked(self._loader)
 
     def state_dict(self, batch: int) -> dict[str, Any]:
@@ -76,12 +76,13 @@ class EpochLoader:
         return min(done // self.batch_size, self.count(state["epoch"]))
 
 
-class _BatchOrder:
+class _RowBatches:
     """A torch batch sampler: lists of (row, epoch, position), as many as are left in the epoch."""
+
+    remaining = 0
 
     def __init__(self, sampler: GainSampler, batch_size: int) -> None:
         self._sampler, self._batch_size = sampler, batch_size
-        self.remaining = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         positions = self._sampler.positions()

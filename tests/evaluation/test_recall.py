@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import as_text, chance_table, first_rank, recall_table
+from infogrowth.evaluation.retrieval import as_text, chance_table, first_rank, recall_table
 
 
 @pytest.fixture(scope="module")

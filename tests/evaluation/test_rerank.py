@@ -15,8 +15,8 @@ from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import open_with
 from infogrowth.blip.tokenizer import load_tokenizer, tokenize
 from infogrowth.errors import UserError
-from infogrowth.evaluation import rerank
-from infogrowth.evaluation.recall import recall_table
+from infogrowth.evaluation import retrieval
+from infogrowth.evaluation.retrieval import recall_table
 
 
 class Images(torch.utils.data.Dataset):
@@ -60,7 +60,7 @@ def model(golden, tokenizer):
 @pytest.fixture(scope="module")
 def scored(model, tokenizer, arrays, meta):
     def score(k_test, batch_size=5, **options):
-        return rerank.retrieval_scores(
+        return retrieval.retrieval_scores(
             model,
             tokenizer,
             Images(torch.from_numpy(arrays["eval_images"])),
@@ -126,7 +126,7 @@ def test_blocks_of_all_ranks_are_every_row_once(monkeypatch, world_size):
     rows = []
     for rank in range(world_size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        rows += [number for block in rerank.own_blocks(23, 4) for number in block]
+        rows += [number for block in retrieval.own_blocks(23, 4) for number in block]
     assert sorted(rows) == list(range(23))
 
 
@@ -203,8 +203,8 @@ def test_candidates_and_cosines_do_not_depend_on_autocast(scored, monkeypatch):
     texts, images = features
     assert scores.cosine.dtype == torch.float32
     assert torch.equal(scores.cosine, images @ texts.T)
-    ranked = scores.i2t > rerank.NOT_RANKED
-    assert torch.equal(ranked, rerank.top_candidates(images @ texts.T, 8))
+    ranked = scores.i2t > retrieval.NOT_RANKED
+    assert torch.equal(ranked, retrieval.top_candidates(images @ texts.T, 8))
 
 
 def test_a_batch_from_a_worker_is_one_open_file_not_one_per_image(scored, monkeypatch):
@@ -226,16 +226,21 @@ def test_a_batch_from_a_worker_is_one_open_file_not_one_per_image(scored, monkey
 
 def test_passes_keep_within_the_budget_and_miss_no_text():
     lengths = sorted(np.random.default_rng(0).integers(2, 35, 200).tolist())
-    runs = rerank.passes(lengths, 128)
+    runs = retrieval.passes(lengths, 128)
     assert [i for run in runs for i in range(200)[run]] == list(range(200))
     assert all((run.stop - run.start) * lengths[run.stop - 1] <= 128 for run in runs)
-    assert rerank.passes([50], 10) == [slice(0, 1)] and rerank.passes([], 10) == []
+    assert retrieval.passes([50], 10) == [slice(0, 1)] and retrieval.passes([], 10) == []
 
 
 def test_candidates_at_a_tied_border_are_the_lower_indices():
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
-    assert rerank.top_candidates(scores, 2).nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
-    assert rerank.top_candidates(scores, 9).all()
+    assert retrieval.top_candidates(scores, 2).nonzero().tolist() == [
+        [0, 1],
+        [0, 2],
+        [1, 0],
+        [1, 1],
+    ]
+    assert retrieval.top_candidates(scores, 9).all()
 
 
 def test_an_image_that_cannot_be_read_is_named(model, tokenizer):
@@ -244,9 +249,9 @@ def test_an_image_that_cannot_be_read_is_named(model, tokenizer):
             raise UserError("the key '000007' is not in the LMDB x")
 
     with pytest.raises(UserError, match=r"^the key '000007' is not in the LMDB x$"):
-        rerank.retrieval_scores(model, tokenizer, Broken([0, 1]), ["a"], workers=1)
+        retrieval.retrieval_scores(model, tokenizer, Broken([0, 1]), ["a"], workers=1)
 
 
 def test_empty_evaluation_set_is_an_error(model, tokenizer):
     with pytest.raises(UserError, match="no images or no captions"):
-        rerank.retrieval_scores(model, tokenizer, Images([]), [])
+        retrieval.retrieval_scores(model, tokenizer, Images([]), [])

@@ -16,9 +16,7 @@ from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
-from infogrowth.training.options import RunOptions
-from infogrowth.training.precision import Precision
-from infogrowth.training.schedule import Schedule
+from infogrowth.training.options import Precision, RunOptions, Schedule
 from train.pretrain_gain import losses
 
 WORDS = ("dog", "cat", "boat", "car", "snow", "bus", "pizza", "horse")

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,18 +15,29 @@ from infogrowth.errors import UserError
 from infogrowth.training import checkpoints
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 
-STATE = {"progress": {"step": 1}, "model": {"weight": torch.arange(3.0)}}
+
+def at(step):
+    """A run after so many steps, as far as its checkpoints ask."""
+    content = {"progress": {"step": step}, "model": {"weight": torch.arange(3.0)}}
+    return SimpleNamespace(state_dict=lambda: content, progress=SimpleNamespace(step=step))
+
+
+def saved(directory):
+    """The path of a checkpoint."""
+    Checkpoints(directory).save(at(3))
+    return Checkpoints(directory).latest()
 
 
 def test_the_last_n_are_kept_and_latest_names_the_newest(tmp_path):
-    saved = Checkpoints(tmp_path, keep=2)
+    kept = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 9, 100):
-        assert saved.write(STATE, step) == saved.latest()
+        kept.save(at(step))
+        assert kept.latest().name == f"step_{step:08d}.pth"
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
         "step_00000009.pth",
         "step_00000100.pth",
     ]
-    assert torch.equal(load_checkpoint(saved.latest())["model"]["weight"], torch.arange(3.0))
+    assert torch.equal(load_checkpoint(kept.latest())["model"]["weight"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("killed_at", range(8))
@@ -35,8 +47,8 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    saved = Checkpoints(tmp_path, keep=1)
-    saved.write({**STATE, "progress": {"step": 1}}, 1)
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(at(1))
     calls = []
 
     def dying(real):
@@ -53,12 +65,12 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
             patch.setattr(os, name, dying(getattr(os, name)))
         patch.setattr(torch, "save", dying(torch.save))
         try:
-            saved.write({**STATE, "progress": {"step": 2}}, 2)
+            kept.save(at(2))
             finished = True
         except Killed:
             finished = False
-    assert load_checkpoint(saved.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
-    assert Checkpoints(tmp_path).find("auto") == saved.latest()
+    assert load_checkpoint(kept.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
+    assert Checkpoints(tmp_path).find("auto") == kept.latest()
     assert not list(tmp_path.glob("*.tmp-*"))  # leftovers go when a run starts
 
 
@@ -68,13 +80,13 @@ def test_resume_auto_without_checkpoints_starts_anew(tmp_path):
 
 
 def test_resume_none_does_not_throw_an_earlier_run_away(tmp_path):
-    Checkpoints(tmp_path).write(STATE, 3)
+    Checkpoints(tmp_path).save(at(3))
     with pytest.raises(UserError, match="earlier run"):
         Checkpoints(tmp_path).find("none")
 
 
 def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
-    path = Checkpoints(tmp_path / "run" / "checkpoints").write(STATE, 3)
+    path = saved(tmp_path / "run" / "checkpoints")
     for given in (path, path.parent, tmp_path / "run"):
         assert Checkpoints(tmp_path / "other").find(str(given)) == path
     with pytest.raises(UserError, match="absent"):
@@ -82,14 +94,14 @@ def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
 
 
 def test_a_pointer_to_nothing_is_an_error(tmp_path):
-    path = Checkpoints(tmp_path).write(STATE, 3)
+    path = saved(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="gone"):
         Checkpoints(tmp_path).find("auto")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
-    path = Checkpoints(tmp_path).write(STATE, 3)
+    path = saved(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(path)

@@ -76,6 +76,27 @@ def test_training_learns_and_logs_what_a_report_reads(make_run):
     assert steps[-1]["samples_seen"] == 4 * len(steps)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_batches_left_are_counted_to_what_ends_the_run(make_run, window):
+    """24 rows in batches of 5: 4 batches an epoch; a run of 5 steps ends in the second."""
+    options = {"mode": "uniform", "batch_size": 5, "gradient_accumulation": window}
+    whole = make_run("whole", max_epoch=3, **options).state
+    assert whole.batches_left() == 12
+    short = make_run("short", max_epoch=100_000, max_steps=5, **options)
+    assert short.state.batches_left() == 5 * window
+    short.train()
+    assert short.state.batches_left() == 0
+    again = make_run("short", max_epoch=100_000, max_steps=7, **options)
+    again.checkpoints.resume(again.state, "auto")
+    assert again.state.batches_left() == 2 * window
+
+
+def test_the_time_left_is_that_of_the_steps_left(make_run, caplog):
+    caplog.set_level("INFO")
+    make_run(max_epoch=100_000, max_steps=3).train()
+    assert [r.message.split()[-2] for r in caplog.records if " step " in r.message][2] == "00:00"
+
+
 def test_data_workers_do_not_change_anything(make_run):
     alone = make_run("alone", max_epoch=1).train()
     helped = make_run("helped", max_epoch=1, workers=2).train()

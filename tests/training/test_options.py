@@ -71,11 +71,11 @@ def test_unknown_key_is_an_error_with_the_nearest_name(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "pattern"),
     [
-        ("batch_size", 0, "batch_size .* 1"),
-        ("keep_checkpoints", 0, "keep_checkpoints .* 1"),
-        ("queue_size", -1, "queue_size .* 0"),
+        ("batch_size", 0, "batch-size .* 1"),
+        ("keep_checkpoints", 0, "keep-checkpoints .* 1"),
+        ("queue_size", -1, "queue-size .* 0"),
         ("alpha", 1.5, "alpha"),
-        ("clip_grad_norm", 0, "clip_grad_norm"),
+        ("clip_grad_norm", 0, "clip-grad-norm"),
         ("init_lr", "fast", "init-lr"),
         ("precision", "fp8", "precision"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infogrowth.training.precision import Precision
+from infogrowth.training.options import Precision
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp32")])

@@ -26,7 +26,7 @@ from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import recall_table
+from infogrowth.evaluation.retrieval import recall_table
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
 from train.pretrain_gain import PretrainConfig, pretrain
 from train.train_retrieval import RetrievalConfig, train_or_evaluate

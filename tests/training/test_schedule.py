@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from infogrowth.training.schedule import Schedule
+from infogrowth.training.options import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,23 @@
-"""Image–text retrieval scores: cosine first, then the matching head on the best candidates.
+"""Image–text retrieval: scores by cosine first, then by the matching head on the best candidates,
+and the recalls of both directions.
 
 Every rank encodes and matches its own blocks of images. Blocks are split by the batch size alone
 and pairs are grouped by image, so a pair is computed in the same company whatever the number of
 ranks: the scores are the same at any world size, ranks without a block included.
 
+Tie rule of the recalls: among equal scores the higher index ranks first. It is the order in which
+the paper's code reads a reversed ascending sort, made exact; without it a table depends on the
+sort's whims, because everything outside the re-ranked candidates has one and the same score.
+
 Shapes: I images, T texts, D feature width, L image tokens, W width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -22,12 +29,19 @@ from infogrowth.blip.tokenizer import tokenize
 from infogrowth.data.loading import checked, open_loader
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.errors import UserError
-from infogrowth.evaluation.recall import recall_table
+from infogrowth.files import atomic_write, atomic_write_json
 
 # Text tokens per pass: enough to fill the device, few enough for its cache or memory.
 TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 16_384}
 # What a pair outside the candidates scores, as in BLIP: below every re-ranked pair.
 NOT_RANKED = -100.0
+DEPTHS = (1, 5, 10)
+# The columns of a printed table.
+_COLUMNS = {
+    f"{side}_r{depth}": f"{head}@{depth}"
+    for side, head in (("txt", "TR"), ("img", "IR"))
+    for depth in DEPTHS
+} | {"r_mean": "mean"}
 
 
 class RetrievalScores(NamedTuple):
@@ -36,6 +50,14 @@ class RetrievalScores(NamedTuple):
     i2t: torch.Tensor  # (I, T)
     t2i: torch.Tensor  # (T, I)
     cosine: torch.Tensor  # (I, T)
+
+
+def retrieval_recall(
+    model: BlipDual, tokenizer: PreTrainedTokenizerBase, images: RetrievalEvaluation, **options: Any
+) -> dict[str, float]:
+    """The recall table of an evaluation set; ``options`` as for :func:`retrieval_scores`."""
+    scores = retrieval_scores(model, tokenizer, images, images.texts, **options)
+    return recall_table(scores.i2t.numpy(), scores.t2i.numpy(), images.img2txt, images.txt2img)
 
 
 @torch.inference_mode()
@@ -75,11 +97,11 @@ def retrieval_scores(
     try:
         device = next(model.parameters()).device
         ids_TN, mask_TN = (t.to(device) for t in tokenize(tokenizer, texts, max_length))
+        loader = open_loader(images, own_blocks(count, batch_size), workers, device)
         with autocast():
             text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
-            tokens, image_ID = _encode_images(
-                model, images, count, batch_size, workers, keep_tokens=k_test > 0
-            )
+            tokens, own_OD = _encode_images(model, checked(loader), device, k_test > 0)
+        image_ID = _of_all_ranks(own_OD, count, batch_size)
         # Outside autocast: which pairs are candidates must not depend on the number format.
         cosine_IT = image_ID @ text_TD.T
         if k_test == 0:
@@ -94,14 +116,6 @@ def retrieval_scores(
     return RetrievalScores(i2t, t2i.T.contiguous(), cosine_IT.cpu())
 
 
-def retrieval_recall(
-    model: BlipDual, tokenizer: PreTrainedTokenizerBase, images: RetrievalEvaluation, **options: Any
-) -> dict[str, float]:
-    """The recall table of an evaluation set; ``options`` as for :func:`retrieval_scores`."""
-    scores = retrieval_scores(model, tokenizer, images, images.texts, **options)
-    return recall_table(scores.i2t.numpy(), scores.t2i.numpy(), images.img2txt, images.txt2img)
-
-
 def top_candidates(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
     """Which ``min(k, N)`` answers of each query score highest, as booleans ``(Q, N)``.
 
@@ -111,8 +125,8 @@ def top_candidates(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
     border_Q1 = scores_QN.topk(k, dim=1).values[:, -1:]
     above_QN = scores_QN > border_Q1
     level_QN = scores_QN == border_Q1
-    room_Q1 = k - above_QN.sum(dim=1, keepdim=True)
-    return above_QN | (level_QN & (level_QN.cumsum(dim=1) <= room_Q1))
+    left_Q1 = k - above_QN.sum(dim=1, keepdim=True)
+    return above_QN | (level_QN & (level_QN.cumsum(dim=1) <= left_Q1))
 
 
 def own_blocks(count: int, size: int, rank: int | None = None) -> list[list[int]]:
@@ -141,28 +155,21 @@ def _encode_texts(
 
 
 def _encode_images(
-    model: BlipDual, images: Dataset, count: int, batch_size: int, workers: int, keep_tokens: bool
+    model: BlipDual, batches: Any, device: torch.device, keep_tokens: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Tokens of this rank's images, kept on the CPU, and the features ``(I, D)`` of all."""
-    device = next(model.parameters()).device
-    loader = open_loader(images, own_blocks(count, batch_size), workers, device)
-    parts = [torch.empty(0, model.config.embed_dim, device=device)]
+    """Tokens of this rank's images, kept on the CPU in the format that matching casts them to (in
+    pinned memory, so that nothing waits for them), and their features ``(own, D)``."""
+    half = torch.is_autocast_enabled(device.type)
+    features = [torch.empty(0, model.config.embed_dim, device=device)]
     tokens: list[torch.Tensor] = []
-    for batch in checked(loader):
+    for batch in batches:
         tokens_BLW, features_BD = model.encode_image(batch["image"].to(device, non_blocking=True))
+        features.append(features_BD)
         if keep_tokens:
-            tokens += _on_host(tokens_BLW).unbind()
-        parts.append(features_BD)
-    return tokens, _of_all_ranks(torch.cat(parts).float(), count, batch_size)
-
-
-def _on_host(tokens: torch.Tensor) -> torch.Tensor:
-    """A pinned copy on the CPU, in the format that matching casts it to; nothing waits for it."""
-    kind = tokens.device.type
-    if torch.is_autocast_enabled(kind):
-        tokens = tokens.to(torch.get_autocast_dtype(kind))
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=kind == "cuda")
-    return host.copy_(tokens, non_blocking=True)
+            kind = torch.get_autocast_dtype(device.type) if half else tokens_BLW.dtype
+            host = torch.empty(tokens_BLW.shape, dtype=kind, pin_memory=device.type == "cuda")
+            tokens += host.copy_(tokens_BLW.to(kind), non_blocking=True).unbind()
+    return tokens, torch.cat(features).float()
 
 
 def _match(
@@ -214,3 +221,105 @@ def passes(lengths: list[int], budget: int) -> list[slice]:
             splits.append(slice(start, stop))
             start = stop
     return [*splits, slice(start, len(lengths))] if lengths else []
+
+
+def recall_table(
+    score_i2t: np.ndarray,
+    score_t2i: np.ndarray,
+    img2txt: Sequence[Sequence[int]],
+    txt2img: Sequence[int],
+) -> dict[str, float]:
+    """Recalls in per cent under BLIP's names.
+
+    ``txt_r1/5/10``: an image's right caption (any of them) is among its first 1/5/10 texts;
+    ``img_r1/5/10``: a text's image is among its first images; ``txt_r_mean``, ``img_r_mean`` and
+    ``r_mean`` are their means.
+
+    Args:
+        score_i2t: ``(I, T)`` real scores of every text for every image.
+        score_t2i: ``(T, I)`` real scores of every image for every text.
+        img2txt: the texts that belong to each image.
+        txt2img: the image that each text belongs to.
+
+    Raises:
+        UserError: nothing to rank, or a score that is not a number (a broken checkpoint would
+            otherwise look perfect).
+    """
+    table: dict[str, float] = {}
+    for side, scores, right in (
+        ("txt", score_i2t, img2txt),
+        ("img", score_t2i, [[int(i)] for i in txt2img]),
+    ):
+        ranks = first_rank(scores, right)
+        recalls = [100.0 * float((ranks < depth).sum()) / len(ranks) for depth in DEPTHS]
+        table |= {f"{side}_r{depth}": value for depth, value in zip(DEPTHS, recalls, strict=True)}
+        table[f"{side}_r_mean"] = sum(recalls) / len(recalls)
+    table["r_mean"] = (table["txt_r_mean"] + table["img_r_mean"]) / 2
+    return table
+
+
+def first_rank(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
+    """The rank (0 is best) of each query's best-ranked right answer, int64 ``(Q,)``.
+
+    A query without a right answer ranks after everything.
+
+    Args:
+        scores: ``(Q, N)`` real numbers.
+        right: the right answers of each query, indices below N.
+    """
+    queries, answers = scores.shape
+    if not queries or not answers:
+        raise UserError("there is nothing to rank: the evaluation set is empty")
+    if not np.isfinite(scores).all():
+        raise UserError("the model gives scores that are not finite; the checkpoint is broken")
+    best = np.full(queries, answers, dtype=np.int64)
+    index = np.arange(answers)
+    for query, candidates in enumerate(right):
+        row = scores[query]
+        for candidate in candidates:
+            ahead = (row > row[candidate]) | ((row == row[candidate]) & (index > candidate))
+            best[query] = min(best[query], int(ahead.sum()))
+    return best
+
+
+def chance_table(images: int, texts: int) -> dict[str, float]:
+    """What guessing gives: the chance of one right answer among the first 1/5/10, in per cent.
+
+    Texts are counted as if each image had ``texts / images`` captions.
+    """
+    miss = np.cumprod([max(1 - texts / images / max(texts - i, 1), 0.0) for i in range(DEPTHS[-1])])
+    table = {f"txt_r{depth}": 100 * (1 - float(miss[depth - 1])) for depth in DEPTHS}
+    return table | {f"img_r{depth}": 100 * min(depth / images, 1.0) for depth in DEPTHS}
+
+
+def as_text(tables: dict[str, dict[str, Any]]) -> str:
+    """Recall tables by name as aligned columns, in per cent."""
+    width = max([len(name) for name in tables] + [4])
+    lines = [" ".join([" " * width, *(f"{head:>6}" for head in _COLUMNS.values())])]
+    for name, table in tables.items():
+        cells = [f"{table[c]:6.2f}" if c in table else " " * 6 for c in _COLUMNS]
+        lines.append(" ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def save_tables(
+    tables: dict[str, dict[str, float]], sets: dict[str, Any], path: str | Path
+) -> None:
+    """Print the tables beside what guessing gives, and write them as ``path``.json and .txt.
+
+    Rank 0 only; nothing when there are no tables.
+
+    Args:
+        sets: the evaluation set of each table: as many images as its length, its ``texts``.
+    """
+    if not tables or not distributed.is_main():
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        rows[name] = table
+        rows[f"{name} (chance)"] = chance_table(len(sets[name]), len(sets[name].texts))
+    text = as_text(rows)
+    print(text)
+    atomic_write_json(Path(f"{path}.json"), tables, indent=2)
+    with atomic_write(Path(f"{path}.txt"), "w") as file:
+        file.write(f"{text}\n")
