@@ -25,8 +25,8 @@ from PIL import Image
 from infogrowth import distributed
 from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
-from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.model import BlipDual
+from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source

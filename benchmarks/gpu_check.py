@@ -615,7 +615,7 @@ def evaluation(machine: Machine) -> Iterator[Row]:
     import retrieval_evaluation as benchmark
 
     from infogrowth.blip.config import preset
-    from infogrowth.blip.dual import BlipDual
+    from infogrowth.blip.model import BlipDual
     from infogrowth.training.options import Precision
 
     images, k_test = machine.size(400, 12), machine.size(128, 4)

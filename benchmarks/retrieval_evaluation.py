@@ -18,7 +18,7 @@ import torch
 
 from infogrowth import distributed
 from infogrowth.blip.config import preset
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.evaluation.retrieval import NOT_RANKED, retrieval_scores

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from infogrowth import distributed
 from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.config import preset
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
-from infogrowth.blip.tokenizer import save_vocabulary, tokenize
+from infogrowth.blip.text import save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.loading import Batch

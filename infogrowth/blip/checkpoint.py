@@ -1,15 +1,16 @@
-"""Between models and their files: any BLIP's weights into any model of this package, with a report
-of what happened; and a model into a folder of ours, an official file, or a Hugging Face folder."""
+"""Between models and their files: weights of any BLIP, or what BLIP starts from, into a model here,
+with a report of what happened; and a model into a folder of ours, an official file, or a Hugging
+Face folder."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,8 +19,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.tokenizer import VOCABULARY_FILE, load_tokenizer, save_vocabulary
+from infogrowth.blip.model import BlipCaptioner, BlipDual
+from infogrowth.blip.text import VOCABULARY_FILE, load_tokenizer, save_vocabulary
 from infogrowth.blip.weights import (
+    HUB_FILES,
     WORD_EMBEDDINGS,
     Weights,
     download,
@@ -27,6 +30,8 @@ from infogrowth.blip.weights import (
     is_known,
     is_momentum,
     is_queue,
+    locate,
+    read_file,
     read_weights,
     tied_name,
     to_huggingface_name,
@@ -35,56 +40,48 @@ from infogrowth.data.transforms import MEAN, STD
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 
-if TYPE_CHECKING:
-    from infogrowth.blip.captioning import BlipCaptioner
-    from infogrowth.blip.dual import BlipDual
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
+PathLike = str | os.PathLike[str]
+
+# What BLIP starts from: published weights by name, and the ViT's width, depth and patch size.
+_PUBLISHED = {
+    "deit": "timm/deit_base_patch16_224.fb_in1k",
+    "imagenet21k": "timm/vit_large_patch16_224.augreg_in21k",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+}
+_VISION_FOR = {(768, 12, 16): "deit", (1024, 24, 16): "imagenet21k"}
 
 
-@dataclass
 class LoadReport:
-    """What became of every name of a checkpoint and of the model; ``str()`` is for people.
+    """What became of every name of a checkpoint and of the model; ``str()`` is for people."""
 
-    Attributes:
-        loaded: how many of the model's names got a value from the file.
-        missing: names that the model needs and the file does not have.
-        mismatched: "name: file shape, model shape" where the shapes do not fit.
-        conflicting: names that are tied in the model and have different values in the file.
-        unexpected: names in the file that no BLIP has.
-        resized: position embeddings that were interpolated to the model's image size.
-        filled: tied names taken from another name, and momentum weights from the online ones.
-        untouched: optional names (queues, temperature) that keep their initial values.
-        unused: names of a BLIP's parts that this model does not have or need.
-    """
-
-    source: str
-    layout: str
-    loaded: int = 0
-    missing: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    conflicting: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)
-    filled: list[str] = field(default_factory=list)
-    untouched: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    def __init__(self, source: str, layout: str) -> None:
+        self.source, self.layout = source, layout
+        self.loaded = 0  # how many of the model's names got a value from the file
+        self.missing: list[str] = []  # needed by the model, and not in the file
+        self.mismatched: list[str] = []  # with both sizes, where these do not fit
+        self.conflicting: list[str] = []  # tied in the model, with different values in the file
+        self.unexpected: list[str] = []  # in the file, and in no BLIP
+        self.resized: list[str] = []  # position embeddings, with both sizes
+        self.filled: list[str] = []  # from a name that is tied to it, momentum from online
+        self.untouched: list[str] = []  # optional (queues, temperature), as they were
+        self.unused: list[str] = []  # of a BLIP's parts that this model does not have or need
 
     def __str__(self) -> str:
         head = f"{self.source} ({self.layout} layout): {self.loaded} names loaded"
-        lists = {name: names for name, names in vars(self).items() if isinstance(names, list)}
-        return "\n  ".join(
-            [head, *(f"{k}: {summary(names)}" for k, names in lists.items() if names)]
-        )
+        return "\n  ".join([head, *self._shown(*vars(self))])
 
     def check(self) -> None:
         """Raise a UserError if the checkpoint does not fit the model."""
         if self.missing or self.mismatched or self.conflicting:
-            names = ("missing", "mismatched", "conflicting", "unexpected")
-            found = [
-                f"{name}: {summary(getattr(self, name))}" for name in names if getattr(self, name)
-            ]
+            found = self._shown("missing", "mismatched", "conflicting", "unexpected")
             raise UserError(f"{self.source} does not fit this model; {'; '.join(found)}")
+
+    def _shown(self, *kinds: str) -> list[str]:
+        lists = {kind: getattr(self, kind) for kind in kinds}
+        return [f"{k}: {summary(n)}" for k, n in lists.items() if n and isinstance(n, list)]
 
 
 def summary(names: list[str], limit: int = 5) -> str:
@@ -93,16 +90,14 @@ def summary(names: list[str], limit: int = 5) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def load_weights(
-    model: nn.Module, source: str | os.PathLike[str] | Weights, strict: bool = True
-) -> LoadReport:
+def load_weights(model: nn.Module, source: PathLike | Weights, strict: bool = True) -> LoadReport:
     """Load weights (a path as for :func:`read_weights`, or read ones) into ``model`` in place.
 
     Position embeddings are resized to the model's images; tied names may be given once; queues
     and momentum weights are optional (momentum weights then become copies of the online ones).
 
     Args:
-        strict: raise when a needed name is missing, a shape does not fit, or tied names differ,
+        strict: raise when a needed name is missing, a size does not fit, or tied names differ,
             before anything is loaded; otherwise only report it.
 
     Raises:
@@ -146,20 +141,19 @@ def _fitting(
         elif not all(torch.equal(tensor, given[other]) for other in same if other in own):
             report.conflicting.append(name)
         if name.endswith(".pos_embed") and (resized := _resized(tensor, target)) is not None:
-            report.resized.append(f"{name}: {_shape(tensor)} to {_shape(target)}")
+            report.resized.append(f"{name}: {_size(tensor)} to {_size(target)}")
             tensor = resized
         if tensor.shape == target.shape:
             ready[name] = tensor
         elif is_queue(name):
-            report.untouched.append(f"{name} (the file's has another size, {_shape(tensor)})")
+            report.untouched.append(f"{name} (the file's has another size, {_size(tensor)})")
         else:
-            shapes = f"{_shape(tensor)} in the file, {_shape(target)} in the model"
-            report.mismatched.append(f"{name}: {shapes}")
+            sizes = f"{_size(tensor)} in the file, {_size(target)} in the model"
+            report.mismatched.append(f"{name}: {sizes}")
     if "image_queue" not in ready:  # a pointer belongs to the queue that it points into
-        pointers = [
-            name for name in ("queue_ptr", "ptr_queue") if ready.pop(name, None) is not None
-        ]
+        pointers = ready.keys() & {"queue_ptr", "ptr_queue"}
         report.untouched.extend(pointers)
+        ready = {name: tensor for name, tensor in ready.items() if name not in pointers}
     for name in sorted(given.keys() - used):
         (report.unused if is_known(name) else report.unexpected).append(name)
     return ready
@@ -175,15 +169,15 @@ def _resized(positions: torch.Tensor, target: torch.Tensor) -> torch.Tensor | No
     return resample_abs_pos_embed(positions, [new, new], antialias=False)
 
 
-def _shape(tensor: torch.Tensor) -> str:
+def _size(tensor: torch.Tensor) -> str:
     return "×".join(str(size) for size in tensor.shape) or "scalar"
 
 
 def load_blip(
-    path: str | os.PathLike[str],
+    path: PathLike,
     kind: Callable[[BlipConfig], Model],
     device: str | torch.device = "cpu",
-    vocabulary: str | os.PathLike[str] | None = None,
+    vocabulary: PathLike | None = None,
     config: BlipConfig | None = None,
     image_size: int | None = None,
 ) -> tuple[Model, PreTrainedTokenizerBase, LoadReport]:
@@ -224,10 +218,94 @@ def load_blip(
     return model.to(device).eval(), tokenizer, report
 
 
+def initialize(model: BlipDual, vision: PathLike = "auto", text: PathLike = "auto") -> None:
+    """Give a freshly built model its starting weights; momentum encoders follow.
+
+    Cross-attention, projections and heads stay random, as in BLIP. BERT's 30522 words are
+    extended by random rows for [DEC] and [ENC].
+
+    Args:
+        vision: ``deit`` (ViT-B/16), ``imagenet21k`` (ViT-L/16), ``random``, ``fan_in`` (random
+            with a standard deviation of fan_in^-0.5 in linear layers, which models much narrower
+            than BLIP's need to learn at all), a local file of such weights, or ``auto``: what
+            BLIP uses for the model's size.
+        text: ``bert-base-uncased``, ``random``, ``fan_in``, a local file or folder of BERT
+            weights, or ``auto``: ``bert-base-uncased``.
+
+    Raises:
+        UserError: no network, no such file, or weights of another size.
+    """
+    size = (model.config.vision_width, model.config.vision_depth, model.config.patch_size)
+    if vision == "auto" and size not in _VISION_FOR:
+        raise UserError(
+            f"no starting weights are published for an image transformer of width {size[0]} and "
+            f"depth {size[1]}; use `random` or a path"
+        )
+    vision = _VISION_FOR[size] if vision == "auto" else vision
+    text = "bert-base-uncased" if text == "auto" else text
+    sources = {  # BlipPretrain has a decoder as well
+        **dict.fromkeys(("visual_encoder", "vision_proj"), vision),
+        **dict.fromkeys(("text_encoder", "text_proj", "itm_head", "text_decoder"), text),
+    }
+    _scale_to_fan_in(*(m for name, m in model.named_children() if sources.get(name) == "fan_in"))
+    for source, layout, parts in (
+        (vision, "timm", ("visual_encoder.",)),
+        (text, "bert", ("text_encoder.", "text_decoder.")),
+    ):
+        if source in ("random", "fan_in"):
+            continue
+        published = _PUBLISHED.get(str(source))
+        file = download(published, *HUB_FILES) if published else locate(source)
+        tensors = _official(read_file(file)[0], layout, model.state_dict())
+        report = load_weights(model, Weights(tensors, str(file), layout), strict=False)
+        # What such a file never holds may be missing, nothing else.
+        report.missing = [
+            name
+            for name in report.missing
+            if name.startswith(parts) and ".crossattention." not in name and ".cls." not in name
+        ]
+        report.check()
+        logger.info("starting weights: %s", report)
+    if hasattr(model, "copy_to_momentum"):
+        model.copy_to_momentum()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _scale_to_fan_in(*parts: nn.Module) -> None:
+    """Scale the random weights of linear layers, which stay a function of the model's seed. The
+    words' embeddings stay as they are, where they serve as an output layer too."""
+    modules = {module for part in parts for module in part.modules()}
+    words = {module.weight for module in modules if isinstance(module, nn.Embedding)}
+    for module in modules:
+        if isinstance(module, nn.Linear) and module.weight not in words:
+            module.weight *= module.in_features**-0.5 / module.weight.std()
+
+
+def _official(
+    tensors: dict[str, torch.Tensor], layout: str, own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A timm ViT's or BERT's weights under the names of the model's image encoder, or of its text
+    encoder and decoder. Of words that BERT does not have, the model keeps its own (random) rows."""
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        # Old BERT files call the scale and shift of a layer norm gamma and beta.
+        inner = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        inner = inner.replace("LayerNorm.beta", "LayerNorm.bias").removeprefix("bert.")
+        if layout == "timm":
+            named[f"visual_encoder.{name}"] = tensor
+        elif inner.startswith(("embeddings.", "encoder.")):
+            named[f"text_encoder.{inner}"] = named[f"text_decoder.bert.{inner}"] = tensor
+        elif name.startswith("cls.predictions.") and "decoder" not in name:
+            named[f"text_decoder.{inner}"] = tensor
+    named = {n: t for n, t in named.items() if layout == "timm" or n in own}
+    for name, tensor in named.items():
+        if name.endswith((WORD_EMBEDDINGS, "cls.predictions.bias")):
+            named[name] = torch.cat([tensor, own[name][len(tensor) :]])
+    return named
+
+
 def save_folder(
-    model: "BlipDual | BlipCaptioner",
-    directory: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase,
+    model: BlipDual | BlipCaptioner, directory: PathLike, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write a BLIP folder: ``vocab.txt``, ``model.safetensors`` (each tensor once, none that only
     training needs, the configuration in its metadata), and last ``config.json``."""
@@ -238,36 +316,30 @@ def save_folder(
     # transformers refuses files without the format.
     metadata = {"format": "pt", "config": json.dumps(model.config.as_dict())}
     content = safetensors.torch.save(dict(once.values()), metadata=metadata)
+    # safetensors writes its metadata in a random order. Sorted, equal weights are equal bytes; the
+    # header stays as long as it was, so nothing behind it moves.
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     save_vocabulary(tokenizer, directory)
     with atomic_write(Path(directory) / "model.safetensors") as file:
-        file.write(_in_one_order(content))
+        file.write(content[:8] + text.ljust(start - 8) + content[start:])
     model.config.to_folder(directory)
 
 
-def _in_one_order(file: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in a random order.
-
-    The header is as long as before, so nothing behind it moves, and equal weights are equal bytes.
-    """
-    length = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return file[:8] + text.ljust(length) + file[8 + length :]
-
-
 def save_official(
-    model: "BlipDual | BlipCaptioner", path: str | os.PathLike[str], momentum: bool = True
+    model: BlipDual | BlipCaptioner, path: PathLike, with_momentum: bool = True
 ) -> None:
     """Write a ``.pth`` with every name that BLIP's own files have, tied ones and the constant
     ``position_ids`` too, under the key ``model``, and the configuration under ``config``.
 
     Args:
-        momentum: also keep momentum encoders and queues.
+        with_momentum: also keep momentum encoders and queues.
     """
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if not momentum and (is_momentum(name) or is_queue(name)):
+        if not with_momentum and (is_momentum(name) or is_queue(name)):
             continue
         if name.endswith(WORD_EMBEDDINGS):
             positions = torch.arange(model.config.text_positions).expand(1, -1).clone()
@@ -278,8 +350,8 @@ def save_official(
 
 
 def save_huggingface(
-    model: "BlipDual | BlipCaptioner",
-    directory: str | os.PathLike[str],
+    model: BlipDual | BlipCaptioner,
+    directory: PathLike,
     tokenizer: PreTrainedTokenizerBase,
     task: Literal["retrieval", "captioning"] | None = None,
 ) -> None:
@@ -293,7 +365,7 @@ def save_huggingface(
     """
     import transformers
 
-    task = task or ("retrieval" if hasattr(model, "text_encoder") else "captioning")
+    task = task or ("captioning" if isinstance(model, BlipCaptioner) else "retrieval")
     kind: Any = {
         "retrieval": transformers.BlipForImageTextRetrieval,
         "captioning": transformers.BlipForConditionalGeneration,

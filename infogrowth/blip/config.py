@@ -23,7 +23,7 @@ STEM_PATCH = 16
 FORMAT = "infogrowth-blip"
 CONFIG_FILE = "config.json"
 
-# What transformers calls the fields of its two parts.
+# What transformers calls the fields, in the two parts of its own configuration.
 _VISION_NAMES = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -41,10 +41,7 @@ _TEXT_NAMES = {
     "text_positions": "max_position_embeddings",
     "text_norm_eps": "layer_norm_eps",
     "text_dropout": "hidden_dropout_prob",
-    "vocab_size": "vocab_size",
-    "pad_token_id": "pad_token_id",
-    "sep_token_id": "sep_token_id",
-    "bos_token_id": "bos_token_id",
+    **{name: name for name in ("vocab_size", "pad_token_id", "sep_token_id", "bos_token_id")},
 }
 
 
@@ -89,9 +86,9 @@ class BlipConfig:
             ("vision_width", "vision_heads"),
             ("text_width", "text_heads"),
         ):
-            if getattr(self, size) % getattr(self, part):
-                values = f"{size} {getattr(self, size)}", f"{part} {getattr(self, part)}"
-                raise UserError(f"{values[0]} is not a multiple of {values[1]}")
+            whole, each = getattr(self, size), getattr(self, part)
+            if whole % each:
+                raise UserError(f"{size} {whole} is not a multiple of {part} {each}")
         if self.vision_stem == "conv" and self.patch_size != STEM_PATCH:
             raise UserError(f"the conv stem needs patch_size {STEM_PATCH}, not {self.patch_size}")
 
@@ -127,8 +124,7 @@ class BlipConfig:
         """
         if values.get("model_type") == "blip":
             values = _from_huggingface(values)
-        given = {key: (value, f"key {key!r} in {source}") for key, value in values.items()}
-        given.pop("format", None)
+        given = {k: (v, f"key {k!r} in {source}") for k, v in values.items() if k != "format"}
         return build_config(cls, given)
 
     def text_options(self) -> dict[str, Any]:

@@ -50,11 +50,6 @@ def similarity_logits(
     return features_BD @ candidates_CD.T / temperature
 
 
-def identity_targets(rows: int, candidates: int, device: torch.device) -> torch.Tensor:
-    """``(B, C)``: each row's own candidate, which comes first among them, is the match."""
-    return torch.eye(rows, candidates, device=device)
-
-
 def same_id_targets(ids_B: torch.Tensor, candidate_ids_C: torch.Tensor) -> torch.Tensor:
     """``(B, C)``: candidates of the row's own image share the match equally (BLIP retrieval)."""
     same_BC = (ids_B[:, None] == candidate_ids_C[None, :]).float()
@@ -68,28 +63,24 @@ def copies_of_row(ids_B: torch.Tensor, candidate_ids_C: torch.Tensor) -> torch.T
     return copies_BC & ~itself_BC
 
 
-def _hide(logits_BC: torch.Tensor, hidden_BC: torch.Tensor | None) -> torch.Tensor:
-    return logits_BC if hidden_BC is None else logits_BC.masked_fill(hidden_BC, float("-inf"))
-
-
 @in_full_precision
-def soft_targets(
+def contrastive_loss(
+    logits_BC: torch.Tensor,
     momentum_logits_BC: torch.Tensor,
     hard_BC: torch.Tensor,
     alpha: float,
     hidden_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``alpha · softmax(momentum logits) + (1 − alpha) · hard`` without gradient (BLIP §3.2)."""
-    soft_BC = F.softmax(_hide(momentum_logits_BC.detach(), hidden_BC), dim=1)
-    return alpha * soft_BC + (1 - alpha) * hard_BC
+    """Cross-entropy against ``alpha · softmax(momentum logits) + (1 − alpha) · hard`` (BLIP §3.2).
 
-
-@in_full_precision
-def contrastive_loss(
-    logits_BC: torch.Tensor, targets_BC: torch.Tensor, hidden_BC: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cross-entropy of soft targets, mean over rows; hidden candidates take no part."""
-    log_p_BC = F.log_softmax(_hide(logits_BC, hidden_BC), dim=1)
+    The mean over rows; the targets take no gradient, and hidden candidates no part.
+    """
+    momentum_logits_BC = momentum_logits_BC.detach()
+    if hidden_BC is not None:
+        momentum_logits_BC = momentum_logits_BC.masked_fill(hidden_BC, float("-inf"))
+        logits_BC = logits_BC.masked_fill(hidden_BC, float("-inf"))
+    targets_BC = alpha * F.softmax(momentum_logits_BC, dim=1) + (1 - alpha) * hard_BC
+    log_p_BC = F.log_softmax(logits_BC, dim=1)
     if hidden_BC is not None:
         log_p_BC = log_p_BC.masked_fill(hidden_BC, 0.0)  # their target is 0: 0 · −inf is nan
     return -(log_p_BC * targets_BC).sum(1).mean()

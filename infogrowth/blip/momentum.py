@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.dual import BlipDual, seeded
 from infogrowth.blip.losses import (
     contrastive_loss,
     matching_loss,
     negative_weights,
     sample_negatives,
     similarity_logits,
-    soft_targets,
     unit,
 )
+from infogrowth.blip.model import BlipDual, seeded
 from infogrowth.blip.text import build_text_encoder
 from infogrowth.blip.vision import build_vision
 
@@ -36,15 +36,29 @@ Texts = tuple[torch.Tensor, torch.Tensor]  # ids and mask, (B, T) each
 
 @dataclass(frozen=True)
 class Features:
-    """Unit features ``(B, D)`` of one batch, online and momentum, and what they compare with."""
+    """Unit features of one batch, online and momentum, and how they compare with candidates."""
 
     image_tokens: torch.Tensor  # (B, L, W)
-    image: torch.Tensor
-    text: torch.Tensor
+    image: torch.Tensor  # (B, D)
+    text: torch.Tensor  # (N, D)
     image_momentum: torch.Tensor
     text_momentum: torch.Tensor
-    image_candidates: torch.Tensor  # (C, D)
-    text_candidates: torch.Tensor  # (C, D)
+    logits: BothWays
+    momentum_logits: BothWays
+
+    def contrastive_loss(
+        self, targets: BothWays, alpha: float, hidden_BC: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The contrastive loss (ITA), mean of both ways.
+
+        Args:
+            targets: the matching candidates of each row, which sum to one.
+            alpha: share of the momentum model in the targets, 0 to 1.
+            hidden_BC: candidates that take no part.
+        """
+        ways = zip(self.logits, self.momentum_logits, targets, strict=True)
+        i2t, t2i = (contrastive_loss(*way, alpha, hidden_BC) for way in ways)
+        return (i2t + t2i) / 2
 
 
 class MomentumBlip(BlipDual):
@@ -119,15 +133,8 @@ class MomentumBlip(BlipDual):
             for source, target in zip(online.buffers(), momentum.buffers(), strict=True):
                 target.copy_(source)
 
-    @torch.no_grad()
-    def momentum_features(self, images_BCHW: torch.Tensor, texts: Texts) -> BothWays:
-        """Unit features ``(B, D)`` of images and texts by the momentum encoders; moves nothing."""
-        image = self.vision_proj_m(self.visual_encoder_m(images_BCHW)[:, 0])
-        text = self.text_proj_m(self._text(self.text_encoder_m, *texts)[:, 0])
-        return unit(image), unit(text)
-
     def contrast(
-        self, images_BCHW: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+        self, images_BCHW: torch.Tensor, ids_NT: torch.Tensor, mask_NT: torch.Tensor
     ) -> Features:
         """Features of a training batch: temperature kept in range, momentum moved, queue read.
 
@@ -136,53 +143,41 @@ class MomentumBlip(BlipDual):
         with torch.no_grad():
             self.temp.clamp_(*TEMPERATURE_RANGE)
         image_tokens, image = self.encode_image(images_BCHW)
-        _, text = self.encode_text(ids_BT, mask_BT)
+        _, text = self.encode_text(ids_NT, mask_NT)
         self.update_momentum()
         if self.momentum == 0 and not self.image_queue.numel():
             image_momentum, text_momentum = image, text
         else:
-            image_momentum, text_momentum = self.momentum_features(images_BCHW, (ids_BT, mask_BT))
-        return Features(
-            image_tokens=image_tokens,
-            image=image,
-            text=text,
-            image_momentum=image_momentum,
-            text_momentum=text_momentum,
-            # A copy: the queue is written in this step, while autograd still needs what it read.
-            image_candidates=torch.cat([image_momentum, self.image_queue.T]),
-            text_candidates=torch.cat([text_momentum, self.text_queue.T]),
-        )
+            with torch.no_grad():
+                tokens_BLW = self.visual_encoder_m(images_BCHW)
+                states_NTW = self._text(self.text_encoder_m, ids_NT, mask_NT)
+                image_momentum = unit(self.vision_proj_m(tokens_BLW[:, 0]))
+                text_momentum = unit(self.text_proj_m(states_NTW[:, 0]))
+        # A copy: the queue is written in this step, while autograd still needs what it read.
+        images_CD = torch.cat([image_momentum, self.image_queue.T])
+        texts_CD = torch.cat([text_momentum, self.text_queue.T])
 
-    def logits(self, image_BD: torch.Tensor, text_ND: torch.Tensor, features: Features) -> BothWays:
-        """Images and texts, online or momentum, against the candidates of ``features``."""
-        return (
-            similarity_logits(image_BD, features.text_candidates, self.temp),
-            similarity_logits(text_ND, features.image_candidates, self.temp),
-        )
+        def logits(image_BD: torch.Tensor, text_ND: torch.Tensor) -> BothWays:
+            return (
+                similarity_logits(image_BD, texts_CD, self.temp),
+                similarity_logits(text_ND, images_CD, self.temp),
+            )
 
-    def contrastive(
-        self,
-        features: Features,
-        logits: BothWays,
-        targets: BothWays,
-        alpha: float,
-        hidden_BC: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Contrastive loss (ITA), the mean of both ways.
-
-        Args:
-            logits: of the online features.
-            targets: the matching candidates of each row, which sum to one.
-            alpha: share of the momentum model in the targets, 0 to 1.
-            hidden_BC: candidates that take no part.
-        """
         with torch.no_grad():
-            soft = self.logits(features.image_momentum, features.text_momentum, features)
-        i2t, t2i = (
-            contrastive_loss(online, soft_targets(momentum, hard, alpha, hidden_BC), hidden_BC)
-            for online, momentum, hard in zip(logits, soft, targets, strict=True)
-        )
-        return (i2t + t2i) / 2
+            soft = logits(image_momentum, text_momentum)
+        both = logits(image, text)
+        return Features(image_tokens, image, text, image_momentum, text_momentum, both, soft)
+
+    def enqueue(self, features: Features, ids_B: torch.Tensor | None) -> None:
+        """Write the momentum features of all ranks' batches into the queues, and the samples' ids
+        where those are kept; of several texts of an image the first."""
+        rows = len(features.image)
+        new = {"image_queue": features.image_momentum, "text_queue": features.text_momentum[:rows]}
+        if ids_B is not None:
+            new["idx_queue"] = ids_B[:, None]
+        queues = [self.get_buffer(name) for name in new]
+        columns = [distributed.all_gather(rows) for rows in new.values()]
+        write_queue(queues, self.get_buffer(self.pointer_name), columns)
 
     def hard_negatives(
         self,
@@ -193,12 +188,7 @@ class MomentumBlip(BlipDual):
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A wrong image for each text and a wrong text for each image, alike ones likelier: their
-        columns, and whether there are any, ``(B,)`` each.
-
-        Args:
-            to_images_BC, to_texts_BC: logits of texts to images, and of images to texts.
-            forbidden_BC, floor: see :func:`negative_weights`.
-        """
+        columns, and whether there are any, ``(B,)`` each; see :func:`negative_weights`."""
         wrong = []
         for logits_BC in (to_images_BC, to_texts_BC):  # all images are drawn first
             weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
@@ -208,7 +198,6 @@ class MomentumBlip(BlipDual):
     def matching(
         self,
         image_tokens_GLW: torch.Tensor,
-        own_B: torch.Tensor,
         wrong_B: torch.Tensor,
         texts: Texts,
         wrong_texts: Texts,
@@ -218,10 +207,12 @@ class MomentumBlip(BlipDual):
         wrong text.
 
         Args:
-            own_B, wrong_B: which of the G images are the texts' own and wrong ones.
+            image_tokens_GLW: the texts' own images come first.
+            wrong_B: which of the G images are the texts' wrong ones.
             exists_B: which rows have wrong partners at all.
         """
         ids_NT, mask_NT = (torch.cat([o, o, w]) for o, w in zip(texts, wrong_texts, strict=True))
+        own_B = torch.arange(len(wrong_B), device=wrong_B.device)
         rows_N = torch.cat([own_B, wrong_B, own_B])
         return matching_loss(self.itm_logits(image_tokens_GLW, ids_NT, mask_NT, rows_N), exists_B)
 

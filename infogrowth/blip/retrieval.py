@@ -11,7 +11,7 @@ import torch
 from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import same_id_targets, similarity_logits
-from infogrowth.blip.momentum import Features, MomentumBlip, Texts, write_queue
+from infogrowth.blip.momentum import Features, MomentumBlip, Texts
 
 
 class BlipRetrieval(MomentumBlip):
@@ -46,21 +46,15 @@ class BlipRetrieval(MomentumBlip):
 
         Args:
             images_BCHW: normalised images.
-            ids_BT, mask_BT: from :func:`infogrowth.blip.tokenizer.tokenize`.
+            ids_BT, mask_BT: from :func:`infogrowth.blip.text.tokenize`.
             image_ids: ``int64`` >= 0; pairs with the same id match each other.
             alpha: share of the momentum model in the contrastive targets, 0 to 1.
             generator: draws the negatives; None draws from torch's global state.
         """
         features = self.contrast(images_BCHW, ids_BT, mask_BT)
-        logits = self.logits(features.image, features.text, features)
         targets_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
-        ita = self.contrastive(features, logits, (targets_BC, targets_BC), alpha)
-        new = (features.image_momentum, features.text_momentum, image_ids[:, None])
-        write_queue(
-            [self.image_queue, self.text_queue, self.idx_queue],
-            self.ptr_queue,
-            [distributed.all_gather(rows) for rows in new],
-        )
+        ita = features.contrastive_loss((targets_BC, targets_BC), alpha)
+        self.enqueue(features, image_ids)
         itm = self._matching_over_ranks(features, (ids_BT, mask_BT), image_ids, generator)
         return {"ita": ita, "itm": itm}
 
@@ -77,7 +71,7 @@ class BlipRetrieval(MomentumBlip):
         if self.negative_all_rank:
             pool_tokens_GLW = distributed.all_gather_with_grad(pool_tokens_GLW)
             pool = [distributed.all_gather(each) for each in pool]
-        image_GD, text_GD, ids_G, *pool_texts = pool
+        image_GD, text_GD, ids_G, pool_ids_GT, pool_mask_GT = pool
         with torch.no_grad():
             wrong_image_B, wrong_text_B, exists_B = self.hard_negatives(
                 similarity_logits(features.text, image_GD, self.temp),
@@ -87,12 +81,10 @@ class BlipRetrieval(MomentumBlip):
                 generator,
             )
         # Own images, then the wrong ones: of a large pool only those are read.
-        own_B = torch.arange(len(image_ids), device=image_ids.device)
         return self.matching(
             torch.cat([features.image_tokens, pool_tokens_GLW[wrong_image_B]]),
-            own_B,
-            own_B + len(own_B),
+            torch.arange(len(image_ids), 2 * len(image_ids), device=image_ids.device),
             texts,
-            (pool_texts[0][wrong_text_B], pool_texts[1][wrong_text_B]),
+            (pool_ids_GT[wrong_text_B], pool_mask_GT[wrong_text_B]),
             exists_B,
         )

@@ -22,31 +22,24 @@ class VisionEncoder(VisionTransformer):
         return self.forward_features(images)
 
 
-class RecomputableBlock(Block):
-    """A transformer block that takes the number format to compute in.
+class RecomputedBlock(Block):
+    """A transformer block that is recomputed in the number format of its forward pass.
 
     fairscale's wrapper recomputes a block under autocast's default format, or on a CPU under none
     (its issue 1199), whatever the forward pass had: in bfloat16 training, float16 gradients that
-    underflow. So the forward pass hands its own format on, and the recomputation gets the same.
+    underflow. Its forward pass takes no gradients, the recomputation does.
     """
 
-    def forward(  # type: ignore[override]
-        self, x: torch.Tensor, autocast_to: torch.dtype | None = None, **options: Any
-    ) -> torch.Tensor:
-        if autocast_to is None:
-            return super().forward(x, **options)
-        with torch.autocast(x.device.type, dtype=autocast_to):
-            return super().forward(x, **options)
+    autocast_to: torch.dtype | None = None
 
-
-def _with_own_format(
-    block: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]
-) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-    """A forward hook: adds the format that autocast has at the moment."""
-    device = inputs[0].device.type
-    if torch.is_autocast_enabled(device):
-        options = {**options, "autocast_to": torch.get_autocast_dtype(device)}
-    return inputs, options
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        device = x.device.type
+        if not torch.is_grad_enabled():
+            enabled = torch.is_autocast_enabled(device)
+            self.autocast_to = torch.get_autocast_dtype(device) if enabled else None
+            return super().forward(x)
+        with torch.autocast(device, self.autocast_to, enabled=self.autocast_to is not None):
+            return super().forward(x)
 
 
 class ConvStem(PatchEmbed):
@@ -113,14 +106,13 @@ def build_vision(
         drop_path_rate=config.drop_path,
         embed_layer=ConvStem if config.vision_stem == "conv" else PatchEmbed,
         num_classes=0,
-        block_fn=RecomputableBlock,
     )
     if gradient_checkpointing:
         from fairscale.nn.checkpoint import checkpoint_wrapper  # only who recomputes needs it
 
         first = len(vision.blocks) - checkpoint_layers if checkpoint_layers else 0
         for block in list(vision.blocks)[max(first, 0) :]:
+            block.__class__ = RecomputedBlock
             # The wrapper replaces the block's forward only, so state dict names stay official.
             checkpoint_wrapper(block)
-            block.register_forward_pre_hook(_with_own_format, with_kwargs=True)
     return vision

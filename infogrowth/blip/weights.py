@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from infogrowth.files import read_json
 logger = logging.getLogger(__name__)
 
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has
 _EXTENSIONS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 # Under what training programs keep a model's weights, and what wrappers do to the names.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -84,10 +85,9 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         # A run's folder may keep some other config.json beside its checkpoints.
         source, config = beside, read_json(beside, "the model configuration")
     known = BlipConfig.from_dict(config, str(source)) if is_blip_config(config) else None
-    layout = "official"
     if any(name.startswith("vision_model.") for name in tensors):
-        tensors, layout = _from_huggingface(tensors), "huggingface"
-    return Weights(tensors, str(file), layout, known)
+        return Weights(_from_huggingface(tensors), str(file), "huggingface", known)
+    return Weights(tensors, str(file), "official", known)
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -102,7 +102,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         return local
     if local.is_absolute() or local.suffix in _EXTENSIONS or len(local.parts) > 2:
         raise UserError(f"the checkpoint {local} does not exist; check the path")
-    return download(str(path), "model.safetensors", "pytorch_model.bin")
+    return download(str(path), *HUB_FILES)
 
 
 def download(name: str, *filenames: str) -> Path:
@@ -113,11 +113,10 @@ def download(name: str, *filenames: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    offline = not _hub_resolves()
     problem: Exception | None = None
     for filename in filenames:
         try:
-            return Path(hf_hub_download(name, filename, local_files_only=offline))
+            return Path(hf_hub_download(name, filename, local_files_only=not _hub_resolves()))
         except Exception as error:  # the hub client raises many kinds; all mean it is not there
             problem = problem or error
     raise UserError(
@@ -134,10 +133,9 @@ def _hub_resolves() -> bool:
     if any(key.lower() in ("https_proxy", "all_proxy") for key in os.environ):
         return True  # the proxy resolves names, this machine need not
     try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+        return bool(socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443))
     except OSError:
         return False
-    return True
 
 
 def read_file(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
@@ -154,14 +152,27 @@ def read_file(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
     if file.suffix not in _EXTENSIONS:
         known = ", ".join(_EXTENSIONS)
         raise UserError(f"{file} is not a weight file by its extension (known: {known})")
-    if file.suffix != ".safetensors":
-        return _named_tensors(read_plain(file), file)
-    with (
-        refusing(file, "the checkpoint", SafetensorError, ValueError),
-        safe_open(file, "pt") as opened,
-    ):
-        config = json.loads((opened.metadata() or {}).get("config", "null"))
-        return _unwrapped({k: opened.get_tensor(k) for k in opened.keys()}), config  # noqa: SIM118
+    if file.suffix == ".safetensors":
+        with (
+            refusing(file, "the checkpoint", SafetensorError, ValueError),
+            safe_open(file, "pt") as opened,
+        ):
+            config = json.loads((opened.metadata() or {}).get("config", "null"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return _unwrapped(tensors), config
+    content = read_plain(file)
+    config = content.get("config") if isinstance(content, dict) else None
+    while isinstance(content, dict):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {name: tensor for name, tensor in named if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        keys = ", ".join(map(repr, _WRAPPERS))
+        raise UserError(f"{file} holds no named weights, neither at its top nor under {keys}")
+    return _unwrapped(tensors), config
 
 
 def read_plain(file: str | os.PathLike[str]) -> Any:
@@ -180,21 +191,6 @@ def read_plain(file: str | os.PathLike[str]) -> Any:
             ) from error
 
 
-def _named_tensors(content: Any, file: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    config = content.get("config") if isinstance(content, dict) else None
-    while isinstance(content, dict):
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-        if not inner:
-            break
-        content = inner[0]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {name: tensor for name, tensor in named if isinstance(tensor, torch.Tensor)}
-    if not tensors:
-        keys = ", ".join(map(repr, _WRAPPERS))
-        raise UserError(f"{file} holds no named weights, neither at its top nor under {keys}")
-    return _unwrapped(tensors), config
-
-
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights without what torch.compile, FSDP and activation checkpointing put into names, and
     without what DistributedDataParallel and Lightning put before all of them."""
@@ -208,19 +204,15 @@ def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def to_huggingface_name(name: str) -> str:
     """Hugging Face's name of an official one."""
-    return _renamed(name, "visual_encoder.", _HUGGINGFACE_NAMES.items())
+    return _renamed(name, _HUGGINGFACE_NAMES.items())
 
 
 def _from_huggingface(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under official names. ``BlipModel`` keeps a log scale where BLIP keeps a temperature,
     and its projections have no bias; both are brought over."""
-    official = [(theirs, ours) for ours, theirs in _HUGGINGFACE_NAMES.items()]
-    state = {_renamed(name, "vision_model.", official): t for name, t in tensors.items()}
-    for ours, theirs in _BLIP_MODEL_NAMES.items():
-        state = {
-            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
-            for name, tensor in state.items()
-        }
+    names = {**_HUGGINGFACE_NAMES, **_BLIP_MODEL_NAMES}
+    renames = [(theirs, ours) for ours, theirs in names.items()]
+    state = {_renamed(name, renames): tensor for name, tensor in tensors.items()}
     if "logit_scale" in state:
         state["temp"] = torch.exp(-state.pop("logit_scale").float())
         for head in ("vision_proj", "text_proj"):
@@ -230,10 +222,9 @@ def _from_huggingface(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return state
 
 
-def _renamed(name: str, prefix: str, parts: Any) -> str:
-    if name.startswith(prefix):
-        for old, new in parts:
-            name = name.replace(old, new)
+def _renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    for old, new in parts:
+        name = name.replace(old, new)
     return name
 
 
@@ -265,36 +256,32 @@ def is_known(name: str) -> bool:
     return not name.startswith("text_encoder.pooler.") and part in (*_PARTS, "temp", *_QUEUES)
 
 
-def infer_config(tensors: dict[str, torch.Tensor], **changes: Any) -> BlipConfig:
+def infer_config(tensors: dict[str, torch.Tensor]) -> BlipConfig:
     """A BLIP's configuration from its weights (an official ``.pth`` comes without one).
 
     Heads leave no trace in the weights. 64 channels a head are assumed, as in all of BLIP's
     published ones, with a warning where the width is not one of theirs.
 
-    Args:
-        changes: fields to set instead of inferring, for example ``vision_heads``.
-
     Raises:
         UserError: the names are not a BLIP's, or the width is no multiple of 64.
     """
     try:
-        inferred = _sizes(tensors)
+        sizes = _sizes(tensors)
     except (KeyError, ValueError) as error:
         raise UserError(f"these weights are not a BLIP's: no usable {error}") from error
     for side in ("vision", "text"):
-        heads, width = f"{side}_heads", inferred[f"{side}_width"]
-        if heads not in changes:
-            unknown = f"weights do not show the number of {side} attention heads"
-            if width % 64:
-                raise UserError(f"{unknown}; put the model's {CONFIG_FILE} beside them")
-            if width not in (768, 1024):
-                logger.warning("%s: assuming %d (no %s)", unknown, width // 64, CONFIG_FILE)
-            inferred[heads] = width // 64
-    return BlipConfig(**{**inferred, **changes})
+        width = sizes[f"{side}_width"]
+        unknown = f"weights do not show the number of {side} attention heads"
+        if width % 64:
+            raise UserError(f"{unknown}; put the model's {CONFIG_FILE} beside them")
+        if width not in (768, 1024):
+            logger.warning("%s: assuming %d (no %s)", unknown, width // 64, CONFIG_FILE)
+        sizes[f"{side}_heads"] = width // 64
+    return BlipConfig(**sizes)
 
 
 def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The fields of a configuration that show in the shapes of weights."""
+    """The fields of a configuration that show in the sizes of weights."""
     text = "text_encoder." if f"text_encoder.{WORD_EMBEDDINGS}" in tensors else _DECODER
 
     def count(prefix: str) -> int:

@@ -35,7 +35,7 @@ def run(config: Config) -> int:
         UserError: a checkpoint that cannot be had or is not whole, or an output that does not fit.
     """
     from infogrowth.blip.checkpoint import load_blip, save_huggingface, save_official
-    from infogrowth.blip.tokenizer import save_vocabulary
+    from infogrowth.blip.text import save_vocabulary
     from infogrowth.blip.weights import read_weights
 
     output = Path(config.output)
@@ -59,8 +59,7 @@ def run(config: Config) -> int:
 
 def _whole(tensors: dict[str, Any]) -> tuple[Callable[..., Any], bool]:
     """What builds a model with all parts of a checkpoint; whether momentum is among them."""
-    from infogrowth.blip.captioning import BlipCaptioner
-    from infogrowth.blip.dual import BlipDual
+    from infogrowth.blip.model import BlipCaptioner, BlipDual
     from infogrowth.blip.pretrain import BlipPretrain
     from infogrowth.blip.retrieval import BlipRetrieval
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from infogrowth.blip.captioning import BlipCaptioner
 from infogrowth.blip.checkpoint import load_blip
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import MEAN, STD
 from infogrowth.encoders.models import (

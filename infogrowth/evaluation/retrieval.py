@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
-from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.tokenizer import tokenize
+from infogrowth.blip.model import BlipDual
+from infogrowth.blip.text import tokenize
 from infogrowth.data.loading import checked, open_loader
 from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.errors import UserError

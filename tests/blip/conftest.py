@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.text import load_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)

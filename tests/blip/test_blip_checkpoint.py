@@ -6,17 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infogrowth.blip.captioning import BlipCaptioner
 from infogrowth.blip.checkpoint import (
     load_blip,
     load_weights,
     save_folder,
     save_official,
 )
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
-from infogrowth.blip.tokenizer import save_vocabulary
+from infogrowth.blip.text import save_vocabulary
 from infogrowth.blip.weights import Weights, read_weights
 from infogrowth.errors import UserError
 

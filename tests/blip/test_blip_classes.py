@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infogrowth.blip.checkpoint import (
+    initialize,
     load_blip,
     load_weights,
     save_folder,
@@ -11,8 +12,7 @@ from infogrowth.blip.checkpoint import (
     save_official,
 )
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.initialize import initialize
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.weights import read_weights
 from infogrowth.errors import UserError

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from infogrowth.blip.config import BlipConfig, preset
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer, save_vocabulary, tokenize
+from infogrowth.blip.text import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.blip.weights import infer_config, read_weights
 from infogrowth.errors import UserError
 
@@ -122,8 +122,8 @@ def test_sizes_are_read_off_official_weights(stem):
         "tiny", vision_stem=stem, vocab_size=50, text_dropout=0.1, bos_token_id=48, enc_token_id=49
     )
     state = BlipPretrain(config, queue_size=4).state_dict()
-    given = {"bos_token_id": 48, "enc_token_id": 49, "vision_heads": 3, "text_heads": 3}
-    assert infer_config(state, **given) == config.replace(vision_feedforward=768)
+    inferred = infer_config(state).replace(bos_token_id=48, enc_token_id=49)
+    assert inferred == config.replace(vision_feedforward=768)
     with pytest.raises(UserError, match="not a BLIP's"):
         infer_config({"weight": torch.zeros(3)})
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.text import SharedCrossAttention, SharedImages
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from spying import watched
 
 from infogrowth.blip.checkpoint import load_blip, load_weights
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
 
 

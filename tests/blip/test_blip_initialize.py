@@ -5,9 +5,9 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from infogrowth.blip.config import BlipConfig, preset
-from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.initialize import initialize, published_vision
+from infogrowth.blip.checkpoint import initialize
+from infogrowth.blip.config import preset
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.errors import UserError
 
@@ -80,7 +80,7 @@ def test_old_bert_names_of_layer_norms_are_understood(golden_config, bert, tmp_p
 
 def test_random_changes_nothing(golden_config):
     model, same = BlipDual(golden_config), BlipDual(golden_config)
-    assert initialize(model, vision="random", text="random") == []
+    initialize(model, vision="random", text="random")
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True)
     )
@@ -109,6 +109,10 @@ def test_no_network_is_one_clear_sentence(golden_config, monkeypatch):
         initialize(model, vision="random", text="bert-base-uncased")
 
 
-def test_auto_means_what_blip_starts_from():
-    assert published_vision(BlipConfig(image_size=384)) == "deit"
-    assert published_vision(preset("large")) == "imagenet21k"
+@pytest.mark.parametrize(("size", "file"), [("base", "deit_base"), ("large", "vit_large")])
+def test_auto_means_what_blip_starts_from(monkeypatch, size, file):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with torch.device("meta"):
+        model = BlipDual(preset(size, image_size=384))
+    with pytest.raises(UserError, match=file):
+        initialize(model)

@@ -9,14 +9,12 @@ from infogrowth.blip.losses import (
     class_loss,
     contrastive_loss,
     copies_of_row,
-    identity_targets,
     language_loss,
     matching_loss,
     negative_weights,
     same_id_targets,
     sample_negatives,
     similarity_logits,
-    soft_targets,
     unit,
 )
 
@@ -39,8 +37,8 @@ def test_contrastive_loss_is_the_cross_entropy_of_soft_targets():
         for column in range(5):
             target = alpha * q[column] + (1 - alpha) * (column == row)
             expected -= target * math.log(p[column]) / 3
-    targets = soft_targets(momentum, identity_targets(3, 5, momentum.device), alpha)
-    assert contrastive_loss(logits, targets).item() == pytest.approx(expected, abs=1e-7)
+    loss = contrastive_loss(logits, momentum, torch.eye(3, 5), alpha)
+    assert loss.item() == pytest.approx(expected, abs=1e-7)
 
 
 def test_candidates_of_the_same_image_share_the_target():
@@ -56,8 +54,8 @@ def test_hidden_copies_change_neither_loss_nor_gradient_of_the_others():
     assert hidden.int().tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
     logits = random_rows(2, 5).requires_grad_()
     momentum = random_rows(2, 5, seed=1)
-    hard = identity_targets(2, 5, momentum.device).double()
-    loss = contrastive_loss(logits, soft_targets(momentum, hard, 0.4, hidden), hidden)
+    hard = torch.eye(2, 5, dtype=torch.float64)
+    loss = contrastive_loss(logits, momentum, hard, 0.4, hidden)
     loss.backward()
     # The same rows with the copies taken out.
     kept = [[0, 1, 2, 3], [0, 1, 3, 4]]
@@ -66,7 +64,7 @@ def test_hidden_copies_change_neither_loss_nor_gradient_of_the_others():
         for rows in (logits, momentum, hard)
     )
     fewer.requires_grad_()
-    expected = contrastive_loss(fewer, soft_targets(fewer_momentum, fewer_hard, 0.4))
+    expected = contrastive_loss(fewer, fewer_momentum, fewer_hard, 0.4)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for row, columns in enumerate(kept):

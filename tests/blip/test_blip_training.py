@@ -6,8 +6,8 @@ import pytest
 import torch
 from spying import hardest_negatives, watched
 
-from infogrowth.blip.dual import BlipDual
 from infogrowth.blip.losses import sample_negatives
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 

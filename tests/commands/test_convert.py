@@ -7,7 +7,7 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import main
 

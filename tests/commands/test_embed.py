@@ -18,8 +18,8 @@ from PIL import Image
 
 from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
-from infogrowth.blip.dual import BlipDual
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.model import BlipDual
+from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
 from infogrowth.data.images import decode_image

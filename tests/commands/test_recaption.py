@@ -15,7 +15,7 @@ from PIL import Image
 from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer
+from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
 from infogrowth.encoders.loading import load_captioner, load_encoder

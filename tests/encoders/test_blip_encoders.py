@@ -8,7 +8,7 @@ import torch
 from transformers import BertTokenizer
 
 from infogrowth.blip.checkpoint import load_blip, save_folder
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.data.captions import pre_caption
 from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.encoders.blip import Normalize

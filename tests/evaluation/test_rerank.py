@@ -10,10 +10,9 @@ import torch
 from infogrowth import distributed
 from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.config import BlipConfig, preset
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
-from infogrowth.blip.text import open_with
-from infogrowth.blip.tokenizer import load_tokenizer, tokenize
+from infogrowth.blip.text import load_tokenizer, open_with, tokenize
 from infogrowth.errors import UserError
 from infogrowth.evaluation import retrieval
 from infogrowth.evaluation.retrieval import recall_table

@@ -141,7 +141,7 @@ def test_a_package_with_other_bytes_than_pinned_is_refused(part, tmp_path):
 
 
 def test_a_vocabulary_opens_with_the_special_tokens_and_bert_can_read_it(part, tmp_path):
-    from infogrowth.blip.tokenizer import load_tokenizer
+    from infogrowth.blip.text import load_tokenizer
 
     train = part("train_vocabulary").train_vocabulary
     captions = ["a red apple", "a green apple, fruit", "red fox", "green tree, nature"] * 5

@@ -9,7 +9,7 @@ import torch
 
 from infogrowth.blip.config import preset
 from infogrowth.blip.pretrain import BlipPretrain
-from infogrowth.blip.tokenizer import load_tokenizer, tokenize
+from infogrowth.blip.text import load_tokenizer, tokenize
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint

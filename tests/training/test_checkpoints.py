@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infogrowth.blip.checkpoint import load_weights
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.errors import UserError
 from infogrowth.training import checkpoints
 from infogrowth.training.checkpoints import Checkpoints, load_checkpoint

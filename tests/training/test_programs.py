@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from infogrowth.annotations import save_annotations
-from infogrowth.blip import dual, momentum, vision, weights
+from infogrowth.blip import model as blip_model
+from infogrowth.blip import momentum, vision, weights
 from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.config import _PRESETS
-from infogrowth.blip.dual import BlipDual
+from infogrowth.blip.model import BlipDual
 from infogrowth.blip.retrieval import BlipRetrieval
-from infogrowth.blip.tokenizer import tokenize
+from infogrowth.blip.text import tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import load_config
 from infogrowth.data.image_stores import LmdbWriter
@@ -309,7 +310,7 @@ def test_evaluation_reads_the_checkpoint_once_and_builds_no_momentum_encoder(
         return read(path, *rest)
 
     monkeypatch.setattr(weights, "safe_open", opening)
-    for module in (dual, momentum):
+    for module in (blip_model, momentum):
         monkeypatch.setattr(
             module, "build_vision", lambda *a, **k: built.append("vision") or build(*a, **k)
         )

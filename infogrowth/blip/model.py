@@ -1,4 +1,5 @@
-"""The scoring half of BLIP: two encoders into one feature space, and the matching head.
+"""BLIP to infer with: two encoders into one feature space and the matching head, or an encoder and
+a decoder that writes captions.
 
 Shapes: B images or texts, G images for N texts, L image tokens, T text length, W a transformer's
 width, D feature width.
@@ -10,11 +11,21 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import unit, widened
-from infogrowth.blip.text import SharedImages, build_text_encoder, open_with, padding_mask
+from infogrowth.blip.text import (
+    SharedImages,
+    build_text_decoder,
+    build_text_encoder,
+    open_with,
+    padding_mask,
+)
 from infogrowth.blip.vision import build_vision
+
+# The words before every caption in BLIP's captioning data, which are taken off again.
+PROMPT = "a picture of "
 
 
 @contextmanager
@@ -81,12 +92,9 @@ class BlipDual(nn.Module):
             image_rows_N: which of the images text n is paired with; default: image n, G = N.
                 An image that meets several texts is then read once, which is much less work.
         """
-        states_NTW = self._text(
-            self.text_encoder,
-            open_with(ids_NT, self.config.enc_token_id),
-            mask_NT,
-            SharedImages(image_tokens_GLW, image_rows_N),
-        )
+        opened_NT = open_with(ids_NT, self.config.enc_token_id)
+        images = SharedImages(image_tokens_GLW, image_rows_N)
+        states_NTW = self._text(self.text_encoder, opened_NT, mask_NT, images)
         return widened(self.itm_head(states_NTW[:, 0]))
 
     def compile_encoders(self, **options: object) -> None:
@@ -106,3 +114,58 @@ class BlipDual(nn.Module):
         # No mask for the image tokens: all are real, and transformers ignores one anyway.
         output = encoder(input_ids=ids_BT, attention_mask=mask_B11T, encoder_hidden_states=images)
         return output.last_hidden_state
+
+
+class BlipCaptioner(nn.Module):
+    """BLIP as a captioner, named as in the official captioning checkpoints.
+
+    A pretraining checkpoint loads too: its decoder is the text encoder but for self-attention.
+    """
+
+    def __init__(self, config: BlipConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        with seeded(seed):
+            self.visual_encoder = build_vision(config)
+            self.text_decoder = build_text_decoder(config)
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        images_BCHW: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str = PROMPT,
+        beams: int = 3,
+        max_length: int = 20,
+        min_length: int = 5,
+    ) -> list[str]:
+        """One caption per image by beam search, the same on every call and at any batch size.
+
+        Args:
+            images_BCHW: normalised images on the model's device.
+            prompt: words that open every caption; they are not part of the result.
+            beams: 1 for greedy search.
+            max_length, min_length: in tokens, the prompt's included.
+        """
+        if not len(images_BCHW):
+            return []
+        words = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start = torch.tensor([[self.config.bos_token_id, *words]], device=images_BCHW.device)
+        training = self.training
+        self.eval()
+        try:
+            ids_BT = self.text_decoder.generate(  # type: ignore[misc]
+                input_ids=start.expand(len(images_BCHW), -1),
+                encoder_hidden_states=self.visual_encoder(images_BCHW),
+                do_sample=False,
+                num_beams=beams,
+                max_length=max_length,
+                min_length=min_length,
+                eos_token_id=self.config.sep_token_id,
+                pad_token_id=self.config.pad_token_id,
+            )
+        finally:
+            self.train(training)
+        # The prompt is removed as tokens: a caption cannot lose words that merely look like it.
+        written_BT = ids_BT[:, start.shape[1] :]
+        return [t.strip() for t in tokenizer.batch_decode(written_BT, skip_special_tokens=True)]
