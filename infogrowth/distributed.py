@@ -55,15 +55,18 @@ def process_group(device: str = "auto", collectives_on: str = "device") -> Itera
             which some have GPUs and some have none.
     """
     global _ranks_on_this_node
-    if not _launched() or dist.is_initialized():
+    joins = _launched() and not dist.is_initialized()
+    if joins:
+        store, number, count = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+        start = dist.PrefixStore("start", store)
+        chosen, _ranks_on_this_node = _agree(device, start, number, count)
+    else:
         chosen = choose_device(device)
-        with _current(chosen):
+    with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
+        if not joins:
             yield chosen
-        return
-    store, number, count = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
-    chosen, _ranks_on_this_node = _agree(device, dist.PrefixStore("start", store), number, count)
-    nccl = chosen.type == "cuda" and collectives_on == "device"
-    with _current(chosen):
+            return
+        nccl = chosen.type == "cuda" and collectives_on == "device"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=dist.PrefixStore("group", store),
@@ -114,33 +117,29 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
-def in_group() -> bool:
-    """Whether the ranks can talk to each other: a group is initialised, ours or the caller's."""
-    return dist.is_initialized()
-
-
 def is_spread(wanted: bool | None = None) -> bool:
     """Whether to spread work over the ranks: if ``wanted``; None: if a group of several exists.
 
     Raises:
         UserError: it is wanted, and there is no group.
     """
+    in_group = dist.is_initialized()
     how = "run the call inside `with infogrowth.distributed.process_group():`"
-    if wanted and not in_group():
+    if wanted and not in_group:
         raise UserError(f"work can only be spread over ranks that form a group: {how}")
-    if wanted is None and not in_group() and world_size() > 1:
+    if wanted is None and not in_group and world_size() > 1:
         logger.warning("%d processes without a group: each works alone; %s", world_size(), how)
-    return in_group() and world_size() > 1 if wanted is None else wanted
+    return in_group and world_size() > 1 if wanted is None else wanted
 
 
 def rank() -> int:
     """This process's number, 0 … world_size() − 1."""
-    return dist.get_rank() if in_group() else _launcher_number("RANK", 0)
+    return dist.get_rank() if dist.is_initialized() else _launcher_number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes work together; 1 without the launcher."""
-    return dist.get_world_size() if in_group() else _launcher_number("WORLD_SIZE", 1)
+    return dist.get_world_size() if dist.is_initialized() else _launcher_number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
@@ -158,13 +157,13 @@ def next_number(name: str) -> int:
 
     It lives in the group's store, so whoever is free takes the next; nobody waits for anybody.
     """
-    store = dist.distributed_c10d._get_default_store() if in_group() else _lone_store
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _lone_store
     return store.add(name, 1) - 1
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if in_group():
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -181,13 +180,15 @@ def main_first() -> Iterator[None]:
 def on_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on all ranks. Its UserError is raised on rank 0, where it
     is reported once; the other ranks end with the same exit status."""
-    outcome: Any = None
+    outcome: list[Any] = [None]
     if is_main():
         try:
-            outcome = action(), None
+            outcome = [(action(), None)]
         except UserError as caught:
-            outcome = None, caught
-    value, error = broadcast_object(outcome)
+            outcome = [(None, caught)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    value, error = outcome[0]
     if error is not None:
         raise error if is_main() else SystemExit(2)
     return value
@@ -195,7 +196,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """``(B, …)`` on each rank to ``(W·B, …)`` on all, in rank order; shapes equal, no gradient."""
-    if not in_group():
+    if not dist.is_initialized():
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
@@ -204,14 +205,14 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     """Like :func:`all_gather`; gradients flow back to the rank that each row came from."""
-    if not in_group():
+    if not dist.is_initialized():
         return tensor
     return torch.cat(_differentiable_all_gather(tensor.contiguous()))
 
 
 def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The ranks' tensors, whose first dimensions may differ (or be zero), in rank order."""
-    if not in_group():
+    if not dist.is_initialized():
         return [tensor.detach()]
     lengths = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
     padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
@@ -222,25 +223,17 @@ def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def all_gather_objects(value: Any) -> list[Any]:
     """Each rank's picklable ``value``, in rank order, on all ranks."""
-    if not in_group():
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """``value`` of rank ``source`` on all ranks."""
-    box = [value]
-    if in_group():
-        dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise mean over ranks, as a new tensor."""
     total = tensor.detach().clone()
-    if in_group():
+    if dist.is_initialized():
         dist.all_reduce(total)
     return total / world_size()
 
@@ -279,25 +272,22 @@ def _launcher_number(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default)) if _launched() else default
 
 
-def _current(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _agree(device: str, store: dist.Store, number: int, count: int) -> tuple[torch.device, int]:
     """This rank's device and how many ranks are on its node, if all ranks can work together.
 
     Every rank posts what it would compute on and reads what the others posted, so that all of them
     come to the same conclusion. What is wrong is reported by rank 0; the others end with it.
     """
+    chosen, problem, gpu = torch.device("cpu"), None, None
     try:
-        chosen, problem = choose_device(device), None
+        chosen = choose_device(device)
     except UserError as error:
-        chosen, problem = torch.device("cpu"), str(error)
-    node, gpu = socket.gethostname(), None
+        problem = str(error)
     if chosen.type == "cuda":
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if not gpu.startswith("MIG-"):  # the slices of one GPU are devices of their own
             gpu = str(torch.cuda.get_device_properties(chosen).uuid)
+    node = socket.gethostname()
     store.set(str(number), json.dumps([node, gpu, problem]))
     try:
         ranks = [json.loads(store.get(str(other))) for other in range(count)]

@@ -75,7 +75,7 @@ class ShardedOutput:
         size = shard_size or automatic_shard_size(rows)
         self.identity = {**identity, "rows": rows, "shard_size": size}
         self._compared, self._samples, self._part = compared, samples, part
-        token = distributed.broadcast_object(secrets.token_hex(8))
+        token = distributed.on_main(lambda: secrets.token_hex(8))
         self._claims = f"shards {token}"
         self.finished, self.shards, self.pending = distributed.on_main(self._open)
         if self.finished:

@@ -24,13 +24,13 @@ def test_one_process_needs_no_group():
         assert device.type == "cpu"
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
         assert distributed.local_world_size() == 1
-        assert not distributed.in_group()
+        assert not torch.distributed.is_initialized()
         distributed.barrier()
         assert torch.equal(distributed.all_gather(tensor), tensor)
         assert distributed.all_gather_with_grad(tensor) is tensor
         assert [len(part) for part in distributed.all_gather_ragged(tensor)] == [3]
         assert distributed.all_gather_objects("x") == ["x"]
-        assert distributed.broadcast_object({"a": 1}) == {"a": 1}
+        assert distributed.on_main(lambda: {"a": 1}) == {"a": 1}
         assert torch.equal(distributed.all_reduce_mean(tensor), tensor)
         first = distributed.next_number("test")
         assert distributed.next_number("test") == first + 1
@@ -127,7 +127,7 @@ def gather_on_this_rank(rank: int, port: int, folder: str) -> None:
             "gradient": row.grad.tolist(),
             "ragged": [part.tolist() for part in ragged],
             "objects": distributed.all_gather_objects({"rank": rank}),
-            "broadcast": distributed.broadcast_object(f"from {rank}", source=1),
+            "broadcast": distributed.on_main(lambda: f"from {rank}"),
             "mean": distributed.all_reduce_mean(torch.tensor([float(rank)])).item(),
             "claims": [distributed.next_number("shard") for _ in range(50)],
             "node": distributed.local_world_size(),
@@ -144,7 +144,7 @@ def test_two_ranks_gather_in_order_with_gradients_and_ragged_lengths(tmp_path):
         assert seen[rank]["gradient"] == [[[3.0, 3.0]], [[30.0, 30.0]]][rank]
         assert seen[rank]["ragged"] == [[], [0, 1, 2]]
         assert seen[rank]["objects"] == [{"rank": 0}, {"rank": 1}]
-        assert seen[rank]["broadcast"] == "from 1" and seen[rank]["mean"] == 0.5
+        assert seen[rank]["broadcast"] == "from 0" and seen[rank]["mean"] == 0.5
         assert seen[rank]["node"] == 2
         assert seen[rank]["claims"] == sorted(seen[rank]["claims"])
     # The numbers are dealt out once, whoever asks.
@@ -218,7 +218,7 @@ def test_the_group_gets_each_ranks_device_and_both_backends(gpus, monkeypatch):
     )
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="x"))
-    monkeypatch.setattr(distributed, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with distributed.process_group("auto") as device:
         assert device == torch.device("cuda", 5)
     assert given["on"] == ("cpu:gloo,cuda:nccl",)
