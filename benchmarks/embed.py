@@ -29,11 +29,11 @@ from infogrowth.blip.model import BlipDual
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.feature_writer import ShardedOutput
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source
 from infogrowth.encoders.embedding import Timing, computed, embed_pairs, threads_for, workers_for
 from infogrowth.encoders.loading import load_encoder
 from infogrowth.encoders.models import DualEncoder
-from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.files import atomic_write_json
 from infogrowth.randomness import generator
 
@@ -150,7 +150,7 @@ def model_rate(
 
 def made_up_pairs(count: int, side: int) -> PairTable:
     """``count`` pairs of photographs of ``side`` pixels."""
-    return PairTable([f"{i:09d}" for i in range(count)], {}, MadeUpPairs(side))
+    return PairTable([f"{i:09d}" for i in range(count)], MadeUpPairs(side).read)
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:

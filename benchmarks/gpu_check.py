@@ -285,7 +285,7 @@ def certificate(machine: Machine) -> Iterator[Row]:
 @check
 def grow(machine: Machine) -> Iterator[Row]:
     """`infogrowth grow` on the device and on the CPU: the same bytes in every file."""
-    from infogrowth.data.feature_files import FeatureWriter
+    from infogrowth.data.feature_writer import FeatureWriter
 
     count, dimension = machine.size(60_000, 600), machine.size(256, 32)
     image = features("clustered", count, dimension)

@@ -22,7 +22,7 @@ import lmdb
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.image_stores import LmdbWriter
-from infogrowth.data.packing import Target, pack
+from infogrowth.data.packing import pack
 from infogrowth.data.sources import Source, open_source
 from infogrowth.files import atomic_write_json
 
@@ -125,8 +125,8 @@ def batched(path: Path, items: Items) -> None:
 
 def packed(path: Path, source: Source) -> None:
     """Our whole packing: read, decode, write, with annotations."""
-    target = Target(path, path.with_name("annotations.json"), path.with_name("skipped.jsonl"))
-    pack(source, target, workers=len(os.sched_getaffinity(0)), max_pixels=100_000_000)
+    workers = len(os.sched_getaffinity(0))
+    pack(source, path.parent, path.name, workers, max_pixels=100_000_000).lmdb.rename(path)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.datasets import PairDataset
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter
 from infogrowth.data.images import decode_image
-from infogrowth.data.pairs import PairDataset
 from infogrowth.data.sources import open_source
 from infogrowth.data.transforms import TrainingTransform, pixels, random_augment, random_crop
 from infogrowth.files import atomic_write_json

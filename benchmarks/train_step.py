@@ -36,8 +36,8 @@ from infogrowth.blip.losses import negative_weights
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.datasets import PairDataset
 from infogrowth.data.loading import Batch
-from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import TrainingTransform
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator

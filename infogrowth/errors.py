@@ -11,7 +11,18 @@ from importlib import metadata
 class UserError(Exception):
     """Bad input, reported in one sentence that names the file, key or sample and what to do.
 
-    Commands print it as ``error: …`` and exit with status 2; it never carries a traceback.
+    Commands print it as ``error: …`` and exit with status 2; it never carries a traceback: one from
+    a worker process of a DataLoader, which puts it before the sentence, is left out.
+    """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(str(text).rpartition(f"{__name__}.UserError: ")[2].rstrip())
+
+
+class BadSample(Exception):
+    """A sample, or its caption or image, cannot be used; says why, in words fit for a record.
+
+    Whoever reads a dataset decides what to do with it.
     """
 
 

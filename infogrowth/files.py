@@ -108,7 +108,7 @@ def read_json(path: str | os.PathLike[str] | RemotePath, what: str = "the JSON f
         UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
     """
     with refusing(path, what, ValueError, fault="is not valid JSON"):
-        text = as_path(path).read_text(encoding="utf-8-sig")
+        text = as_path(path).read_bytes().decode("utf-8-sig")
         try:
             return json.loads(text)
         except json.JSONDecodeError:

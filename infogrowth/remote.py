@@ -5,6 +5,7 @@ are picklable by their address. A read that fails is tried again a few times, an
 """
 
 import io
+import math
 import os
 import re
 import time
@@ -21,6 +22,7 @@ retries: Counter[str] = Counter()
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _WAITS = (0.2, 1.0, 3.0, 10.0)  # seconds before each new attempt
+_HEAD_BYTES = 4096  # at least the header of a npy file
 _BLOCK_BYTES = 4 << 20  # fetched at once while reading on
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError)
 
@@ -49,14 +51,8 @@ class RemotePath:
     def __str__(self) -> str:
         return f"{self._root.rstrip('/')}/{self._relative}" if self._relative else self._root
 
-    def __repr__(self) -> str:
-        return f"RemotePath({str(self)!r})"
-
     def __truediv__(self, part: str) -> "RemotePath":
         return RemotePath(self._root, self._names, f"{self._relative}/{part}".lstrip("/"))
-
-    def __lt__(self, other: "RemotePath") -> bool:
-        return str(self) < str(other)
 
     @property
     def name(self) -> str:
@@ -69,10 +65,6 @@ class RemotePath:
     @property
     def suffix(self) -> str:
         return PurePosixPath(self.name).suffix
-
-    @property
-    def parent(self) -> "RemotePath":
-        return RemotePath(self._root, self._names, self._relative.rpartition("/")[0])
 
     def is_file(self) -> bool:
         return self._relative in self._names
@@ -94,9 +86,6 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         return _ask(str(self), "cat_file")
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int, stop: int) -> bytes:
         """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
@@ -157,6 +146,39 @@ def retry_summary() -> str | None:
         return None
     kinds = ", ".join(f"{count:,} × {kind}" for kind, count in retries.most_common())
     return f"{retries.total():,} reads were tried again ({kinds})"
+
+
+class RemoteArray:
+    """The array in a npy file at an address: its shape and type, and rows by slices."""
+
+    def __init__(self, path: RemotePath):
+        self._path = path
+        head = io.BytesIO(path.read_range(0, _HEAD_BYTES))
+        self.shape, fortran_order, self.dtype = npy_header(head)
+        self._start = head.tell()
+        if fortran_order and 0 not in self.shape:
+            raise UserError(f"{path} is stored column by column; save it in C order")
+
+    def __getitem__(self, rows: slice) -> Any:
+        import numpy
+
+        start, stop, _ = rows.indices(self.shape[0])
+        width = self.dtype.itemsize * math.prod(self.shape[1:])
+        count = max(0, stop - start)
+        first = self._start + start * width
+        content = self._path.read_range(first, first + count * width) if count else b""
+        if len(content) != count * width:
+            raise UserError(f"{self._path} is shorter than its header says; write it again")
+        return numpy.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
+
+
+def npy_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, order and type of the array in an opened npy file, which then stands at its rows."""
+    import numpy
+
+    if numpy.lib.format.read_magic(file) == (1, 0):
+        return numpy.lib.format.read_array_header_1_0(file)
+    return numpy.lib.format.read_array_header_2_0(file)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -29,9 +29,8 @@ from infogrowth.blip.pretrain import OBJECTIVES, BlipPretrain, Objective
 from infogrowth.blip.text import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.datasets import PairDataset, RetrievalEvaluation, classes_of
 from infogrowth.data.loading import Batch
-from infogrowth.data.pairs import PairDataset, classes_of
-from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import Augment, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall

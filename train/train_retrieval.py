@@ -30,9 +30,8 @@ from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
+from infogrowth.data.datasets import PairDataset, RetrievalEvaluation, training_pairs
 from infogrowth.data.loading import Batch
-from infogrowth.data.pairs import PairDataset
-from infogrowth.data.retrieval import RetrievalEvaluation, training_pairs
 from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall, save_tables

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infogrowth.config import option
-from infogrowth.data.names import image_key
+from infogrowth.data.text import image_key
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 from infogrowth.report.formatting import decimal, known, percent, shown

@@ -65,10 +65,10 @@ def run(config: Config) -> int:
     elif config.lmdb is not None or config.annotations is not None:
         raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
     from infogrowth import distributed
+    from infogrowth.data.feature_writer import ShardedOutput
     from infogrowth.encoders.dataset import pairs_of_lmdb, pairs_of_source
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
-    from infogrowth.encoders.shards import ShardedOutput
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         if config.source is not None:

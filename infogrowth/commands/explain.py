@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infogrowth.config import option
-from infogrowth.data.names import image_key, strip_extension
+from infogrowth.data.text import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 from infogrowth.growth.decisions import Decision

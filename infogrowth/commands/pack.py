@@ -4,13 +4,14 @@ See `run` for what it reads and writes.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from infogrowth.config import option
 from infogrowth.data.images import MAX_PIXELS
-from infogrowth.data.packing import Packed, Target, pack
+from infogrowth.data.packing import Packed, pack
 from infogrowth.data.sources import Source, open_splits
 from infogrowth.errors import UserError
 from infogrowth.remote import is_remote, retry_summary
@@ -54,13 +55,8 @@ def run(config: Config) -> int:
     output = output_folder(Path(root), config.output_root, sources)
     workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
     for split, source in sources.items():
-        target = Target(
-            output / f"lmdb_{split}",
-            output / f"cc3m_{split}.json",
-            output / f"lmdb_{split}_skipped.jsonl",
-        )
-        packed = pack(source, target, workers, config.max_pixels)
-        print(summary(split, source, target, packed), flush=True)
+        packed = pack(source, output, split, workers, config.max_pixels)
+        print(summary(split, source, packed), flush=True)
     if (retried := retry_summary()) is not None:
         print(retried)
     return 0
@@ -85,21 +81,21 @@ def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> 
     return Path(given)
 
 
-def summary(split: str, source: Source, target: Target, packed: Packed) -> str:
+def summary(split: str, source: Source, packed: Packed) -> str:
     """What was found, packed, skipped and ignored, in a few lines."""
     earlier = f" ({packed.resumed} of them by an earlier run)" if packed.resumed else ""
     earlier += f" ({packed.replaced} anew: their images changed)" if packed.replaced else ""
     ignored = ", ".join(f"{count} {kind}" for kind, count in source.ignored.most_common())
-    repairs = packed.repairs.most_common()
+    reasons = Counter(reason.split(":")[0] for _, reason in packed.skipped)
     lines = [
         f"{source.path} ({split}, {source.layout}): {packed.samples} samples, "
         f"{packed.stored} packed{earlier}, {len(packed.skipped)} skipped",
-        *(f"  {count:>8}  {reason}" for reason, count in packed.reasons().most_common()),
+        *(f"  {count:>8}  {reason}" for reason, count in reasons.most_common()),
         *([f"  ignored: {ignored}"] if ignored else []),
-        *(f"  repaired {count} times: {repair}" for repair, count in repairs),
-        f"  images       {target.lmdb}",
-        f"  annotations  {target.annotations}",
+        *(f"  repaired {count} times: {repair}" for repair, count in packed.repairs.most_common()),
+        f"  images       {packed.lmdb}",
+        f"  annotations  {packed.annotations}",
     ]
     if packed.skipped:
-        lines.append(f"  skipped      {target.skipped}")
+        lines.append(f"  skipped      {packed.skipped_list}")
     return "\n".join(lines)

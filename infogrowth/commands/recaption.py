@@ -81,9 +81,9 @@ def run(config: Config) -> int:
     part = parse_part(config.part)
     _refuse_nonsense(config)
     from infogrowth import distributed
+    from infogrowth.data.feature_writer import ShardedOutput
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_captioner
-    from infogrowth.encoders.shards import ShardedOutput
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         about = _description(config)
@@ -132,7 +132,7 @@ def _table(
     config: Config, about: dict[str, Any], pending: "PendingRecaptions | None"
 ) -> "PairTable":
     """Captions from a file (of all in it, if no samples are known), or the pending images."""
-    from infogrowth.encoders.dataset import PairTable, captions_of_file, list_digest, pairs_by_id
+    from infogrowth.encoders.dataset import captions_of_file, list_digest, pairs_by_id
 
     if config.captions is not None:
         return captions_of_file(config.captions, None if pending is None else pending.ids)
@@ -142,9 +142,8 @@ def _table(
         raise UserError(
             f"{config.features or config.growth} does not record where its images are: give --lmdb"
         )
-    pairs = pairs_by_id(images, pending.ids, pending.captions)
     origin = {"images": images, "samples": list_digest(pending.ids)}
-    return PairTable(pending.ids, {}, pairs, origin)
+    return pairs_by_id(images, pending.ids, pending.captions, origin)
 
 
 def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":

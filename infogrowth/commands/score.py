@@ -158,10 +158,10 @@ def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tup
     def scored(
         ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
     ) -> np.ndarray:
-        table = dataset.PairTable(ids, {}, dataset.pairs_by_id(str(images), ids, captions))
         batches = dataset.decoded_batches(
-            table, matcher.preprocess, matcher.tokenize, [(0, range(len(ids)))],
-            config.batch_size, workers, pinned=device.type == "cuda",
+            dataset.pairs_by_id(str(images), ids, captions), matcher.preprocess,
+            matcher.tokenize, [(0, range(len(ids)))], config.batch_size, workers,
+            pinned=device.type == "cuda",
         )  # fmt: skip
         values = np.full(len(ids), np.nan)
         for batch, found in computed(batches, match, threads_for(device), Timing()):

@@ -229,7 +229,7 @@ def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: 
 
 
 def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
-    from infogrowth.encoders.dataset import pairs_by_id
+    from infogrowth.data.image_stores import open_images
 
     where = config.images
     if where is None and config.growth:
@@ -237,11 +237,10 @@ def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.n
     if where is None:
         raise UserError(f"{config.growth} does not record where its images are: give --images")
     ids = [sample["image"] for sample in choice.samples(positions)]
-    images = pairs_by_id(where, ids, [""] * len(ids))
-    read = lambda row: images.read(row)[1]  # noqa: E731
+    images = open_images(where, ids)
     records = choice.records(positions)
     quiet = not log.isEnabledFor(logging.INFO)
-    written = write_shards(folder, records, len(ids), read, config.shard_size, quiet)
+    written = write_shards(folder, records, len(ids), images.find, config.shard_size, quiet)
     count = f"{written.samples:,}"
     earlier = f" ({written.resumed} of them by an earlier run)" if written.resumed else ""
     log.info("%s: %s samples in %s shards%s", *(folder, count, written.shards, earlier))

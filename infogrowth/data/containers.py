@@ -1,44 +1,55 @@
-"""What holds samples: folders, tars, and tables with the images inside, each read in any order."""
+"""What holds samples made of several files each, folders and tars, and which files are a sample."""
 
 import json
-import os
 import posixpath
 import tarfile
-import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any, BinaryIO
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import as_id
-from infogrowth.data.captions import (
-    CAPTION_FIELDS,
+from infogrowth.data.text import (
+    IMAGE_EXTENSIONS,
     Captioned,
-    Unusable,
     caption_of,
     decode_text,
+    extension_of,
+    image_id,
     no_caption,
-)
-from infogrowth.data.names import NO_IMAGE, Entry, entries_of, extension_of, image_id
-from infogrowth.data.tables import (
-    Note,
-    Records,
-    download_problem,
-    image_column,
-    read_downloads,
-    split_of,
-    unreadable,
+    sample_id,
 )
 from infogrowth.data.tree import DAMAGE, HIDDEN, NO_FILES, Tree, is_hidden
-from infogrowth.errors import shorten
+from infogrowth.errors import BadSample, shorten
 
-_NAMING = ("key", "__key__", "uid", "id", "image_id", "filename", "file_name", "image_path")
-_KEYS = _NAMING[:3]  # which stand for one sample: repeats are repeats, not other images
+Note = tuple[str, str]  # what could not be used, and why
+NO_IMAGE = "there is no image of this name"
+ANOTHER_FORMAT = "there is no image of this name, only a file in a format that is not read"
+
+_FAILURES = {
+    "failed_to_download": "the download failed",
+    "failed_to_resize": "the image could not be resized when it was downloaded",
+}
+_CAPTIONS = (".txt", ".caption", ".text", ".json")  # in order of preference
+_UNUSUAL = "image"  # instead of the extension of an image that does not have one
+_IMAGES = frozenset((*IMAGE_EXTENSIONS, _UNUSUAL))
+_RANK = {kind: n for n, kind in enumerate((*IMAGE_EXTENSIONS, _UNUSUAL, *_CAPTIONS))}
+
+
+def unreadable(table: str, error: Exception) -> Note:
+    """The note of a table that cannot be read."""
+    return table, f"the table cannot be read: {shorten(error)}"
+
+
+def download_problem(status: Any) -> str | None:
+    """The kind of failure for a record; the server's own words stay in the downloader's table."""
+    if status == "success":
+        return None
+    return _FAILURES.get(status, f"the download ended with status {status!r}")
 
 
 class Container:
@@ -53,47 +64,52 @@ class Container:
         ignored: how many of what kind in it are no part of a sample.
     """
 
-    def __init__(self, name: str, kind: str, repeats: bool) -> None:
-        self.name, self.kind, self.repeats = name, kind, repeats
+    repeats = True
+
+    def __init__(self, tree: Tree, name: str, kind: str) -> None:
+        self._tree, self.name, self.kind = tree, name, kind
         self.ids: list[str] = []
         self.notes: list[Note] = []
         self.ignored: Counter[str] = Counter()
 
     def caption(self, number: int) -> Captioned:
-        """The caption; raises Unusable with the reason."""
+        """The caption; raises BadSample with the reason."""
         raise NotImplementedError
 
     def data(self, number: int) -> bytes:
-        """The encoded image; raises Unusable with the reason."""
+        """The encoded image; raises BadSample with the reason."""
         raise NotImplementedError
 
 
-class Files(Container):
-    """Samples made of several files each, in a folder or a tar.
+class Entry(NamedTuple):
+    """An image with its captions, as numbers of files.
 
-    Args:
-        read: the content of a file by its number.
-        names: those of the files, whose extensions matter.
-        entries: which files are a sample.
-        downloads: the downloader's table of what should be there.
-        records: by number of an image file what records say of it.
+    Attributes:
+        id: their common name, which is the id of the sample.
+        image: -1 if there is none.
+        captions: surest first.
+        problem: why there is no image.
     """
 
-    def __init__(
-        self,
-        tree: Tree,
-        name: str,
-        kind: str,
-        read: Callable[[int], bytes],
-        names: Sequence[str],
-        entries: list[Entry],
-        downloads: str | None,
-        records: Mapping[int, Sequence[Captioned | str]] = {},
-    ) -> None:
-        super().__init__(name, kind, repeats=True)
-        self._read, self._records = read, records
+    id: str
+    image: int
+    captions: tuple[int, ...]
+    problem: str | None
+
+
+class Files(Container):
+    """Samples made of several files each."""
+
+    _records: Mapping[int, Sequence[Captioned | str]] = {}  # what they say of an image file
+
+    def _index(self, names: Sequence[str], entries: list[Entry], downloads: str | None) -> None:
+        """Take the samples that the files are, and those that a download should have made.
+
+        Args:
+            downloads: the downloader's table of what should be there.
+        """
         self._is_json = bytes(extension_of(file) == ".json" for file in names)
-        problems = read_downloads(tree, downloads, self.notes) if downloads else {}
+        problems = self._read_downloads(downloads) if downloads else {}
         missing = problems.keys() - {entry.id for entry in entries}
         entries = [*entries, *(Entry(key, -1, (), NO_IMAGE) for key in missing)]
         entries.sort(key=lambda entry: entry.id)
@@ -103,14 +119,31 @@ class Files(Container):
             for number, entry in enumerate(entries)
             if entry.problem
         }
+        # Millions of numbers take a few bytes each.
         self._images = array("q", (entry.image for entry in entries))
         self._captions = array("q", (file for entry in entries for file in entry.captions))
         self._ends = array("q", np.cumsum([0, *(len(entry.captions) for entry in entries)]))
 
+    def _read_downloads(self, table: str) -> dict[str, str | None]:
+        """By key why a download failed; None for one that must be there."""
+        try:
+            with self._tree.open(table) as file:
+                rows = pq.read_table(file, columns=["key", "status"])
+        except (OSError, pa.ArrowException) as error:
+            self.notes.append(unreadable(table, error))
+            return {}
+        keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
+        problems = list(map(download_problem, rows["status"].to_pylist()))
+        failed = {key: problem for key, problem in zip(keys, problems, strict=True) if problem}
+        return {**dict.fromkeys(keys), **failed}
+
+    def _read(self, file: int) -> bytes:
+        raise NotImplementedError
+
     def caption(self, number: int) -> Captioned:
         """The captions of all records; else of the files the first that is whole, or repaired."""
         if problem := self._problems.get(number):
-            raise Unusable(problem)
+            raise BadSample(problem)
         records = self._records.get(self._images[number], ())
         if found := [record for record in records if not isinstance(record, str)]:
             lists = [one if isinstance(one, list) else [one] for one, _ in found]
@@ -122,8 +155,8 @@ class Files(Container):
             try:
                 text, repairs = decode_text(self._read(file))
                 caption, more = caption_of(json.loads(text) if self._is_json[file] else text)
-            except Unusable as error:
-                reasons.append(error.reason)
+            except BadSample as error:
+                reasons.append(str(error))
             except (ValueError, RecursionError):
                 reasons.append("the .json beside the image is not valid JSON")
             else:
@@ -136,174 +169,174 @@ class Files(Container):
 
     def data(self, number: int) -> bytes:
         if problem := self._problems.get(number):
-            raise Unusable(problem)
+            raise BadSample(problem)
         return self._read(self._images[number])
 
 
-def open_folder(
-    tree: Tree,
-    name: str,
-    kind: str,
-    files: Sequence[str],
-    records: Records,
-    missing: Sequence[Note],
-    downloads: str | None,
-) -> Files:
+class Folder(Files):
     """Image files with captions beside them or in records.
 
     Args:
         name: the folder; ids are the paths below it.
         files: its files, as paths in the tree.
-        missing: (id, reason) of images that metadata names and that are not there.
+        records: what records say of image files, by their paths.
+        missing: (id, reason) of images that records name and that are not there.
+        downloads: the downloader's table of what should be there.
     """
-    captions = records.captions
-    of_file = {number: captions[file] for number, file in enumerate(files) if file in captions}
-    start = len(name) + 1 if name else 0
-    entries, ignored = entries_of([file[start:] for file in files], named=of_file)
-    entries += [Entry(lost, -1, (), reason) for lost, reason in missing]
-    read = partial(_read_file, tree, files)
-    folder = Files(tree, name, kind, read, files, entries, downloads, of_file)
-    folder.ignored = ignored
-    return folder
+
+    def __init__(
+        self,
+        tree: Tree,
+        name: str,
+        kind: str,
+        files: Sequence[str],
+        records: Mapping[str, Sequence[Captioned | str]],
+        missing: Sequence[Note],
+        downloads: str | None,
+    ) -> None:
+        super().__init__(tree, name, kind)
+        self._files = files
+        self._records = {n: records[file] for n, file in enumerate(files) if file in records}
+        start = len(name) + 1 if name else 0
+        below = [file[start:] for file in files]
+        entries, self.ignored = entries_of(below, named=self._records)
+        entries += [Entry(lost, -1, (), reason) for lost, reason in missing]
+        self._index(files, entries, downloads)
+
+    def _read(self, file: int) -> bytes:
+        return self._tree.read(self._files[file])
 
 
-def _read_file(tree: Tree, files: Sequence[str], number: int) -> bytes:
-    return tree.read(files[number])
-
-
-def open_tar(tree: Tree, name: str, downloads: str | None) -> Files:
-    """Members of a tar, compressed or not; one that breaks off is read as far as it goes."""
-    opened = tree.open if tree.is_plain(name) else tree.open_copy
-    names: list[str] = []
-    offsets, sizes = array("q"), array("q")
-    notes: list[Note] = []
-    other: Counter[str] = Counter()
-    try:
-        with opened(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-                linked = member.linkname in names if member.islnk() else None
-                if is_hidden(member.name):
-                    other[HIDDEN] += 1
-                elif linked or (member.isreg() and not member.issparse()):
-                    original = names.index(member.linkname) if linked else -1
-                    names.append(member.name)
-                    offsets.append(offsets[original] if linked else member.offset_data)
-                    sizes.append(sizes[original] if linked else member.size)
-                elif not member.isdir():
-                    other[NO_FILES] += 1
-    except DAMAGE as error:
-        notes = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
-    entries, ignored = entries_of(names, archive=True)
-    read = partial(_read_member, opened, name, offsets, sizes)
-    tar = Files(tree, name, "webdataset", read, names, entries, downloads)
-    tar.ignored, tar.notes = ignored + other, tar.notes + notes
-    return tar
-
-
-def _read_member(
-    opened: Callable[[str], BinaryIO], name: str, offsets: Any, sizes: Any, number: int
-) -> bytes:
-    with opened(name) as file:
-        file.seek(offsets[number])
-        data = file.read(sizes[number])
-    if len(data) < sizes[number]:
-        raise Unusable(f"{name} breaks off in this sample")
-    return data
-
-
-class Table(Container):
-    """A parquet file with a row per sample, the encoded image in a column.
+class Tar(Files):
+    """Members of a tar, compressed or not; one that breaks off is read as far as it goes.
 
     Args:
-        split: take only the rows whose field ``split`` names this one; None takes all.
+        downloads: the downloader's table of what should be there.
     """
 
-    def __init__(self, tree: Tree, name: str, split: str | None = None) -> None:
-        super().__init__(name, "parquet", repeats=False)
-        self._tree = tree
+    def __init__(self, tree: Tree, name: str, downloads: str | None) -> None:
+        super().__init__(tree, name, "webdataset")
+        self._open = tree.open if tree.is_plain(name) else tree.open_copy
+        self._offsets, self._sizes = array("q"), array("q")
+        names: list[str] = []
+        ignored: Counter[str] = Counter()
+        damage: list[Note] = []
         try:
-            with tree.open(name) as file:
-                self._index(pq.ParquetFile(file), split)
-        except (OSError, pa.ArrowException, ValueError) as error:
-            self.notes.append(unreadable(name, error))
+            with self._open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    linked = member.linkname in names if member.islnk() else None
+                    if is_hidden(member.name):
+                        ignored[HIDDEN] += 1
+                    elif linked or (member.isreg() and not member.issparse()):
+                        original = names.index(member.linkname) if linked else -1
+                        names.append(member.name)
+                        offset, size = member.offset_data, member.size
+                        self._offsets.append(self._offsets[original] if linked else offset)
+                        self._sizes.append(self._sizes[original] if linked else size)
+                    elif not member.isdir():
+                        ignored[NO_FILES] += 1
+        except DAMAGE as error:
+            damage = [(name, f"the tar is damaged or breaks off: {shorten(error)}")]
+        entries, others = entries_of(names, archive=True)
+        self.ignored = others + ignored
+        self._index(names, entries, downloads)
+        self.notes += damage
 
-    def _index(self, file: pq.ParquetFile, split: str | None) -> None:
-        column = {name.lower(): name for name in reversed(file.schema_arrow.names)}
-        self._image = image_column(file.schema_arrow) or ""
-        self._captions = [column[name] for name in CAPTION_FIELDS if name in column]
-        naming = next((column[name] for name in _NAMING if name in column), None)
-        self.repeats = naming is not None and naming.lower() in _KEYS
-        light = file.read([n for n in (naming, column.get("status"), column.get("split")) if n])
-        count = file.metadata.num_rows
-        names = light[naming].to_pylist() if naming else _paths(file, self._image) or [None] * count
-        stem = posixpath.basename(self.name).partition(".")[0]
-        ids = [image_id(as_id(name) or f"{stem}-{row:06d}") for row, name in enumerate(names)]
-        rows: Sequence[int] = range(count)
-        if split is not None:
-            named = light[column["split"]].to_pylist()
-            rows = [row for row in rows if (split_of(named[row]) or "train") == split]
-        self._rows = sorted(rows, key=lambda row: (ids[row], row))
-        self.ids = [ids[row] for row in self._rows]
-        status = light[column["status"]].to_pylist() if "status" in column else []
-        self._problems = list(map(download_problem, status))
-        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
-
-    def caption(self, number: int) -> Captioned:
-        """The caption columns, in their order of preference."""
-        row = self._rows[number]
-        if self._problems and (problem := self._problems[row]):
-            raise Unusable(problem)
-        return caption_of({name: self._cell(row, name) for name in self._captions})
-
-    def data(self, number: int) -> bytes:
-        """The image column, or the file that it names."""
-        value = self._cell(self._rows[number], self._image)
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if isinstance(value, dict):
-            path, value = value.get("path"), value.get("bytes")
-            if value is None and path and image_id(path) in path:
-                try:
-                    return self._tree.read(posixpath.join(posixpath.dirname(self.name), path))
-                except FileNotFoundError:
-                    pass
-        if not isinstance(value, bytes):
-            raise Unusable("there is no image in its row")
-        return value
-
-    def _cell(self, row: int, column: str) -> Any:
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        columns = (*self._captions, self._image)
-        try:
-            with _reading:
-                table = _row_group(self._tree, self.name, group, columns)
-            return table[column][row - int(self._starts[group])].as_py()
-        except (pa.ArrowException, ValueError) as error:
-            raise Unusable(f"{self.name} is damaged here") from error
+    def _read(self, file: int) -> bytes:
+        with self._open(self.name) as tar:
+            tar.seek(self._offsets[file])
+            data = tar.read(self._sizes[file])
+        if len(data) < self._sizes[file]:
+            raise BadSample(f"{self.name} breaks off in this sample")
+        return data
 
 
-_reading = threading.Lock()  # so that threads which want one row group read it once
+def entries_of(
+    names: Sequence[str], archive: bool = False, named: Collection[int] = ()
+) -> tuple[list[Entry], Counter[str]]:
+    """The samples that some files make, and how many of what kind make none.
+
+    A sample is one image with all captions of its name; several images of one name are several
+    samples of one id. In an archive a name may occur again: then only members that follow one
+    another belong together. There, ``x.image.png`` and ``x.caption.txt`` are a sample too, as
+    webdataset has it, unless an extension would be a number, as in ``22.05.png``.
+
+    Args:
+        archive: names may repeat, and their order matters.
+        named: numbers of files that are images whatever their extension, since a record says so.
+    """
+    kinds = [extension_of(name) for name in names]
+    for n in named:
+        kinds[n] = kinds[n] if kinds[n] in IMAGE_EXTENSIONS else _UNUSUAL
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(sample_id(name), []).append(number)
+    if archive:
+        _join_up_to_first_dot(found, kinds)
+    with_images = {
+        name.rpartition("/")[0] for name, kind in zip(names, kinds, strict=True) if kind in _IMAGES
+    }
+    entries: list[Entry] = []
+    ignored: Counter[str] = Counter()
+    for key, numbers in found.items():
+        for part in _runs(numbers, names) if archive else [numbers]:
+            part.sort(key=lambda n: (_RANK.get(kinds[n], 0), names[n]))
+            images = [n for n in part if kinds[n] in _IMAGES]
+            captions = [n for n in part if kinds[n] in _CAPTIONS]
+            others = sorted(n for n in part if kinds[n] not in _RANK)
+            if not images and captions and others:
+                problem = f"{ANOTHER_FORMAT}: {kinds[others[0]]}"
+                entries.append(Entry(key, others.pop(0), tuple(captions), problem))
+            elif not images and captions:
+                if names[captions[0]].rpartition("/")[0] in with_images:
+                    entries.append(Entry(key, -1, tuple(captions), NO_IMAGE))
+                else:
+                    others += captions
+            entries.extend(_with_captions(key, images, captions, names))
+            ignored.update(kinds[n] or "files without extension" for n in others)
+    return entries, ignored
 
 
-@lru_cache(maxsize=8)  # groups in memory; img2dataset's are of 100 rows
-def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
-    return _parquet(tree, name).read_row_group(group, list(columns), use_threads=False)
+def _with_captions(
+    key: str, images: list[int], captions: list[int], names: Sequence[str]
+) -> Iterator[Entry]:
+    """Each image with the captions that are its own (``x.png.txt``), then those of the name."""
+    owners = {n: posixpath.splitext(names[n])[0] for n in captions}
+    present = {names[image] for image in images}
+    for position, image in enumerate(images):
+        own = [n for n in captions if owners[n] == names[image]]
+        shared = [n for n in captions if owners[n] not in present]
+        apart = f"-{extension_of(names[image])[1:]}" if own and position else ""
+        yield Entry(key + apart, image, (*own, *shared), None)
 
 
-@lru_cache(maxsize=16)
-def _parquet(tree: Tree, name: str) -> pq.ParquetFile:
-    return pq.ParquetFile(tree.open(name))
+def _runs(numbers: list[int], names: Sequence[str]) -> list[list[int]]:
+    """The members of one key; where a name occurs twice, the runs without a repetition."""
+    if len({names[n] for n in numbers}) == len(numbers):
+        return [numbers]
+    runs: list[list[int]] = [[]]
+    for n in numbers:
+        run = runs[-1]
+        if run and (n != run[-1] + 1 or names[n] in {names[m] for m in run}):
+            runs.append(run := [])
+        run.append(n)
+    return runs
 
 
-os.register_at_fork(after_in_child=_parquet.cache_clear)  # a child would move the parent's files
-
-
-def _paths(file: pq.ParquetFile, image: str) -> list[str | None] | None:
-    """Hugging Face's image column may have the file name that an image had."""
-    kind = file.schema_arrow.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
-        return None
-    values = file.read([f"{image}.path"])[image].to_pylist()
-    return [value["path"] if value else None for value in values]
+def _join_up_to_first_dot(found: dict[str, list[int]], kinds: Sequence[str]) -> None:
+    """Join keys that are no sample by themselves but are one up to their first dot."""
+    joined: dict[str, list[str]] = {}
+    for key in found:
+        folder, slash, base = key.rpartition("/")
+        first, _, rest = base.partition(".")
+        if first and not rest[:1].isdigit():
+            joined.setdefault(folder + slash + first, []).append(key)
+    for key, parts in joined.items():
+        if len(parts) < 2:
+            continue
+        images = [sum(kinds[n] in _IMAGES for n in found[part]) for part in parts]
+        captions = [sum(kinds[n] in _CAPTIONS for n in found[part]) for part in parts]
+        whole = any(image and caption for image, caption in zip(images, captions, strict=True))
+        if sum(images) == 1 and any(captions) and not whole:
+            found[key] = sorted(n for part in parts for n in found.pop(part))

@@ -24,7 +24,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -36,8 +35,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from infogrowth.annotations import Annotation, save_annotations
-from infogrowth.data.images import FORMATS, BadImage
-from infogrowth.errors import UserError
+from infogrowth.data.images import FORMATS
+from infogrowth.errors import BadSample, UserError
 from infogrowth.files import atomic_write, atomic_write_array, atomic_write_json, remove_leftovers
 
 _FILES = (".json", ".jsonl", ".npy", ".parquet")
@@ -184,7 +183,7 @@ def write_shards(
     directory: Path,
     rows: Iterable[Mapping[str, Any]],
     count: int,
-    read: Callable[[int], bytes],
+    read: Callable[[str], bytes],
     shard_size: int,
     quiet: bool = False,
 ) -> Written:
@@ -193,7 +192,7 @@ def write_shards(
     Args:
         rows: the samples in order: ``image`` (id), ``caption``, ``gain_image``, ``gain_text`` and
             whatever else belongs into their json.
-        read: the encoded image of a row; raises BadImage or UserError where there is none.
+        read: the encoded image of an id; raises BadSample or UserError where there is none.
 
     Raises:
         UserError: the folder holds shards of another selection, or the disk is full.
@@ -209,7 +208,7 @@ def write_shards(
             tar = directory / f"{number:05d}.tar"
             table = _finished(tar, part)
             if table is None:
-                table = _write_shard(tar, part, number * shard_size, read)
+                table = _write_shard(tar, part, read)
             else:
                 written.resumed += 1
             status = table["status"].to_pylist()
@@ -251,7 +250,7 @@ def _finished(tar: Path, part: list[Mapping[str, Any]]) -> pa.Table | None:
 
 
 def _write_shard(
-    tar: Path, part: list[Mapping[str, Any]], first: int, read: Callable[[int], bytes]
+    tar: Path, part: list[Mapping[str, Any]], read: Callable[[str], bytes]
 ) -> pa.Table:
     import webdataset
 
@@ -259,8 +258,8 @@ def _write_shard(
     with atomic_write(tar) as file:
         # The table is in place before the tar is: a tar that is there is whole.
         with webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
-            for number, sample in enumerate(part, start=first):
-                facts, members = _members(sample, partial(read, number))
+            for sample in part:
+                facts, members = _members(sample, read)
                 rows.append(facts)
                 if members:
                     writer.write(members)
@@ -273,7 +272,7 @@ def _write_shard(
 
 
 def _members(
-    sample: Mapping[str, Any], read: Callable[[], bytes]
+    sample: Mapping[str, Any], read: Callable[[str], bytes]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A sample's row in the table, and its members in the tar; None if it has no image."""
     captions = sample["caption"] if isinstance(sample["caption"], list) else [sample["caption"]]
@@ -284,9 +283,9 @@ def _members(
     if len(captions) > 1:
         facts["captions"] = captions
     try:
-        data = read()
+        data = read(sample["image"])
         extension = _extension(data)
-    except (BadImage, UserError) as error:
+    except (BadSample, UserError) as error:
         return {**facts, "status": "failed", "error_message": str(error), "extension": None}, None
     return {**facts, "status": "success", "error_message": None, "extension": extension}, {
         "__key__": key,
@@ -305,7 +304,7 @@ def _extension(data: bytes) -> str:
     try:
         kind = str(Image.open(io.BytesIO(data), formats=FORMATS).format)
     except Exception as error:  # a decoder may say anything to hostile bytes
-        raise BadImage("not an image that can be read") from error
+        raise BadSample("not an image that can be read") from error
     return _EXTENSIONS.get(kind, kind.lower())
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from infogrowth.annotations import SPACES
-from infogrowth.data.feature_files import reading
-from infogrowth.data.feature_shards import (
+from infogrowth.data.feature_files import (
     FeatureShard,
     arrays_shard,
     find_datacomp,
     find_shards,
+    reading,
 )
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
@@ -65,11 +65,12 @@ class FeatureBatch:
     @staticmethod
     def join(batches: Sequence["FeatureBatch"]) -> "FeatureBatch":
         """Consecutive batches as one."""
-        if len(batches) == 1:
-            return batches[0]
+        first, *others = batches
+        if not others:
+            return first
 
-        def joined(space: str) -> np.ndarray | None:
-            parts = [getattr(batch, space) for batch in batches]
+        def joined(name: str) -> Any:
+            parts = [getattr(batch, name) for batch in batches]
             return None if parts[0] is None else np.concatenate(parts)
 
         return FeatureBatch(
@@ -77,8 +78,8 @@ class FeatureBatch:
             [caption for batch in batches for caption in batch.captions],
             joined("image"),
             joined("text"),
-            {n: [v for batch in batches for v in batch.extra[n]] for n in batches[0].extra},
-            np.concatenate([batch.rows for batch in batches]),
+            {n: [v for batch in batches for v in batch.extra[n]] for n in first.extra},
+            joined("rows"),
         )
 
 
@@ -126,6 +127,21 @@ def open_features(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
     )
+
+
+def _describe(path: AnyPath) -> dict[str, Any]:
+    file = path / "features.json"
+    if not file.is_file():
+        return {}
+    description = read_json(file, "the features' description")
+    if not isinstance(description, dict):
+        raise UserError(f"{file} must hold an object; run `python -m infogrowth embed` again")
+    if description.get("finished") is False:
+        raise UserError(
+            f"the features in {path} are not finished (the run that writes them was interrupted "
+            "or is still going); run the same command again, then this one"
+        )
+    return description
 
 
 class FeatureStream:
@@ -192,17 +208,31 @@ class FeatureStream:
         Raises:
             UserError: the record is damaged; the sentence names the file.
         """
-        recorded = self.description.get("skipped")
-        if recorded is None:
-            return _count_skipped(self._folder / "skipped.jsonl")
-        counts = recorded if isinstance(recorded, dict) else {"": None}
-        for reason, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                shown = f"{count!r} for {reason!r}" if counts is recorded else repr(recorded)
+        counts = self.description.get("skipped")
+        if counts is None:
+            return self._count_skipped()
+        numbers = counts.values() if isinstance(counts, dict) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            file = self._folder / "features.json"
+            raise UserError(f'"skipped" must be counts by reason in {file}, not {counts!r:.60}')
+        return dict(counts)
+
+    def _count_skipped(self) -> dict[str, int]:
+        path = self._folder / "skipped.jsonl"
+        if not path.is_file():
+            return {}
+        counts: Counter[str] = Counter()
+        with reading(path):
+            lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
+        for number, line in enumerate(lines, start=1):
+            try:
+                reason = json.loads(line)["reason"]
+                reason.encode("utf-8")  # half a surrogate pair could not be written again
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
-                    f'"skipped" must be counts by reason in {self._folder / "features.json"}, '
-                    f"not {shown[:60]}"
-                )
+                    f"line {number} of {path} is not a skipped sample: {error}"
+                ) from error
+            counts[reason] += 1
         return dict(counts)
 
     def batches(
@@ -269,34 +299,3 @@ class FeatureStream:
         ids, captions, extra, features = self.shards[shard].read(start - first, stop - first)
         rows = np.arange(start, stop)
         return FeatureBatch(ids, captions, features.get("image"), features.get("text"), extra, rows)
-
-
-def _describe(path: AnyPath) -> dict[str, Any]:
-    file = path / "features.json"
-    if not file.is_file():
-        return {}
-    description = read_json(file, "the features' description")
-    if not isinstance(description, dict):
-        raise UserError(f"{file} must hold an object; run `python -m infogrowth embed` again")
-    if description.get("finished") is False:
-        raise UserError(
-            f"the features in {path} are not finished (the run that writes them was interrupted "
-            "or is still going); run the same command again, then this one"
-        )
-    return description
-
-
-def _count_skipped(path: AnyPath) -> dict[str, int]:
-    if not path.is_file():
-        return {}
-    counts: Counter[str] = Counter()
-    with reading(path):
-        lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
-    for number, line in enumerate(lines, start=1):
-        try:
-            reason = json.loads(line)["reason"]
-            reason.encode("utf-8")  # half a surrogate pair could not be written again
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"line {number} of {path} is not a skipped sample: {error}") from error
-        counts[reason] += 1
-    return dict(counts)

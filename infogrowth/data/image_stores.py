@@ -1,4 +1,4 @@
-"""Stores of encoded images by id: an LMDB, which packing writes, or a folder of files.
+"""Encoded images by id: from an LMDB, which packing writes, a folder of files, or a download.
 
 In an LMDB an image's key is its id without folder and without image extension
 (``cc3m_train/000123.jpg`` → ``000123``), its value the encoded bytes as they came. Readers find an
@@ -7,21 +7,24 @@ image by its id with or without the extension, whichever way the store was made.
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
-from infogrowth.data.names import (
+from infogrowth.data.sources import Source, open_source
+from infogrowth.data.text import (
     IMAGE_EXTENSIONS,
     extension_of,
     image_id,
     image_key,
     possible_names,
 )
-from infogrowth.errors import UserError, refusing
+from infogrowth.errors import BadSample, UserError, refusing
+from infogrowth.remote import is_remote
 
+MISSING = "the image is missing"
 MAX_KEY_BYTES = 511  # LMDB's own limit
 
 _MAGIC = 0xBEEFC0DE.to_bytes(4, "little")  # at byte 16 of every LMDB data file
@@ -29,18 +32,41 @@ _FIRST_MAP_SIZE = 64 << 20
 _MAX_BATCH_COUNT, _MAX_BATCH_BYTES = 1000, 64 << 20
 
 
-class ImageStore(Protocol):
-    """Encoded images by id; picklable."""
+class ImageStore:
+    """Encoded images by id; picklable.
+
+    Attributes:
+        path: where they lie.
+    """
+
+    path: Any
+
+    def find(self, name: str) -> bytes:
+        """The bytes of an image, whether its id is given with the extension or without; raises
+        BadSample with a reason when there is no such image."""
+        raise NotImplementedError
 
     def read(self, name: str) -> bytes:
-        """The bytes; raises UserError naming the id when there is no such image."""
-        ...
+        """As :meth:`find`, where no image may be missing.
 
-    def __contains__(self, name: str) -> bool: ...
+        Raises:
+            UserError: naming the id and the store, if there is no such image.
+        """
+        try:
+            return self.find(name)
+        except BadSample as error:
+            raise UserError(
+                f"the image {name!r} is not in {self.path} ({error}); was that made from other "
+                "images?"
+            ) from error
 
 
-def open_images(path: str | os.PathLike[str] | ImageStore) -> ImageStore:
+def open_images(path: str | os.PathLike[str] | ImageStore, ids: Sequence[str] = ()) -> ImageStore:
     """The images at ``path``: an LMDB if it is one, else a folder of files; a store as it is.
+
+    Args:
+        ids: of images that are wanted; what has one of them as a sample, in a download or at an
+            address, is read as :func:`infogrowth.data.sources.open_source` reads it.
 
     Raises:
         UserError: nothing is there.
@@ -49,43 +75,60 @@ def open_images(path: str | os.PathLike[str] | ImageStore) -> ImageStore:
         return path
     if is_lmdb(path):
         return LmdbImages(path)
-    if os.path.isdir(path):
+    folder = os.path.isdir(path)
+    if ids and (folder or is_remote(path)):
+        with suppress(UserError):  # a plain folder of images, perhaps
+            images = SourceImages(open_source(path))
+            if not images.numbers.keys().isdisjoint(ids):
+                return images
+    if folder:
         return FolderImages(path)
     raise UserError(f"{path} is neither an LMDB nor a folder of images; check the path")
 
 
-class FolderImages:
+class SourceImages(ImageStore):
+    """The images of a source, by the ids of its samples."""
+
+    def __init__(self, source: Source) -> None:
+        self.path, self._source = source.path, source
+        self.numbers = {name: number for number, name in enumerate(source.ids)}
+
+    def find(self, name: str) -> bytes:
+        if (number := self.numbers.get(name)) is None:
+            raise BadSample(MISSING)
+        sample = self._source.read(number)
+        if sample.data is None:
+            raise BadSample(sample.problem or MISSING)
+        return sample.data
+
+
+class FolderImages(ImageStore):
     """Image files below a folder, by relative path, with or without the extension."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._listed: dict[str, dict[str, Path]] = {}  # only where a name is not found as it is
 
-    def read(self, name: str) -> bytes:
+    def find(self, name: str) -> bytes:
         """The bytes of an image.
 
         Raises:
-            UserError: no such file, one that cannot be read, or an id that leads out of the folder.
+            BadSample: no such file.
+            UserError: one that cannot be read, or an id that leads out of the folder.
         """
-        parts = PurePosixPath(name).parts
-        if ".." in parts or name.startswith("/") or "\0" in name:
+        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\0" in name:
             raise UserError(f"the image {name!r} would lie outside of the folder {self.path}")
-        file = self._find(name)
+        files = (self.path / possible for possible in possible_names(name))
+        file = next(filter(Path.is_file, files), None) or self._alike(name.replace("\\", "/"))
         if file is None:
-            raise UserError(f"the image {name!r} is not in the folder {self.path}; check both")
+            raise BadSample(MISSING)
         with refusing(file, "the image"):
             return file.read_bytes()
 
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def _find(self, name: str) -> Path | None:
-        for possible in possible_names(name):
-            if (file := self.path / possible).is_file():
-                return file
-        name = name.replace("\\", "/")
+    def _alike(self, name: str) -> Path | None:
+        """The file of the same id, whatever its capitals and form of Unicode."""
         folder = name.rpartition("/")[0]
-        if folder not in self._listed:  # by ids, whatever their capitals and form of Unicode
+        if folder not in self._listed:
             below = self.path / folder
             names = sorted(os.listdir(below)) if below.is_dir() else []
             files = [Path(folder, n) for n in names if extension_of(n) in IMAGE_EXTENSIONS]
@@ -93,7 +136,7 @@ class FolderImages:
         return self._listed[folder].get(image_id(name).casefold())
 
 
-class LmdbImages:
+class LmdbImages(ImageStore):
     """Images of an LMDB by id, read-only.
 
     It is opened when the first image is asked for, once per process however many objects name
@@ -116,22 +159,13 @@ class LmdbImages:
                 f"the LMDB {path} {state}; make one with `python scripts/cc3m_lmdb_writer.py`"
             )
 
-    def read(self, name: str) -> bytes:
-        """The encoded bytes of an image, whether its id is given with the extension or without.
-
-        Raises:
-            UserError: naming the id and the LMDB, if there is no such image.
-        """
-        data = self._find(name)
-        if data is None:
-            raise UserError(
-                f"the image {name!r} is not in the LMDB {self.path} "
-                f"({len(self)} images); was it packed from other images?"
-            )
-        return data
-
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+    def find(self, name: str) -> bytes:
+        with _refusing(self.path, "read"), _environment(self._real_path).begin() as transaction:
+            for possible in possible_names(name):
+                with suppress(BadSample):  # with an extension it may be too long
+                    if (data := transaction.get(lmdb_key(possible))) is not None:
+                        return data
+        raise BadSample(MISSING)
 
     def __len__(self) -> int:
         return _environment(self._real_path).stat()["entries"]
@@ -139,16 +173,6 @@ class LmdbImages:
     def keys(self) -> Iterator[str]:
         """All keys, in order, as they are stored."""
         return _keys(_environment(self._real_path))
-
-    def _find(self, name: str) -> bytes | None:
-        with _refusing(self.path, "read"), _environment(self._real_path).begin() as transaction:
-            for possible in possible_names(name):
-                key = _encoded(possible)
-                if 0 < len(key) <= MAX_KEY_BYTES:
-                    data = transaction.get(key)
-                    if data is not None:
-                        return data
-        return None
 
 
 def is_lmdb(path: str | os.PathLike[str]) -> bool:
@@ -164,8 +188,7 @@ def is_lmdb(path: str | os.PathLike[str]) -> bool:
 class LmdbWriter:
     """Adds images to an LMDB in batched transactions; the map grows as needed.
 
-    What was committed survives a killed process. Use it as a context manager, or call
-    :meth:`close`.
+    What was committed survives a killed process. It is a context manager, which commits at its end.
 
     Args:
         path: the LMDB's folder; made if it does not exist.
@@ -181,7 +204,9 @@ class LmdbWriter:
         self.path = Path(path)
         with _refusing(self.path, "write"):
             self.path.mkdir(parents=True, exist_ok=True)
-            _close(os.path.realpath(path))
+            with _opening:
+                if reading := _environments.pop(os.path.realpath(path), None):
+                    reading.close()
             self._env = lmdb.open(str(self.path), map_size=map_size)
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
@@ -195,14 +220,9 @@ class LmdbWriter:
             replace: store it in place of what is there.
 
         Raises:
-            UserError: the key is empty or longer than 511 bytes.
+            BadSample: the key is empty, longer than 511 bytes, or no valid text.
         """
-        key = _encoded(image_key(name))
-        if not 0 < len(key) <= MAX_KEY_BYTES:
-            raise UserError(
-                f"the id {name[:60]!r} makes a key of {len(key)} bytes; "
-                f"an LMDB takes 1 to {MAX_KEY_BYTES}"
-            )
+        key = lmdb_key(image_key(name))
         if not replace and self.get(name) is not None:
             return False
         self._pending[key] = data
@@ -212,12 +232,11 @@ class LmdbWriter:
         return True
 
     def get(self, name: str) -> bytes | None:
-        """What is stored (or waits for its commit) under exactly ``name``'s key."""
-        key = _encoded(image_key(name))
-        if key in self._pending:
-            return self._pending[key]
-        with _refusing(self.path, "read"), self._env.begin() as transaction:
-            return transaction.get(key)
+        """What is stored (or yet to be committed) under exactly ``name``'s key, if it has one."""
+        with suppress(BadSample), _refusing(self.path, "read"), self._env.begin() as transaction:
+            key = lmdb_key(image_key(name))
+            return self._pending.get(key) or transaction.get(key)
+        return None
 
     def commit(self) -> None:
         """Write what is pending in one transaction; it is on disk when this returns."""
@@ -241,20 +260,14 @@ class LmdbWriter:
     def __len__(self) -> int:
         return self._env.stat()["entries"] + len(self._pending)
 
-    def close(self) -> None:
-        """Commit and close."""
-        try:
-            self.commit()
-        finally:
-            self._env.close()
-
     def __enter__(self) -> "LmdbWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
             self._env.close()
 
 
@@ -265,22 +278,16 @@ _opening = threading.Lock()
 
 def _environment(path: str) -> Any:
     """The environment at a real path, open for reading until the process ends or writes to it."""
-    opened = _environments.get(path)
-    if opened is None:
-        import lmdb
+    if (opened := _environments.get(path)) is not None:
+        return opened
+    import lmdb
 
-        with _opening, _refusing(path, "read"):
-            opened = _environments.get(path) or lmdb.open(
+    with _opening, _refusing(path, "read"):
+        if path not in _environments:
+            _environments[path] = lmdb.open(
                 path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False
             )
-            _environments[path] = opened
-    return opened
-
-
-def _close(path: str) -> None:
-    with _opening:
-        if path in _environments:
-            _environments.pop(path).close()
+        return _environments[path]
 
 
 def _close_inherited() -> None:
@@ -304,11 +311,19 @@ def _keys(environment: Any) -> Iterator[str]:
             yield from (key.decode("utf-8", "surrogateescape") for key in batch)
 
 
-def _encoded(name: str) -> bytes:
+def lmdb_key(name: str) -> bytes:
+    """A name as an LMDB stores it.
+
+    Raises:
+        BadSample: it is empty, longer than 511 bytes, or no valid text (half a surrogate pair).
+    """
     try:
-        return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, from a JSON escape
-        raise UserError(f"the id {name!r:.80} is not valid text") from error
+        key = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise BadSample("the id is not valid text") from error
+    if not 0 < len(key) <= MAX_KEY_BYTES:
+        raise BadSample(f"the id is longer than {MAX_KEY_BYTES} bytes")
+    return key
 
 
 def _refusing(path: str | Path, action: str) -> AbstractContextManager[None]:

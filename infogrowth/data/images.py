@@ -1,6 +1,6 @@
 """From encoded bytes to an RGB image, with guards: what is not a whole image is refused.
 
-Nothing here changes Pillow's process-wide switches; a bad image raises :class:`BadImage` with a
+Nothing here changes Pillow's process-wide switches; a bad image raises :class:`BadSample` with a
 reason, and whoever reads a dataset decides what to do with it.
 """
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-from infogrowth.errors import shorten
+from infogrowth.errors import BadSample, shorten
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 # Only image formats: Pillow would also hand a file to a PostScript interpreter.
@@ -43,14 +43,6 @@ _OTHER_FORMATS = {  # what begins like this, in lower case, is called by its nam
 }
 
 
-class BadImage(Exception):
-    """A sample's image cannot be used; ``reason`` says why, in words fit for a record."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 def decode_image(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least: int | None = None
 ) -> Image.Image:
@@ -72,18 +64,18 @@ def decode_image(
         a loaded image in mode RGB.
 
     Raises:
-        BadImage: empty, not an image, truncated or corrupt, too many pixels.
+        BadSample: empty, not an image, truncated or corrupt, too many pixels.
     """
     if len(data) == 0:
-        raise BadImage("the image is empty")
+        raise BadSample("the image is empty")
     try:
         return _decoded(data, max_pixels, at_least)
-    except BadImage as error:
+    except BadSample as error:
         if not bytes(data[:4]).startswith((b"\x89PNG", b"\xff\xd8")):
             raise
         try:  # perhaps only the metadata is damaged, or too large for Pillow
             return _decoded(_without_metadata(bytes(data)), max_pixels, at_least)
-        except (BadImage, IndexError):
+        except (BadSample, IndexError):
             raise error from None
 
 
@@ -93,7 +85,7 @@ def _decoded(data: bytes | memoryview, max_pixels: int, at_least: int | None) ->
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > max_pixels:
-            raise BadImage(f"the image has more than {max_pixels} pixels")
+            raise BadSample(f"the image has more than {max_pixels} pixels")
         if at_least is not None and image.format == "JPEG":
             scale = min(image.width, image.height) // at_least
             if scale >= 2:  # several times quicker for a large photograph
@@ -101,14 +93,14 @@ def _decoded(data: bytes | memoryview, max_pixels: int, at_least: int | None) ->
         image.load()  # before anything is asked for: asking a PNG for its EXIF may hide an error
         turn = _TURNS.get(_orientation(image))
         return _rgb(image if turn is None else image.transpose(turn))
-    except BadImage:
+    except BadSample:
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadImage(_unidentified(bytes(data[:512]), formats)) from error
+        raise BadSample(_unidentified(bytes(data[:512]), formats)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("the image has too many pixels for Pillow") from error
+        raise BadSample("the image has too many pixels for Pillow") from error
     except Exception as error:  # a decoder may say anything to hostile bytes
-        raise BadImage(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
+        raise BadSample(f"the image is truncated or corrupt: {shorten(error, 120)}") from error
 
 
 def _unidentified(start: bytes, formats: list[str]) -> str:
@@ -174,7 +166,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
-        raise BadImage("the image has floating-point pixels")
+        raise BadSample("the image has floating-point pixels")
     if image.mode.startswith("I"):  # grey of 16 bits, whose upper 8 are kept: convert would clip
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

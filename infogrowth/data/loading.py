@@ -1,9 +1,9 @@
-"""torch's DataLoader as training and evaluation use it: errors are items, batches are stacked."""
+"""torch's DataLoader as training and evaluation use it: how workers start, how batches are made."""
 
 import multiprocessing
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def open_loader(
     tokenize: Tokenize | None = None,
     persistent: bool = False,
 ) -> DataLoader:
-    """A loader of the batches that ``batches`` names; read it through :func:`checked`.
+    """A loader of the batches that ``batches`` names.
 
     Args:
         dataset: items are dicts of tensors, numbers and text.
@@ -39,7 +39,7 @@ def open_loader(
         persistent: the workers outlive an iteration.
     """
     return DataLoader(
-        ErrorsAsItems(dataset),
+        dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any sized iterable will do
         num_workers=workers,
         collate_fn=Collate(tokenize),
@@ -66,16 +66,8 @@ def _clean_start() -> Any:
     return context
 
 
-def checked(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; an error that came in place of one is raised here, in the main process."""
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
 class Collate:
-    """Items as a batch: tensors and numbers are stacked, captions tokenized; an error wins.
+    """Items as a batch: tensors and numbers are stacked, captions tokenized.
 
     Of items with several captions all first ones come before all second ones.
     """
@@ -83,16 +75,9 @@ class Collate:
     def __init__(self, tokenize: Tokenize | None = None) -> None:
         self.tokenize = tokenize
 
-    def __call__(self, items: Sequence[Batch | UserError]) -> Batch | UserError:
-        for item in items:
-            if isinstance(item, UserError):
-                return item
-        samples: list[Batch] = [item for item in items if isinstance(item, dict)]
-        try:
-            check_shared_memory(value for sample in samples for value in sample.values())
-        except UserError as error:
-            return error
-        batch = default_collate(samples)
+    def __call__(self, items: Sequence[Batch]) -> Batch:
+        check_shared_memory(value for item in items for value in item.values())
+        batch = default_collate(list(items))
         if self.tokenize is not None:
             captions = batch["caption"]
             if not isinstance(captions[0], str):  # a tuple of all first ones, …
@@ -120,16 +105,3 @@ def check_shared_memory(values: Iterable[Any]) -> None:
             f"worker takes {max(needed >> 20, 1)}: give the container more (docker run "
             "--shm-size=8g), or set num_workers to 0"
         )
-
-
-class ErrorsAsItems(Dataset):
-    """Returns a UserError as the item: raised in a worker it would arrive as a traceback."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            return self._dataset[index]
-        except UserError as error:
-            return error

@@ -16,25 +16,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infogrowth.annotations import Annotation, save_annotations
-from infogrowth.data.image_stores import MAX_KEY_BYTES, LmdbWriter
-from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.names import image_key
+from infogrowth.data.image_stores import LmdbWriter, lmdb_key
+from infogrowth.data.images import decode_image
 from infogrowth.data.sources import Sample, Source
-from infogrowth.errors import UserError
+from infogrowth.data.text import image_key
+from infogrowth.errors import BadSample, UserError
 from infogrowth.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 _AHEAD = 16  # samples per thread that are read and decoded before their turn
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the results of one split go."""
-
-    lmdb: Path
-    annotations: Path
-    skipped: Path
 
 
 @dataclass
@@ -43,6 +34,7 @@ class Packed:
 
     Attributes:
         samples: how many the source lists.
+        lmdb, annotations, skipped_list: where the results are.
         stored: how many are in the LMDB now.
         resumed: how many of those an earlier run had stored.
         replaced: how many of those an earlier run had stored as other bytes.
@@ -51,24 +43,24 @@ class Packed:
     """
 
     samples: int
+    lmdb: Path
+    annotations: Path
+    skipped_list: Path
     stored: int = 0
     resumed: int = 0
     replaced: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)
 
-    def reasons(self) -> Counter[str]:
-        """How many were skipped by each kind of reason."""
-        return Counter(reason.split(":")[0] for _, reason in self.skipped)
 
-
-def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packed:
+def pack(source: Source, output: Path, split: str, workers: int, max_pixels: int) -> Packed:
     """Store every good image of ``source``, and write its annotation JSON and skipped.jsonl.
 
     An image is decoded in full before it is stored, and stored as it came. Of several samples
     with one id the first good one is kept. The JSON is sorted by id.
 
     Args:
+        output: gets ``lmdb_{split}``, ``cc3m_{split}.json`` and ``lmdb_{split}_skipped.jsonl``.
         workers: threads that read and decode (decoders let other threads run).
         max_pixels: larger images are skipped.
 
@@ -76,31 +68,32 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
         UserError: the LMDB holds images of another source, the disk is full, or no sample is
             good.
     """
-    for folder in {target.annotations.parent, target.skipped.parent}:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    packed = Packed(len(source), skipped=list(source.notes), repairs=Counter(source.repairs))
+    lmdb = output / f"lmdb_{split}"
+    files = output / f"cc3m_{split}.json", output / f"lmdb_{split}_skipped.jsonl"
+    packed = Packed(len(source), lmdb, *files, skipped=list(source.notes))
+    packed.repairs.update(source.repairs)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
     annotations: list[Annotation] = []
-    with LmdbWriter(target.lmdb) as writer:
+    with LmdbWriter(lmdb) as writer:
         names = [image_key(name) for name in source.ids]
         known = set(names)
         if unexpected := next((key for key in writer.keys() if key not in known), None):  # noqa: SIM118
             raise UserError(
-                f"the LMDB {target.lmdb} holds {unexpected!r}, which is not in {source.path}: it "
+                f"the LMDB {lmdb} holds {unexpected!r}, which is not in {source.path}: it "
                 "was packed from other images; remove it or give another --output_root"
             )
         repeated = {name for name, count in Counter(names).items() if count > 1}
         taken: set[str] = set()
         progress = tqdm(
             _checked_samples(source, writer, workers, max_pixels),
-            desc=target.lmdb.name,
+            desc=lmdb.name,
             total=len(source),
             unit=" samples",
             disable=not logger.isEnabledFor(logging.INFO),
         )
         for sample in progress:
-            name = image_key(sample.id)
-            problem = sample.problem
+            name, problem = image_key(sample.id), sample.problem
             if problem is None and name in taken:
                 problem = "the id occurred before: the first one is kept"
             if problem is not None:
@@ -119,12 +112,12 @@ def pack(source: Source, target: Target, workers: int, max_pixels: int) -> Packe
             if name in repeated:
                 taken.add(name)
     annotations.sort(key=lambda annotation: annotation["image"])
-    with atomic_write(target.skipped, "w") as file:
+    with atomic_write(packed.skipped_list, "w") as file:
         for name, reason in packed.skipped:
             file.write(json.dumps({"id": name, "reason": reason}) + "\n")
-    save_annotations(target.annotations, annotations)
+    save_annotations(packed.annotations, annotations)
     if not annotations:
-        raise UserError(f"no sample of {source.path} could be packed; see {target.skipped}")
+        raise UserError(f"no sample of {source.path} could be packed; see {packed.skipped_list}")
     return packed
 
 
@@ -137,7 +130,7 @@ def _checked_samples(
     executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for number, name in enumerate(source.ids):
-            known = writer.get(name) if resuming and not _key_problem(name) else None
+            known = writer.get(name) if resuming else None
             pending.append(executor.submit(_checked, source, number, known, max_pixels))
             if len(pending) >= _AHEAD * workers:
                 yield pending.popleft().result()
@@ -150,18 +143,12 @@ def _checked_samples(
 def _checked(source: Source, number: int, known: bytes | None, max_pixels: int) -> Sample:
     """The sample, with a problem if it must be skipped."""
     sample = source.read(number)
-    problem = sample.problem or _key_problem(sample.id)
-    if problem is None and sample.data != known:
+    problem = sample.problem
+    if problem is None:
         try:
-            decode_image(sample.data or b"", max_pixels)
-        except BadImage as error:
-            problem = error.reason
+            lmdb_key(image_key(sample.id))
+            if sample.data != known:
+                decode_image(sample.data or b"", max_pixels)
+        except BadSample as error:
+            problem = str(error)
     return replace(sample, data=None if problem else sample.data, problem=problem)
-
-
-def _key_problem(name: str) -> str | None:
-    try:
-        length = len(image_key(name).encode())
-    except UnicodeEncodeError:
-        return "the id is not valid text"
-    return None if 0 < length <= MAX_KEY_BYTES else f"the id is longer than {MAX_KEY_BYTES} bytes"

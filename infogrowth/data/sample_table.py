@@ -1,12 +1,16 @@
 """Samples and the score tables that lie beside them, joined by id in duckdb, and filtered there.
 
-The database may read the given files and no others.
+The database may read the given files and no others. A condition is one SQL expression over columns:
+duckdb parses it, and what is more than that is refused. It is taken apart at its top-level ANDs, so
+that what each clause keeps can be counted; what was checked is what is run, for the clauses are
+written anew from the syntax tree.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import Annotation
-from infogrowth.data.conditions import Condition
 from infogrowth.data.exports import as_column
 from infogrowth.data.feature_files import ID_COLUMNS
-from infogrowth.data.names import IMAGE_EXTENSIONS
+from infogrowth.data.text import IMAGE_EXTENSIONS
 from infogrowth.errors import UserError, refusing
 
 POSITION = "sample_position"  # the column that orders the samples
 
 _EXTENSION = "(?i)(" + "|".join(map(re.escape, IMAGE_EXTENSIONS)) + ")$"
 _CHUNK_ROWS = 65_536
+# An expression's value must not depend on the time, the session or chance.
+_SESSION = re.compile(r"now|today|age|getvariable|transaction_timestamp|.*(current|search_path).*")
+_REFUSED = {"SUBQUERY": "a query of its own", "WINDOW": "a window function", "STAR": "*"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Clause:
     unknown: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoreTable:
     """Score files of the same columns, what they are called in conditions, and how their ids met
     those of the samples."""
@@ -62,6 +68,15 @@ class ScoreTable:
             )
         return f"columns {', '.join(self.columns)}; {', '.join(counts)}"
 
+    def rows(self) -> str:
+        """SQL of the files' rows, numbered by file and row in the column ``score_row``."""
+        files = _literal(self.files)
+        return (
+            f"(SELECT *, list_position({files}, score_file) * (1::BIGINT << 40) + file_row_number "
+            f"AS score_row FROM read_parquet({files}, filename = 'score_file', "
+            "file_row_number = true))"
+        )
+
 
 class SampleTable:
     """Samples in order, and score tables joined to them by id; a context manager.
@@ -80,9 +95,9 @@ class SampleTable:
     """
 
     def __init__(self, samples: pa.Table | Sequence[Path], query: str, scores: Sequence[str] = ()):
-        tables = _score_tables(scores)
+        self.scores = _score_tables(scores)
         files = [] if isinstance(samples, pa.Table) else [str(path) for path in samples]
-        readable = [*files, *(file for table in tables for file in table.files)]
+        readable = [*files, *(file for table in self.scores for file in table.files)]
         self._spill = tempfile.TemporaryDirectory(prefix="infogrowth-select-")
         extensions = ("autoinstall_known_extensions", "autoload_known_extensions")
         self._base = duckdb.connect(
@@ -96,9 +111,9 @@ class SampleTable:
             if isinstance(samples, pa.Table):
                 self._base.register(source := "given", samples)
             self._base.execute(f"CREATE VIEW samples AS {query.format(source=source)}")
-            self.columns = [name for name, *_ in self._rows("DESCRIBE samples") if name != POSITION]
             self.count = self._rows("SELECT count(*) FROM samples")[0][0]
-            self.scores = [self._meet(number, table) for number, table in enumerate(tables)]
+            for number, table in enumerate(self.scores):
+                self._meet(f"met_{number}", table)
             self._joined = "samples"
         except BaseException:
             self.__exit__()
@@ -116,24 +131,32 @@ class SampleTable:
         its clauses keeps; and the score columns that it names, as :meth:`rows` takes them.
 
         Raises:
-            UserError: it is no single expression, names a column that is not there, or fails.
+            UserError: it is no single expression, names a column that is not there, would not be
+                the same each time, or fails.
         """
-        parsed = Condition(condition, self._base)
-        tables = {"samples": self.columns, **{t.name: t.columns for t in self.scores}}
-        named = parsed.columns(tables)
-        used = [(t, c) for t in self.scores for c in t.columns if (t.name, c) in named]
-        self._joined = self._join(used)
-        try:
+        tree = self._parsed(condition)
+        clauses = [self._sql(clause) for clause in _clauses(tree)]
+        where = " AND ".join(clauses)
+        try:  # before work is done: are all names those of columns?
+            self._base.execute(f"EXPLAIN SELECT 1 FROM {_join(self.scores)} WHERE {where}")
+            used = [(t, [c for c in t.columns if _names(tree, t.name, c)]) for t in self.scores]
+            used = [(table, columns) for table, columns in used if columns]
+            for table, columns in used:
+                listed = ", ".join(map(_quoted, (POSITION, *columns)))
+                name = _quoted(table.name)
+                read_once = f"SELECT {listed} FROM memory.main.{name}"
+                self._base.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {read_once}")
+            self._joined = _join([table for table, _ in used])
             found = self._base.execute(
-                f"SELECT {POSITION} FROM {self._joined} WHERE {' AND '.join(parsed.clauses)} "
-                f"ORDER BY {POSITION}"
+                f"SELECT {POSITION} FROM {self._joined} WHERE {where} ORDER BY {POSITION}"
             ).fetchnumpy()
-            clauses = self._count(parsed.clauses)
+            counts = self._count(clauses)
         except duckdb.Error as error:
             first = str(error).split("\n\n")[0].replace("\n", " ")
-            raise UserError(f"the condition {condition!r} fails: {first}") from error
-        taken = [f"{_quoted(table.name)}.{_quoted(column)}" for table, column in used]
-        return np.asarray(found[POSITION], np.int64), clauses, taken
+            advice = "; text goes in single quotes" if "not found" in first else ""
+            raise UserError(f"the condition {condition!r} fails: {first}{advice}") from error
+        taken = [f"{_quoted(t.name)}.{_quoted(c)}" for t, columns in used for c in columns]
+        return np.asarray(found[POSITION], np.int64), counts, taken
 
     def gains(self, positions: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Positions (n,) and gains (n, 2) float64, of all samples or of those at ``positions``."""
@@ -169,14 +192,55 @@ class SampleTable:
         counts = self._rows(f"SELECT {', '.join(columns)} FROM {self._joined}")[0]
         return [Clause(text, *counts[3 * n : 3 * n + 3]) for n, text in enumerate(texts)]
 
-    def _meet(self, number: int, table: ScoreTable) -> ScoreTable:
-        """Find each sample's row in a score table: table ``met_N``."""
+    def _parsed(self, condition: str) -> dict[str, Any]:
+        """The syntax tree of a condition: one expression, whose value is the same each time."""
+        if not condition.strip():
+            raise UserError("the condition is empty; give an SQL expression over columns")
+        refused = f"the condition {condition!r} must be one SQL expression over columns"
+        statement = f"SELECT 1 WHERE (\n{condition}\n)"
+        answer = json.loads(self._answer("SELECT json_serialize_sql($1)", statement))
+        if answer["error"]:
+            raise UserError(f"{refused}: {answer['error_message']}")
+        nodes = [entry["node"] for entry in answer["statements"]]
+        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE"
+        if not plain or self._answer("SELECT json_deserialize_sql($1)", json.dumps(answer)) != (
+            f"SELECT 1 WHERE {self._sql(nodes[0]['where_clause'])}"
+        ):
+            raise UserError(f"{refused}, nothing around it")
+        tree = nodes[0]["where_clause"]
+        volatile = self._rows(
+            "SELECT DISTINCT lower(function_name) FROM duckdb_functions() "
+            "WHERE stability = 'VOLATILE'"
+        )
+        for node in _walk(tree):
+            if node["class"] in _REFUSED:
+                raise UserError(f"{refused}; it holds {_REFUSED[node['class']]}")
+            name = str(node.get("function_name", "")).lower()
+            if _SESSION.fullmatch(name) or (name,) in volatile:
+                raise UserError(
+                    f"the condition {condition!r} calls {name}(), whose value is not the same "
+                    "each time; a selection must be reproducible"
+                )
+        return tree
+
+    def _sql(self, tree: dict[str, Any]) -> str:
+        """An expression's tree as SQL."""
+        answer = json.loads(self._answer("SELECT json_serialize_sql('SELECT 1 WHERE true')"))
+        answer["statements"][0]["node"]["where_clause"] = tree
+        text = self._answer("SELECT json_deserialize_sql($1)", json.dumps(answer))
+        return text.removeprefix("SELECT 1 WHERE ")
+
+    def _answer(self, query: str, *parameters: str) -> str:
+        return self._base.execute(query, list(parameters)).fetchall()[0][0]
+
+    def _meet(self, met: str, table: ScoreTable) -> None:
+        """Find each sample's row in a score table (table ``met``); make a view of that table."""
         self._base.execute(
             "CREATE OR REPLACE TEMP MACRO stem(name) AS CASE "
             f"WHEN regexp_matches(name, {_literal(_EXTENSION)}) THEN regexp_extract("
             f"regexp_replace(name, {_literal(_EXTENSION)}, ''), '[^/]*$') ELSE name END"
         )
-        column, rows = _quoted(table.id_column), _numbered_rows(table)
+        column, rows = _quoted(table.id_column), table.rows()
         kinds = self._rows(f"SELECT typeof({column}) FROM {rows} LIMIT 1")
         if kinds in ([("DOUBLE",)], [("FLOAT",)]):  # whole numbers that pandas made floats of
             column = f"TRY_CAST({column} AS BIGINT)"
@@ -187,7 +251,6 @@ class SampleTable:
             f"min(score_row) AS score_row, count(*) AS times FROM {rows} "
             f"WHERE {_quoted(table.id_column)} IS NOT NULL GROUP BY 1"
         )
-        met = f"met_{number}"
         self._base.execute(
             f"CREATE TEMP TABLE {met} AS SELECT {POSITION}, score_row "
             "FROM samples JOIN theirs USING (id)"
@@ -207,23 +270,13 @@ class SampleTable:
                 f"no id of {table.files[0]} (column {table.id_column!r}, for example "
                 f"{theirs!r}) is the id of a sample (for example {ours!r})"
             )
-        without = {"samples_without": self.count - matched, "ids_without": ids - used}
-        return replace(table, **without, repeated_ids=repeated)
-
-    def _join(self, used: Sequence[tuple[ScoreTable, str]]) -> str:
-        """The samples beside those score tables of which columns are used, as SQL."""
-        joined = "samples"
-        for number, table in enumerate(self.scores):
-            columns = [_quoted(column) for owner, column in used if owner.name == table.name]
-            if not columns:
-                continue
-            self._base.execute(
-                f"CREATE OR REPLACE TEMP TABLE {_quoted(table.name)} AS "
-                f"SELECT {POSITION}, {', '.join(columns)} "
-                f"FROM met_{number} JOIN {_numbered_rows(table)} USING (score_row)"
-            )
-            joined += f" LEFT JOIN {_quoted(table.name)} USING ({POSITION})"
-        return joined
+        table.samples_without, table.ids_without = self.count - matched, ids - used
+        table.repeated_ids = repeated
+        columns = "".join(f", {_quoted(name)}" for name in table.columns)
+        self._base.execute(
+            f"CREATE VIEW {_quoted(table.name)} AS SELECT {POSITION}{columns} "
+            f"FROM {met} JOIN {rows} USING (score_row)"
+        )
 
     def _chosen(self, positions: np.ndarray | None, joined: str) -> str:
         if positions is None:
@@ -279,12 +332,32 @@ def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
     return list(tables.values())
 
 
-def _numbered_rows(table: ScoreTable) -> str:
-    """The files' rows, numbered by file and row in the column ``score_row``."""
-    files = _literal(table.files)
-    return (
-        f"(SELECT *, list_position({files}, score_file) * (1::BIGINT << 40) + file_row_number "
-        f"AS score_row FROM read_parquet({files}, filename = 'score_file', file_row_number = true))"
+def _join(tables: Sequence[ScoreTable]) -> str:
+    """The samples beside some score tables, as SQL."""
+    return "samples" + "".join(f" LEFT JOIN {_quoted(t.name)} USING ({POSITION})" for t in tables)
+
+
+def _clauses(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    if tree["type"] != "CONJUNCTION_AND":
+        return [tree]
+    return [clause for child in tree["children"] for clause in _clauses(child)]
+
+
+def _walk(node: Any) -> Iterator[dict[str, Any]]:
+    """Every expression in a syntax tree."""
+    if isinstance(node, dict) and "class" in node:
+        yield node
+    children = node.values() if isinstance(node, dict) else node
+    for child in children if isinstance(node, dict | list) else ():
+        yield from _walk(child)
+
+
+def _names(tree: dict[str, Any], table: str, column: str) -> bool:
+    """Whether an expression names a column, by its table or alone."""
+    names = [node["column_names"] for node in _walk(tree) if node["class"] == "COLUMN_REF"]
+    forms = [[part.lower() for part in name] for name in names]
+    return any(
+        form[0] == column.lower() or form[:2] == [table.lower(), column.lower()] for form in forms
     )
 
 

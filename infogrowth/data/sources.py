@@ -1,9 +1,9 @@
 """Image–caption pairs as people have them: a folder is walked, its containers hold the samples.
 
     tree.py        all files below a folder, whatever its depth
-    containers.py  folders of images, tars (compressed or not), parquet files with images inside
-    names.py       which files together are a sample; tables.py: what tables say of image files
-    captions.py    text and captions, wherever they come from
+    containers.py  folders of images and tars, compressed or not; which files together are a sample
+    tables.py      parquet files with images inside; what tables say of image files
+    text.py        ids and captions, wherever they come from
 
 Everything that is seen is a sample, or is in ``ignored`` or ``notes``.
 """
@@ -20,19 +20,18 @@ from functools import cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
-from infogrowth.data.captions import Caption, Unusable
-from infogrowth.data.containers import Container, Table, open_folder, open_tar
-from infogrowth.data.names import extension_of, sample_id, strip_extension
+from infogrowth.data.containers import Container, Folder, Note, Tar
 from infogrowth.data.tables import (
     RECORD_EXTENSIONS,
     SPLITS,
-    Note,
+    Table,
     kind_of_table,
     read_records,
     split_of,
 )
+from infogrowth.data.text import Caption, extension_of, sample_id, strip_extension
 from infogrowth.data.tree import Listing, Tree
-from infogrowth.errors import UserError
+from infogrowth.errors import BadSample, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -126,19 +125,19 @@ class Source:
         data = problem = None
         try:
             caption, repairs = container.caption(local)
-        except (Unusable, OSError) as error:
+        except (BadSample, OSError) as error:
             problem = _reason(error)
         try:
             data = container.data(local)
-        except (Unusable, OSError) as error:
+        except (BadSample, OSError) as error:
             problem = problem or _reason(error)
         return Sample(container.ids[local], caption, data, problem, repairs)
 
 
-def _reason(error: Unusable | OSError) -> str:
-    if isinstance(error, Unusable):
-        return error.reason
-    return f"cannot be read: {error.strerror or error}"
+def _reason(error: BadSample | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return str(error)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -170,7 +169,7 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     tree = Tree(path)
     found = tree.walk()
     contents = _Contents(tree, found)
-    containers = _open([*_shards(tree, contents), *_folders(tree, contents)], found)
+    containers = _open(list(contents.parts()), found)
     found.notes += contents.records.notes
     for split in [split for split in SPLITS if not any(c.ids for c in containers[split])]:
         for container in containers.pop(split):  # there is nothing in them but notes
@@ -195,102 +194,96 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     return sources
 
 
-class _Contents:
-    """The files of a tree by what they are.
-
-    Attributes:
-        finished: shards that a downloader marked as finished.
-        tars: archives.
-        tables: parquet files with images, and the splits in each.
-        downloads: what a download did, by shard.
-        records: what tables say of image files.
-        files: all others.
-        index: the shards and tables.
-    """
-
-    def __init__(self, tree: Tree, found: Listing) -> None:
-        self._found, files = found, found.files
-        stats = [name for name in files if name.endswith("_stats.json")]
-        found.ignored += Counter({"statistics of a download": len(stats)})
-        self.finished = {name.removesuffix("_stats.json") for name in stats}
-        self._marked = {posixpath.dirname(name) for name in stats}
-        self.tars = [name for name in files if _TAR.search(name)]
-        kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
-        self.tables = {name: splits for name, (kind, splits) in kinds.items() if kind == "images"}
-        self.downloads = {sample_id(n): n for n in kinds if kinds[n][0] == "downloads"}
-        tables = [name for name in files if extension_of(name) in RECORD_EXTENSIONS]
-        tables = [name for name in tables if name not in kinds or kinds[name][0] == "records"]
-        self.records = read_records(tree, files, tables)
-        used = self.records.used
-        apart = {*stats, *self.tars, *self.tables, *self.downloads.values(), *used}
-        self.files = [name for name in files if name not in apart]
-        self.index = sorted([*self.tars, *kinds, *used])
-
-    def is_shard(self, folder: str) -> bool:
-        numbered = _SHARD_NAME.match(posixpath.basename(folder))
-        return bool(numbered) or folder in self.finished or folder in self.downloads
-
-    def is_unfinished(self, stem: str, files: int) -> bool:
-        """Whether a downloader has not marked a shard, where it marks any; this is reported."""
-        if stem in self.finished or posixpath.dirname(stem) not in self._marked:
-            return False
-        self._found.notes.append((stem, _UNFINISHED))
-        self._found.ignored["files of unfinished shards"] += files
-        return True
-
-    def base(self, folder: str) -> str:
-        """The nearest folder around that is a downloader's shard or names a split."""
-        while folder and not self.is_shard(folder) and not split_of(posixpath.basename(folder)):
-            folder = posixpath.dirname(folder)
-        return folder
-
-
 class _Part(NamedTuple):
     """A container before it is opened: its path without extension, its split, how many files it
-    is, and how it is opened."""
+    is, whether a downloader may mark it as finished, and how it is opened."""
 
     stem: str
     split: str | None
     files: int
+    is_shard: bool
     open: Callable[[], Container]
 
 
-def _shards(tree: Tree, contents: _Contents) -> Iterator[_Part]:
-    for name in contents.tars:
-        stem = _TAR.sub("", name)
-        downloads = contents.downloads.pop(stem, None)
-        if not contents.is_unfinished(stem, 1):
-            yield _Part(stem, split_of(stem), 1, partial(open_tar, tree, name, downloads))
-    for name, splits in contents.tables.items():
-        stem = sample_id(name)
-        for split in splits:
-            if not contents.is_unfinished(stem, 1):
-                yield _Part(stem, split_of(stem, split), 1, partial(Table, tree, name, split))
+class _Contents:
+    """The files of a tree by what they are.
 
+    Attributes:
+        records: what tables say of image files.
+        index: the paths of shards and tables.
+    """
 
-def _folders(tree: Tree, contents: _Contents) -> Iterator[_Part]:
-    """Files by split, and by the folder from which their ids are paths."""
-    records, base_of = contents.records, cache(contents.base)
-    groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
-    for name in contents.files:
-        folder = posixpath.dirname(name)
-        split = records.splits.get(sample_id(name)) if records.splits else None
-        group = base_of(folder), split_of(folder, split)
-        groups.setdefault(group, ([], []))[0].append(name)
-    for folder, name, split, reason in records.missing:
-        base = base_of(folder)
-        below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
-        group = base, split_of(folder, split)
-        groups.setdefault(group, ([], []))[1].append((strip_extension(below), reason))
-    for stem in contents.downloads:  # those of tars are gone from there
-        groups.setdefault((stem, split_of(stem)), ([], []))
-    for (base, split), (names, missing) in groups.items():
-        downloads = contents.downloads.get(base)
-        shard = bool(base) and contents.is_shard(base)
-        kind = "files" if shard else "folder"
-        opened = partial(open_folder, tree, base, kind, names, records, missing, downloads)
-        if not (shard and contents.is_unfinished(base, len(names))):
-            yield _Part(base, split, len(names), opened)
+    def __init__(self, tree: Tree, found: Listing) -> None:
+        self._tree, self._found, files = tree, found, found.files
+        stats = [name for name in files if name.endswith("_stats.json")]
+        found.ignored += Counter({"statistics of a download": len(stats)})
+        self._finished = {name.removesuffix("_stats.json") for name in stats}
+        self._marked = {posixpath.dirname(name) for name in stats}
+        self._tars = [name for name in files if _TAR.search(name)]
+        kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
+        self._tables = {name: splits for name, (kind, splits) in kinds.items() if kind == "images"}
+        self._downloads = {sample_id(n): n for n in kinds if kinds[n][0] == "downloads"}
+        tables = [name for name in files if extension_of(name) in RECORD_EXTENSIONS]
+        tables = [name for name in tables if name not in kinds or kinds[name][0] == "records"]
+        self.records = read_records(tree, files, tables)
+        used = self.records.used
+        apart = {*stats, *self._tars, *self._tables, *self._downloads.values(), *used}
+        self._files = [name for name in files if name not in apart]
+        self.index = sorted([*self._tars, *kinds, *used])
+
+    def parts(self) -> Iterator[_Part]:
+        """The containers; a shard that a downloader has not marked, where it marks any, is noted
+        instead."""
+        for part in (*self._shards(), *self._folders()):
+            marked = part.is_shard and posixpath.dirname(part.stem) in self._marked
+            if marked and part.stem not in self._finished:
+                self._found.notes.append((part.stem, _UNFINISHED))
+                self._found.ignored["files of unfinished shards"] += part.files
+            else:
+                yield part
+
+    def _shards(self) -> Iterator[_Part]:
+        for name in self._tars:
+            stem = _TAR.sub("", name)
+            downloads = self._downloads.pop(stem, None)
+            yield _Part(stem, split_of(stem), 1, True, partial(Tar, self._tree, name, downloads))
+        for name, splits in self._tables.items():
+            stem = sample_id(name)
+            for split in splits:
+                opened = partial(Table, self._tree, name, split)
+                yield _Part(stem, split_of(stem, split), 1, True, opened)
+
+    def _folders(self) -> Iterator[_Part]:
+        """Files by split, and by the folder from which their ids are paths."""
+        records, base_of = self.records, cache(self._base)
+        groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
+        for name in self._files:
+            folder = posixpath.dirname(name)
+            split = records.splits.get(sample_id(name)) if records.splits else None
+            group = base_of(folder), split_of(folder, split)
+            groups.setdefault(group, ([], []))[0].append(name)
+        for folder, name, split, reason in records.missing:
+            base = base_of(folder)
+            below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
+            group = base, split_of(folder, split)
+            groups.setdefault(group, ([], []))[1].append((strip_extension(below), reason))
+        for stem in self._downloads:  # those of tars are gone from there
+            groups.setdefault((stem, split_of(stem)), ([], []))
+        for (base, split), (names, missing) in groups.items():
+            shard = bool(base) and self._is_shard(base)
+            what = base, "files" if shard else "folder", names, records.captions, missing
+            opened = partial(Folder, self._tree, *what, self._downloads.get(base))
+            yield _Part(base, split, len(names), shard, opened)
+
+    def _is_shard(self, folder: str) -> bool:
+        numbered = _SHARD_NAME.match(posixpath.basename(folder))
+        return bool(numbered) or folder in self._finished or folder in self._downloads
+
+    def _base(self, folder: str) -> str:
+        """The nearest folder around that is a downloader's shard or names a split."""
+        while folder and not self._is_shard(folder) and not split_of(posixpath.basename(folder)):
+            folder = posixpath.dirname(folder)
+        return folder
 
 
 def _open(parts: Sequence[_Part], found: Listing) -> dict[str, list[Container]]:

@@ -1,24 +1,38 @@
-"""Tables: what a download did, and records that name image files and give their captions."""
+"""Tables: parquet files with images inside, and records that name image files and caption them."""
 
 import csv
 import io
 import json
+import os
 import posixpath
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import as_id
-from infogrowth.data.captions import Captioned, Unusable, caption_of, decode_text
-from infogrowth.data.names import IMAGE_EXTENSIONS, clean_name, extension_of, image_id, sample_id
+from infogrowth.data.containers import Container, Note, download_problem, unreadable
+from infogrowth.data.text import (
+    CAPTION_FIELDS,
+    IMAGE_EXTENSIONS,
+    Captioned,
+    caption_of,
+    clean_name,
+    decode_text,
+    extension_of,
+    image_id,
+    sample_id,
+)
 from infogrowth.data.tree import Tree
-from infogrowth.errors import shorten
+from infogrowth.errors import BadSample
 
 RECORD_EXTENSIONS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SPLITS = ("train", "val", "test")
@@ -28,6 +42,8 @@ _FILE_FIELDS = (
     *("file", "path", "img", "img_path"),
 )
 _IMAGE_COLUMNS = (*(extension[1:] for extension in IMAGE_EXTENSIONS), "image", "img", "picture")
+_NAMING = ("key", "__key__", "uid", "id", "image_id", "filename", "file_name", "image_path")
+_KEYS = _NAMING[:3]  # which stand for one sample: repeats are repeats, not other images
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -35,12 +51,6 @@ _SPLIT_WORDS = {
 }
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")
 _DELIMITERS = (",", "\t", ";", "|")
-_FAILURES = {
-    "failed_to_download": "the download failed",
-    "failed_to_resize": "the image could not be resized when it was downloaded",
-}
-
-Note = tuple[str, str]  # what could not be used, and why
 
 
 def split_of(*names: Any) -> str | None:
@@ -50,11 +60,6 @@ def split_of(*names: Any) -> str | None:
     return next((split for split in reversed(SPLITS) if split in found), None)
 
 
-def unreadable(table: str, error: Exception) -> Note:
-    """The note of a table that cannot be read."""
-    return table, f"the table cannot be read: {shorten(error)}"
-
-
 def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
     """What a parquet file is: ``images`` (as is a damaged one), ``downloads`` or ``records``; and
     the splits that a field ``split`` of a table of images names, ``[None]`` without one."""
@@ -62,7 +67,7 @@ def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
         with tree.open(name) as file:
             table = pq.ParquetFile(file)
             names = table.schema_arrow.names
-            if image_column(table.schema_arrow) is None:
+            if _image_column(table.schema_arrow) is None:
                 return "downloads" if {"key", "status"} <= set(names) else "records", [None]
             split = next((column for column in names if column.lower() == "split"), None)
             if split is None:
@@ -73,7 +78,7 @@ def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
     return "images", [*sorted({split_of(value) or "train" for value in values})]
 
 
-def image_column(schema: pa.Schema) -> str | None:
+def _image_column(schema: pa.Schema) -> str | None:
     """The column of encoded images: named after a format or ``image``, else any with bytes."""
     found: dict[int, str] = {}  # by preference
     for column in reversed(schema):
@@ -90,26 +95,100 @@ def image_column(schema: pa.Schema) -> str | None:
     return found[min(found)] if found else None
 
 
-def read_downloads(tree: Tree, table: str, notes: list[Note]) -> dict[str, str | None]:
-    """What img2dataset's table beside a shard says of its downloads: by key, why one failed; None
-    for one that the shard must hold. A table that cannot be read is noted."""
-    try:
-        with tree.open(table) as file:
-            rows = pq.read_table(file, columns=["key", "status"])
-    except (OSError, pa.ArrowException) as error:
-        notes.append(unreadable(table, error))
-        return {}
-    keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
-    problems = list(map(download_problem, rows["status"].to_pylist()))
-    failed = {key: problem for key, problem in zip(keys, problems, strict=True) if problem}
-    return {**dict.fromkeys(keys), **failed}
+class Table(Container):
+    """A parquet file with a row per sample, the encoded image in a column.
+
+    Args:
+        split: take only the rows whose field ``split`` names this one; None takes all.
+    """
+
+    def __init__(self, tree: Tree, name: str, split: str | None = None) -> None:
+        super().__init__(tree, name, "parquet")
+        self.repeats = False
+        try:
+            with tree.open(name) as file:
+                self._index(pq.ParquetFile(file), split)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            self.notes.append(unreadable(name, error))
+
+    def _index(self, file: pq.ParquetFile, split: str | None) -> None:
+        column = {name.lower(): name for name in reversed(file.schema_arrow.names)}
+        self._image = _image_column(file.schema_arrow) or ""
+        self._captions = [column[name] for name in CAPTION_FIELDS if name in column]
+        naming = next((column[name] for name in _NAMING if name in column), None)
+        self.repeats = naming is not None and naming.lower() in _KEYS
+        light = file.read([n for n in (naming, column.get("status"), column.get("split")) if n])
+        count = file.metadata.num_rows
+        names = light[naming].to_pylist() if naming else self._paths(file) or [None] * count
+        stem = posixpath.basename(self.name).partition(".")[0]
+        ids = [image_id(as_id(name) or f"{stem}-{row:06d}") for row, name in enumerate(names)]
+        rows: Sequence[int] = range(count)
+        if split is not None:
+            named = light[column["split"]].to_pylist()
+            rows = [row for row in rows if (split_of(named[row]) or "train") == split]
+        self._rows = sorted(rows, key=lambda row: (ids[row], row))
+        self.ids = [ids[row] for row in self._rows]
+        status = light[column["status"]].to_pylist() if "status" in column else []
+        self._problems = list(map(download_problem, status))
+        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+
+    def _paths(self, file: pq.ParquetFile) -> list[str | None] | None:
+        """Hugging Face's image column may have the file name that an image had."""
+        kind = file.schema_arrow.field(self._image).type
+        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+            return None
+        values = file.read([f"{self._image}.path"])[self._image].to_pylist()
+        return [value["path"] if value else None for value in values]
+
+    def caption(self, number: int) -> Captioned:
+        """The caption columns, in their order of preference."""
+        row = self._rows[number]
+        if self._problems and (problem := self._problems[row]):
+            raise BadSample(problem)
+        return caption_of({name: self._cell(row, name) for name in self._captions})
+
+    def data(self, number: int) -> bytes:
+        """The image column, or the file that it names."""
+        value = self._cell(self._rows[number], self._image)
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if isinstance(value, dict):
+            path, value = value.get("path"), value.get("bytes")
+            if value is None and path and image_id(path) in path:
+                try:
+                    return self._tree.read(posixpath.join(posixpath.dirname(self.name), path))
+                except FileNotFoundError:
+                    pass
+        if not isinstance(value, bytes):
+            raise BadSample("there is no image in its row")
+        return value
+
+    def _cell(self, row: int, column: str) -> Any:
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        columns = (*self._captions, self._image)
+        try:
+            with _reading:
+                table = _row_group(self._tree, self.name, group, columns)
+            return table[column][row - int(self._starts[group])].as_py()
+        except (pa.ArrowException, ValueError) as error:
+            raise BadSample(f"{self.name} is damaged here") from error
 
 
-def download_problem(status: Any) -> str | None:
-    """The kind of failure for a record; the server's own words stay in the table."""
-    if status == "success":
-        return None
-    return _FAILURES.get(status, f"the download ended with status {status!r}")
+_reading = threading.Lock()  # so that threads which want one row group read it once
+
+
+@lru_cache(maxsize=8)  # groups in memory; img2dataset's are of 100 rows
+def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    return _parquet(tree, name).read_row_group(group, list(columns), use_threads=False)
+
+
+@lru_cache(maxsize=16)
+def _parquet(tree: Tree, name: str) -> pq.ParquetFile:
+    return pq.ParquetFile(tree.open(name))
+
+
+os.register_at_fork(after_in_child=_parquet.cache_clear)  # a child would move the parent's files
 
 
 @dataclass
@@ -149,7 +228,9 @@ def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Rec
         try:
             lines, repairs = _lines(tree, table)
             for line, fields, problem in lines:
-                name, split = _file_name(fields), split_of(table, fields.get("split"))
+                names = (as_id(fields.get(field)) or "" for field in _FILE_FIELDS)
+                name = next((name.strip() for name in names if name.strip()), None)
+                split = split_of(table, fields.get("split"))
                 if name is None:
                     notes.append((f"{table}:{line}", problem or "the line names no file_name"))
                 elif (file := _find(name, folder, tree.root, known)) is not None:
@@ -175,13 +256,8 @@ def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Rec
 def _caption(fields: Mapping[str, Any]) -> Captioned | str:
     try:
         return caption_of(fields)
-    except Unusable as error:
-        return error.reason
-
-
-def _file_name(fields: Mapping[str, Any]) -> str | None:
-    names = (as_id(fields.get(field)) or "" for field in _FILE_FIELDS)
-    return next((name.strip() for name in names if name.strip()), None)
+    except BadSample as error:
+        return str(error)
 
 
 def _find(name: str, folder: str, root: str, known: Mapping[str, str]) -> str | None:
@@ -217,18 +293,12 @@ def _lines(tree: Tree, table: str) -> tuple[Iterable[Line], tuple[str, ...]]:
         return _csv_lines(text), repairs
     if text.lstrip().startswith("["):
         return _numbered(json.loads(text)), repairs
-    return (
-        _json_line(*line) for line in enumerate(text.split("\n"), 1) if line[1].strip()
-    ), repairs
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return (_json_line(*line) for line in lines), repairs
 
 
 def _numbered(records: Iterable[Any]) -> Iterator[Line]:
     return ((number, _fields(record), None) for number, record in enumerate(records, 1))
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    items = record.items() if isinstance(record, Mapping) else ()
-    return {str(name).strip().lower(): value for name, value in items}
 
 
 def _json_line(number: int, line: str) -> Line:
@@ -236,6 +306,11 @@ def _json_line(number: int, line: str) -> Line:
         return number, _fields(json.loads(line)), None
     except (ValueError, RecursionError):
         return number, {}, "the line is not valid JSON"
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    items = record.items() if isinstance(record, Mapping) else ()
+    return {str(name).strip().lower(): value for name, value in items}
 
 
 def _csv_lines(text: str) -> Iterator[Line]:
@@ -254,10 +329,7 @@ def _csv_lines(text: str) -> Iterator[Line]:
         header = ["file_name", "text"]
     else:
         rows = rows[1:]
+    too_many = "the line has more fields than the header: quote what holds a comma"
     for line, row in rows:
-        problem = "the line has more fields than the header: quote what holds a comma"
-        yield (
-            line,
-            dict(zip(header, row, strict=False)),
-            problem if any(row[len(header) :]) else None,
-        )
+        problem = too_many if any(row[len(header) :]) else None
+        yield line, dict(zip(header, row, strict=False)), problem

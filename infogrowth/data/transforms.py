@@ -25,15 +25,19 @@ class EvaluationTransform:
 
     Call it with an RGB image; gives ``(3, size, size) float32``, normalised. A second argument
     is ignored, so that it can stand where a training transform does.
+
+    Args:
+        normalize: False gives ``uint8`` and leaves the rest to :func:`normalized` on the device.
     """
 
     pixels_needed = None
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, normalize: bool = True) -> None:
+        self.size, self.normalize = size, normalize
 
     def __call__(self, image: Image.Image, random: object = None) -> torch.Tensor:
-        return normalized(pixels(image.resize((self.size, self.size), Image.Resampling.BICUBIC)))
+        shown = pixels(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return normalized(shown) if self.normalize else shown
 
 
 class TrainingTransform:
@@ -225,17 +229,12 @@ def random_augment(image: Image.Image, random: np.random.Generator) -> Image.Ima
     operations reproduce the paper's images to the bit (golden/augment_ops). Warps are bilinear
     with coordinates in 32nds of a pixel and a grey border (128), as OpenCV computes them.
     """
-    names = tuple(OPERATIONS)
-    for choice in random.integers(len(names), size=2):
+    for choice in random.integers(len(OPERATIONS), size=2):
         if random.random() > 0.5:
             continue
-        name = names[choice]
+        name = tuple(OPERATIONS)[choice]
         sign = -1.0 if name in WARPS and random.random() > 0.5 else 1.0
         image = OPERATIONS[name](image, sign)
-    return image
-
-
-def _as_it_is(image: Image.Image, sign: float) -> Image.Image:
     return image
 
 
@@ -256,18 +255,10 @@ def _auto_contrast(image: Image.Image, sign: float) -> Image.Image:
     return image.point(table)
 
 
-def _equalize(image: Image.Image, sign: float) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _shear_x(image: Image.Image, sign: float) -> Image.Image:
-    """Rows move by 0.15 pixels per row."""
-    return _warped(image, [[1, -sign * 0.3 * _LEVEL, 0], [0, 1, 0]])
-
-
-def _shear_y(image: Image.Image, sign: float) -> Image.Image:
-    """Columns move by 0.15 pixels per column."""
-    return _warped(image, [[1, 0, 0], [-sign * 0.3 * _LEVEL, 1, 0]])
+def _shear(image: Image.Image, sign: float, x: int = 0, y: int = 0) -> Image.Image:
+    """Move rows (x) by 0.15 pixels per row, or columns (y) per column."""
+    slope = -sign * 0.3 * _LEVEL
+    return _warped(image, [[1, x * slope, 0], [y * slope, 1, 0]])
 
 
 def _translate(image: Image.Image, sign: float, x: int = 0, y: int = 0) -> Image.Image:
@@ -290,13 +281,13 @@ def _rotate(image: Image.Image, sign: float) -> Image.Image:
 
 # Brightness and sharpness blend by 0.1 + 1.8 · level / 10, which at level 5 leaves all as it is.
 OPERATIONS: dict[str, Operation] = {
-    "Identity": _as_it_is,
+    "Identity": lambda image, sign: image,
     "AutoContrast": _auto_contrast,
-    "Brightness": _as_it_is,
-    "Sharpness": _as_it_is,
-    "Equalize": _equalize,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
+    "Brightness": lambda image, sign: image,
+    "Sharpness": lambda image, sign: image,
+    "Equalize": lambda image, sign: ImageOps.equalize(image),
+    "ShearX": partial(_shear, x=1),
+    "ShearY": partial(_shear, y=1),
     "TranslateX": partial(_translate, x=1),
     "TranslateY": partial(_translate, y=1),
     "Rotate": _rotate,

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.model import BlipCaptioner, BlipDual
-from infogrowth.data.captions import pre_caption
-from infogrowth.data.transforms import MEAN, STD
+from infogrowth.data.text import pre_caption
+from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.models import (
     CaptionTokenizer,
     Generation,
+    Preprocess,
+    Tokenize,
     Tokens,
     UnitFeatures,
     fingerprint,
@@ -23,7 +24,6 @@ from infogrowth.encoders.models import (
     half_products,
     halving,
     moved,
-    pixels,
 )
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,19 @@ class _Blip:
         self._model, self._tokenizer, report = load_blip(path, self.kind, device, vocabulary)
         logger.debug("%s", report)
         self._model.eval().requires_grad_(False)
-        self.preprocess = ResizeToSquare(self._model.config.image_size)
-        self.tokenize = CaptionTokenizer(
+        self.preprocess: Preprocess = EvaluationTransform(
+            self._model.config.image_size, normalize=False
+        )
+        self.tokenize: Tokenize = CaptionTokenizer(
             self._tokenizer,
             partial(pre_caption, max_words=_READING["words"]),
             padding="longest",
             max_length=_READING["tokens"],
             return_token_type_ids=False,
         )
-        self._normalize = Normalize(device)
+
+    def _pixels(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return normalized(images_BCHW.to(self.device, non_blocking=True))
 
     def _fingerprint(self, reading: Mapping[str, Any]) -> str:
         config = vars(self._model.config)
@@ -86,7 +90,7 @@ class BlipEncoder(_Blip):
         self._features = UnitFeatures(self._model, self.device)
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels_BCHW = self._normalize(images_BCHW)
+        pixels_BCHW = self._pixels(images_BCHW)
         return self._features(lambda model: model.encode_image(pixels_BCHW)[1])
 
     def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
@@ -111,7 +115,7 @@ class BlipMatcher(_Blip):
         """The probability ``(B,) float32`` that each caption belongs to its image, on the CPU."""
         on_device = moved(tokens, self.device)
         with torch.inference_mode(), half_on_cuda(self.device):
-            image_tokens_BLW, _ = self._model.encode_image(self._normalize(images_BCHW))
+            image_tokens_BLW, _ = self._model.encode_image(self._pixels(images_BCHW))
             logits_B2 = self._model.itm_logits(
                 image_tokens_BLW, on_device["input_ids"], on_device["attention_mask"]
             )
@@ -148,31 +152,5 @@ class BlipDescriber(_Blip):
 
     def _caption(self, images_BCHW: torch.Tensor) -> list[str]:
         with torch.inference_mode(), half_on_cuda(self.device):
-            pixels_BCHW = self._normalize(images_BCHW)
+            pixels_BCHW = self._pixels(images_BCHW)
             return self._model.caption(pixels_BCHW, self._tokenizer, **self._options)
-
-
-class ResizeToSquare:
-    """BLIP's evaluation preprocessing as far as uint8 ``(3, S, S)``, before normalisation."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        resized = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
-        return pixels(resized)
-
-
-class Normalize:
-    """uint8 pixels to normalised float32 on the device, without waiting for it.
-
-    (torchvision's own copies mean and deviation there in every call, and reads one of them back.)
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._mean, self._std = (torch.tensor(c, device=device)[:, None, None] for c in (MEAN, STD))
-
-    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels = images_BCHW.to(self._device, non_blocking=True).float() / 255
-        return pixels.sub_(self._mean).div_(self._std)

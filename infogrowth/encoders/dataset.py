@@ -5,36 +5,28 @@ batches whoever computes them, so they are the same to the bit.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from infogrowth.annotations import as_id
-from infogrowth.data.captions import NO_CAPTION, first_caption
-from infogrowth.data.image_stores import ImageStore, is_lmdb, open_images
-from infogrowth.data.images import BadImage, decode_image
-from infogrowth.data.loading import ErrorsAsItems, check_shared_memory, checked
-from infogrowth.data.names import image_key
+from infogrowth.data.image_stores import ImageStore, open_images
+from infogrowth.data.images import decode_image
+from infogrowth.data.loading import check_shared_memory
 from infogrowth.data.sources import Source, open_source
+from infogrowth.data.text import NO_CAPTION, first_caption, image_key
 from infogrowth.encoders.models import Preprocess, Tokenize, Tokens
-from infogrowth.errors import UserError
+from infogrowth.errors import BadSample, UserError
 from infogrowth.files import read_json
-from infogrowth.remote import is_remote
 
-NO_IMAGE = "the image is missing"
-
-
-class PairReader(Protocol):
-    """Caption and encoded image of a row; picklable, opened anew in each worker process."""
-
-    def read(self, row: int) -> tuple[str, bytes]:
-        """Raises BadImage with a reason when the pair is not to be had."""
-        ...
+ReadPair = Callable[[int], tuple[str, bytes | None]]
+"""Caption and encoded image of a row, None for captions without images; raises BadSample with a
+reason when the pair is not to be had. Picklable, opened anew in each worker process."""
 
 
 @dataclass(frozen=True)
@@ -43,58 +35,20 @@ class PairTable:
 
     Attributes:
         ids: the samples' names.
-        problems: reason by row number for samples that are skipped without looking at them; what
-            follows a colon in a reason is a detail that is recorded, not counted apart.
-        pairs: gives the caption and the encoded image of a row; None for captions without images.
+        read: gives a row's pair.
+        has_images: False for captions without images.
         origin: where it all comes from, for features.json.
         captions: those of the rows, where they are at hand without reading every row.
     """
 
     ids: Sequence[str]
-    problems: Mapping[int, str]
-    pairs: PairReader | None
+    read: ReadPair
+    has_images: bool = True
     origin: Mapping[str, Any] = field(default_factory=dict)
     captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class StoredPairs:
-    """Captions from a list, images by id from an LMDB or a folder of files."""
-
-    images: ImageStore
-    ids: Sequence[str]
-    captions: Sequence[str]
-
-    def read(self, row: int) -> tuple[str, bytes]:
-        if self.ids[row] not in self.images:
-            raise BadImage(NO_IMAGE)
-        return self.captions[row], self.images.read(self.ids[row])
-
-
-@dataclass(frozen=True)
-class SourcePairs:
-    """Rows of a download.
-
-    Attributes:
-        numbers: the source's number of each row, None where it has no such sample.
-        captions: instead of the source's own.
-    """
-
-    source: Source
-    numbers: Sequence[int | None]
-    captions: Sequence[str] | None = None
-
-    def read(self, row: int) -> tuple[str, bytes]:
-        if (number := self.numbers[row]) is None:
-            raise BadImage(NO_IMAGE)
-        sample = self.source.read(number)
-        caption = first_caption(sample.caption) if self.captions is None else self.captions[row]
-        if sample.data is None or caption is None:
-            raise BadImage(sample.problem or NO_IMAGE)
-        return caption, sample.data
 
 
 def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
@@ -106,11 +60,81 @@ def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
     Raises:
         UserError: a file that is missing or no list of samples, or an LMDB that cannot be opened.
     """
-    ids, captions, problems = _columns(_entries(annotations, "the annotation file"))
+    entries = list(_entries(annotations, "the annotation file"))
     with open(annotations, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     origin = {"images": lmdb, "annotations": annotations, "samples": digest}
-    return PairTable(ids, problems, StoredPairs(open_images(lmdb), ids, captions), origin, captions)
+    return _listed(entries, open_images(lmdb), origin)
+
+
+def pairs_by_id(
+    path: str, ids: Sequence[str], captions: Sequence[str], origin: Mapping[str, Any] = {}
+) -> PairTable:
+    """Images of some ids, with these captions, from whatever ``embed`` took them from.
+
+    Raises:
+        UserError: there is neither an LMDB, nor a download, nor a folder of images.
+    """
+    entries = [(name, caption, None) for name, caption in zip(ids, captions, strict=True)]
+    return _listed(entries, open_images(path, ids), origin)
+
+
+def captions_of_file(path: str, wanted: Sequence[str] | None) -> PairTable:
+    """Captions made elsewhere, ``[{"image", "caption"}]``, without images.
+
+    Args:
+        wanted: the ids to take, in the order to take them (a file extension more or less makes no
+            difference, as for an LMDB); None takes every entry.
+
+    Raises:
+        UserError: not such a list.
+    """
+    found: dict[str, Entry] = {}
+    for name, caption, problem in _entries(path, "the file of captions"):
+        key = image_key(name)
+        if key not in found or found[key][2]:  # of several captions the first usable one counts
+            found[key] = (name, caption, problem)
+    entries = list(found.values())
+    if wanted is not None:
+        keys = [(name, image_key(name)) for name in wanted]
+        entries = [(name, *found[key][1:]) for name, key in keys if key in found]
+    digest = list_digest(f"{name}\t{caption}" for name, caption, _ in entries)
+    return _listed(entries, None, {"captions": path, "samples": digest})
+
+
+Entry = tuple[str, str, str | None]  # id, caption, and what is wrong
+
+
+def _entries(path: str, what: str) -> Iterator[Entry]:
+    """What a file of captions lists; other commands refuse such a file whole, but one bad line in
+    a dataset of millions is no reason not to embed the others."""
+    entries = read_json(path, what)
+    if not isinstance(entries, list):
+        raise UserError(f"{what} {path} must hold a list, not a {type(entries).__name__}")
+    for row, entry in enumerate(entries):
+        name = as_id(entry.get("image")) if isinstance(entry, dict) else None
+        caption = first_caption(entry.get("caption")) if name is not None else None
+        if name is None:
+            yield f"entry {row}", "", "the entry has no image id"
+        else:
+            yield name, caption or "", None if caption else NO_CAPTION
+
+
+def _listed(
+    entries: Sequence[Entry], images: ImageStore | None, origin: Mapping[str, Any]
+) -> PairTable:
+    read = partial(_read_listed, entries, images)
+    captions = [caption for _, caption, _ in entries]
+    return PairTable([name for name, *_ in entries], read, images is not None, origin, captions)
+
+
+def _read_listed(
+    entries: Sequence[Entry], images: ImageStore | None, row: int
+) -> tuple[str, bytes | None]:
+    name, caption, problem = entries[row]
+    if problem:
+        raise BadSample(problem)
+    return caption, None if images is None else images.find(name)
 
 
 def pairs_of_source(path: str) -> PairTable:
@@ -124,7 +148,6 @@ def pairs_of_source(path: str) -> PairTable:
     """
     source = open_source(path)
     ids = [*source.ids, *(name for name, _ in source.notes)]
-    problems = {len(source) + i: reason for i, (_, reason) in enumerate(source.notes)}
     versions = source.versions()
     shards = {container.name for container in source.containers if container.kind != "folder"}
     origin = {
@@ -134,49 +157,16 @@ def pairs_of_source(path: str) -> PairTable:
         "containers": {name: version for name, version in versions.items() if name in shards},
         "samples": list_digest([*ids, *(f"{name} {size}" for name, size in versions.items())]),
     }
-    return PairTable(ids, problems, SourcePairs(source, range(len(source))), origin)
+    return PairTable(ids, partial(_read_source, source), origin=origin)
 
 
-def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> PairReader:
-    """Images of some ids, with these captions, from whatever ``embed`` took them from.
-
-    Raises:
-        UserError: there is neither an LMDB, nor a download, nor a folder of images.
-    """
-    if is_remote(path) or (not is_lmdb(path) and Path(path).is_dir()):
-        try:
-            source = open_source(path)
-        except UserError:  # a plain folder of images, perhaps
-            return StoredPairs(open_images(path), ids, captions)
-        known = {name: number for number, name in enumerate(source.ids)}
-        numbers = [known.get(name) for name in ids]
-        if any(number is not None for number in numbers):
-            return SourcePairs(source, numbers, captions)
-    return StoredPairs(open_images(path), ids, captions)
-
-
-def captions_of_file(path: str, wanted: Sequence[str] | None) -> PairTable:
-    """Captions made elsewhere, ``[{"image", "caption"}]``, without images.
-
-    Args:
-        wanted: the ids to take, in the order to take them (a file extension more or less makes no
-            difference, as for an LMDB); None takes every entry.
-
-    Raises:
-        UserError: not such a list.
-    """
-    found: dict[str, tuple[str, str, str | None]] = {}
-    for name, caption, problem in _entries(path, "the file of captions"):
-        key = image_key(name)
-        if key not in found or found[key][2]:  # of several captions the first usable one counts
-            found[key] = (name, caption, problem)
-    chosen = list(found.values())
-    if wanted is not None:
-        keys = [(name, image_key(name)) for name in wanted]
-        chosen = [(name, *found[key][1:]) for name, key in keys if key in found]
-    ids, captions, problems = _columns(chosen)
-    digest = list_digest(f"{name}\t{text}" for name, text in zip(ids, captions, strict=True))
-    return PairTable(ids, problems, None, {"captions": path, "samples": digest}, captions)
+def _read_source(source: Source, row: int) -> tuple[str, bytes | None]:
+    if row >= len(source):
+        raise BadSample(source.notes[row - len(source)][1])
+    sample = source.read(row)
+    if sample.problem:
+        raise BadSample(sample.problem)
+    return first_caption(sample.caption) or "", sample.data
 
 
 def list_digest(lines: Iterable[str]) -> str:
@@ -185,30 +175,6 @@ def list_digest(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:32]
-
-
-def _entries(path: str, what: str) -> Iterator[tuple[str, str, str | None]]:
-    """Id, caption and what is wrong of every entry; other commands refuse such a file whole, but
-    one bad line in a dataset of millions is no reason not to embed the others."""
-    entries = read_json(path, what)
-    if not isinstance(entries, list):
-        raise UserError(f"{what} {path} must hold a list, not a {type(entries).__name__}")
-    for row, entry in enumerate(entries):
-        name = as_id(entry.get("image")) if isinstance(entry, dict) else None
-        caption = first_caption(entry.get("caption")) if name is not None else None
-        if name is None:
-            yield f"entry {row}", "", "the entry has no image id"
-        else:
-            yield name, caption or "", None if caption else NO_CAPTION
-
-
-def _columns(
-    entries: Iterable[tuple[str, str, str | None]],
-) -> tuple[list[str], list[str], dict[int, str]]:
-    """Ids, captions, and problems by row."""
-    rows = list(entries)
-    problems = {row: problem for row, (_, _, problem) in enumerate(rows) if problem}
-    return [name for name, _, _ in rows], [caption for _, caption, _ in rows], problems
 
 
 class DecodedBatch(NamedTuple):
@@ -231,7 +197,7 @@ class DecodedBatch(NamedTuple):
 class _Decoder(Dataset):
     """Batches by ``(shard, rows)``, for a DataLoader whose workers decode and tokenize them."""
 
-    table: PairTable
+    read: ReadPair
     preprocess: Preprocess | None
     tokenize: Tokenize | None
 
@@ -241,27 +207,18 @@ class _Decoder(Dataset):
         images, skipped = [], {}
         for row in rows:
             try:
-                caption, image = self._pair(row)
-            except BadImage as error:
-                skipped[row] = error.reason
-                continue
-            captions[row] = caption
-            images += image
+                caption, data = self.read(row)
+                if self.preprocess is not None and data is not None:
+                    images.append(self.preprocess(decode_image(data)))
+                captions[row] = caption
+            except BadSample as error:
+                skipped[row] = str(error)
         texts = list(captions.values())
         tokens = self.tokenize(texts) if self.tokenize and texts else None
         check_shared_memory(images)
         one_size = len({image.shape for image in images}) == 1
         together = torch.stack(images) if one_size else [image.numpy() for image in images]
         return DecodedBatch(shard, list(captions), texts, together, tokens, skipped)
-
-    def _pair(self, row: int) -> tuple[str, list[torch.Tensor]]:
-        """The caption and the image, where there are images."""
-        if row in self.table.problems:
-            raise BadImage(self.table.problems[row])
-        if self.table.pairs is None or self.preprocess is None:
-            return self.table.captions[row], []  # type: ignore[index]  # there without images
-        caption, data = self.table.pairs.read(row)
-        return caption, [self.preprocess(decode_image(data))]
 
 
 def decoded_batches(
@@ -291,17 +248,16 @@ def decoded_batches(
         for shard, rows in shards
         for start in range(0, max(len(rows), 1), batch_size)
     )
-    return checked(
-        DataLoader(
-            ErrorsAsItems(_Decoder(table, preprocess, tokenize)),
-            sampler=batches,  # type: ignore[arg-type]  # not sized
-            batch_size=None,  # one item is one batch already, to be left as it is
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            pin_memory=pinned,
-            prefetch_factor=2 if workers else None,  # what is claimed ahead, others cannot take
-        )
+    loader = DataLoader(
+        _Decoder(table.read, preprocess, tokenize),
+        sampler=batches,  # type: ignore[arg-type]  # not sized
+        batch_size=None,  # one item is one batch already, to be left as it is
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pinned,
+        prefetch_factor=2 if workers else None,  # what is claimed ahead, others cannot take
     )
+    return iter(loader)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
+from infogrowth.data.feature_writer import ShardedOutput
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches
 from infogrowth.encoders.models import Captioner, DualEncoder
-from infogrowth.encoders.shards import ShardedOutput
 from infogrowth.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def embed_pairs(
         captioner: whose captions take the place of the dataset's.
         extra: more metadata columns, one value per row.
     """
-    reads_images = table.pairs is not None
-    writes_images = reads_images and captioner is None
+    writes_images = table.has_images and captioner is None
 
     def compute(batch: DecodedBatch) -> Features:
         if captioner is not None:
@@ -114,7 +113,7 @@ def embed_pairs(
 
     batches = decoded_batches(
         table,
-        (captioner or encoder).preprocess if reads_images else None,
+        (captioner or encoder).preprocess if table.has_images else None,
         encoder.tokenize if captioner is None else None,
         output.claim(),
         batch_size,
@@ -141,16 +140,6 @@ def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
     return captioner.caption([torch.as_tensor(image) for image in batch.images])
 
 
-@dataclass
-class _Shard:
-    """The results for a shard's rows so far, in row order."""
-
-    captions: dict[int, str] = field(default_factory=dict)
-    image: list[torch.Tensor] = field(default_factory=list)
-    text: list[torch.Tensor] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-
-
 def _write_shards(
     ids: Sequence[str],
     output: ShardedOutput,
@@ -162,38 +151,40 @@ def _write_shards(
 ) -> int:
     """Gather batches into shards and write each when it is full; returns how many samples."""
 
-    def joined(parts: list[torch.Tensor]) -> np.ndarray:
-        return torch.cat(parts).numpy() if parts else np.zeros((0, dimension), np.float32)
+    def joined(parts: list[torch.Tensor | None]) -> np.ndarray:
+        rows = [part for part in parts if part is not None]
+        return torch.cat(rows).numpy() if rows else np.zeros((0, dimension), np.float32)
 
-    pairs, shard = 0, _Shard()
+    pairs, shard = 0, list[tuple[DecodedBatch, Features]]()
     rows = sum(len(output.shards[number]) for number in output.pending)
     quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
     share = rows // distributed.world_size()  # rank 0's, likely
     with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
-        for batch, (captions, image, text) in results:
-            for row, caption in zip(batch.rows, captions, strict=True):
-                if caption:
-                    shard.captions[row] = caption
-                else:
-                    shard.skipped[row] = EMPTY_CAPTION
-            shard.skipped |= batch.skipped
-            shard.image += [] if image is None else [image]
-            shard.text += [] if text is None else [text]
+        for batch, features in results:
+            shard.append((batch, features))
             bar.update(len(batch.rows) + len(batch.skipped))
-            if len(shard.captions) + len(shard.skipped) < len(output.shards[batch.shard]):
+            seen = sum(len(batch.rows) + len(batch.skipped) for batch, _ in shard)
+            if seen < len(output.shards[batch.shard]):
                 continue
+            captions: dict[int, str] = {}
+            skipped: dict[int, str] = {}
+            for part, (written, _, _) in shard:
+                skipped |= part.skipped
+                captions |= zip(part.rows, written, strict=True)
+            skipped |= {row: EMPTY_CAPTION for row, caption in captions.items() if not caption}
+            captions = {row: caption for row, caption in captions.items() if caption}
             with timing.of("writing"):
-                output.writer.write_shard(
+                output.write_shard(
                     batch.shard,
-                    [ids[row] for row in shard.captions],
-                    list(shard.captions.values()),
-                    joined(shard.image) if with_images else None,
-                    joined(shard.text),
-                    {k: [column[r] for r in shard.captions] for k, column in extra.items()},
-                    [_skipped(ids[row], why) for row, why in sorted(shard.skipped.items())],
+                    [ids[row] for row in captions],
+                    list(captions.values()),
+                    joined([image for _, (_, image, _) in shard]) if with_images else None,
+                    joined([text for _, (_, _, text) in shard]),
+                    {k: [column[r] for r in captions] for k, column in extra.items()},
+                    [_skipped(ids[row], why) for row, why in sorted(skipped.items())],
                 )
-            pairs += len(shard.captions)
-            shard = _Shard()
+            pairs += len(captions)
+            shard = []
     return pairs
 
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from PIL import Image
 
+from infogrowth.data.transforms import pixels
 from infogrowth.encoders.models import (
     CaptionTokenizer,
     Generation,
+    Preprocess,
+    Tokenize,
     Tokens,
     UnitFeatures,
     fingerprint,
     halving,
     moved,
-    pixels,
 )
 from infogrowth.errors import UserError, shorten
 
@@ -49,14 +51,14 @@ class HuggingFaceDualEncoder:
                     "encoder such as CLIP, SigLIP or BLIP"
                 )
         processor = _load("AutoImageProcessor", folder, name, "image processor")
-        self.preprocess = ProcessorTransform(processor, name)
+        self.preprocess: Preprocess = ProcessorTransform(processor, name)
         tokenizer = _load_tokenizer(folder, name)
         # Tokens per caption: what both the tokenizer and the position table allow.
         text_config = getattr(model.config, "text_config", model.config)
         positions = getattr(text_config, "max_position_embeddings", None) or 512
         length = min(int(tokenizer.model_max_length), int(positions))
         full = model.config.model_type in _PADDED_TO_FULL_LENGTH
-        self.tokenize = CaptionTokenizer(
+        self.tokenize: Tokenize = CaptionTokenizer(
             tokenizer, padding="max_length" if full else True, max_length=length
         )
         settings = {"image_processor": _comparable(processor), "text_length": length}
@@ -110,7 +112,7 @@ class HuggingFaceCaptioner:
         self, folder: Path, name: str, device: torch.device, generation: Generation
     ) -> None:
         self.name = name
-        self.preprocess = ToPixels()
+        self.preprocess: Preprocess = ToPixels()
         self._device = device
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = _load_model("AutoModelForImageTextToText", folder, name)

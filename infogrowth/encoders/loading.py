@@ -4,14 +4,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from infogrowth.encoders.huggingface import HuggingFaceCaptioner, HuggingFaceDualEncoder
+from infogrowth.encoders.models import Captioner, DualEncoder, Generation
+from infogrowth.encoders.nearest import PREFIX, NearestCaptioner
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 
-if TYPE_CHECKING:
-    import torch
-
+if TYPE_CHECKING:  # timm and transformers take seconds to import
     from infogrowth.encoders.blip import BlipMatcher
-    from infogrowth.encoders.models import Captioner, DualEncoder
 
 BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_blip"}
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -22,8 +24,8 @@ _WEIGHT_FILES = (["*.safetensors"], ["pytorch_model*.bin"])
 
 
 def load_encoder(
-    name: str, device: "str | torch.device" = "cpu", vocabulary: str | None = None
-) -> "DualEncoder":
+    name: str, device: str | torch.device = "cpu", vocabulary: str | None = None
+) -> DualEncoder:
     """The dual encoder called ``name``, in evaluation mode on ``device``.
 
     Args:
@@ -35,28 +37,22 @@ def load_encoder(
     Raises:
         UserError: nothing of that name, no network, or a model that is no dual encoder.
     """
-    import torch
-
     path = find_model(name, "encoder")
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipEncoder
 
         return BlipEncoder(path, name, torch.device(device), vocabulary)
-    from infogrowth.encoders.huggingface import HuggingFaceDualEncoder
-
     return HuggingFaceDualEncoder(path, name, torch.device(device))
 
 
 def load_matcher(
-    name: str, device: "str | torch.device" = "cpu", vocabulary: str | None = None
+    name: str, device: str | torch.device = "cpu", vocabulary: str | None = None
 ) -> "BlipMatcher":
     """The BLIP called ``name`` as a judge of pairs; names as for :func:`load_encoder`.
 
     Raises:
         UserError: nothing of that name, or a model that is no BLIP.
     """
-    import torch
-
     from infogrowth.encoders.blip import BlipMatcher
 
     path = find_model(name, "matcher")
@@ -67,12 +63,12 @@ def load_matcher(
 
 def load_captioner(
     name: str,
-    device: "str | torch.device" = "cpu",
+    device: str | torch.device = "cpu",
     vocabulary: str | None = None,
-    encoder: "DualEncoder | None" = None,
+    encoder: DualEncoder | None = None,
     min_margin: float = 0.0,
     **generation: Any,
-) -> "Captioner":
+) -> Captioner:
     """The captioner called ``name``: a BLIP with a text decoder, a Hugging Face image-to-text
     model (names as for :func:`load_encoder`), or ``nearest:FILE``, which picks from a list.
 
@@ -80,11 +76,6 @@ def load_captioner(
         encoder, min_margin: by which, and how clearly, ``nearest:FILE`` picks.
         generation: how the others write, see :class:`infogrowth.encoders.models.Generation`.
     """
-    import torch
-
-    from infogrowth.encoders.models import Generation
-    from infogrowth.encoders.nearest import PREFIX, NearestCaptioner
-
     if name.startswith(PREFIX):
         assert encoder is not None
         return NearestCaptioner(name, encoder, min_margin)
@@ -93,8 +84,6 @@ def load_captioner(
         from infogrowth.encoders.blip import BlipDescriber
 
         return BlipDescriber(path, name, device, vocabulary, Generation(**generation))
-    from infogrowth.encoders.huggingface import HuggingFaceCaptioner
-
     return HuggingFaceCaptioner(path, name, device, Generation(**generation))
 
 

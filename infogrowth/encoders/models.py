@@ -44,11 +44,8 @@ class DualEncoder(Protocol):
     dimension: int
     """D, the length of a feature."""
 
-    @property
-    def preprocess(self) -> Preprocess: ...
-
-    @property
-    def tokenize(self) -> Tokenize: ...
+    preprocess: Preprocess
+    tokenize: Tokenize
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """A stack of preprocessed images to ``(B, D) float32`` unit rows, on the CPU."""
@@ -87,8 +84,7 @@ class Captioner(Protocol):
     name: str
     fingerprint: str
 
-    @property
-    def preprocess(self) -> Preprocess: ...
+    preprocess: Preprocess
 
     def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
         """What ``preprocess`` gave for some images (sizes may differ) to one caption each; an empty
@@ -212,9 +208,3 @@ class CaptionTokenizer:
 def moved(tokens: Tokens, device: torch.device) -> Tokens:
     """Tokens on the device; from page-locked memory they are copied in passing."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tokens.items()}
-
-
-def pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image as uint8 ``(3, H, W)``."""
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()

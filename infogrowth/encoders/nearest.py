@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from infogrowth.encoders.models import DualEncoder, Preprocess, fingerprint
+from infogrowth.encoders.models import DualEncoder, fingerprint
 from infogrowth.errors import UserError, refusing
 from infogrowth.files import read_json
 
@@ -34,7 +33,7 @@ class NearestCaptioner:
     """
 
     def __init__(self, name: str, encoder: DualEncoder, min_margin: float = 0.0) -> None:
-        self.name = name
+        self.name, self.preprocess = name, encoder.preprocess
         self._encoder, self._min_margin = encoder, min_margin
         candidates = read_candidates(Path(name.removeprefix(PREFIX)))
         self._captions = [wordings[0] for wordings in candidates]
@@ -48,10 +47,6 @@ class NearestCaptioner:
             "encoder": encoder.fingerprint, "captions": candidates, "min_margin": min_margin
         }  # fmt: skip
         self.fingerprint = fingerprint({}, settings)
-
-    @property
-    def preprocess(self) -> Preprocess:
-        return self._encoder.preprocess
 
     def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
         stacked = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
@@ -77,12 +72,12 @@ def read_candidates(path: Path) -> list[list[str]]:
     else:
         with refusing(path, "the list of captions", UnicodeDecodeError, fault="is not UTF-8 text"):
             found = list(path.read_text(encoding="utf-8").split("\n"))
-    candidates = [wordings for wordings in map(_wordings, found) if wordings]
+    lists = [entry if isinstance(entry, list) else [entry] for entry in found]
+    candidates = [
+        wordings
+        for texts in lists
+        if (wordings := [t.strip() for t in texts if isinstance(t, str) and t.strip()])
+    ]
     if not candidates:
         raise UserError(f"the list of captions {path} holds no captions")
     return candidates
-
-
-def _wordings(captions: Any) -> list[str]:
-    texts = captions if isinstance(captions, list) else [captions]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]

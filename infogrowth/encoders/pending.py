@@ -39,12 +39,6 @@ class PendingRecaptions:
     alignments: list[float] = field(default_factory=list)
     examined: int = 0
 
-    def add(self, sample: str, caption: str, alignment: float) -> None:
-        """One more."""
-        self.ids.append(sample)
-        self.captions.append(caption)
-        self.alignments.append(alignment)
-
 
 def pending_in_features(
     features: FeatureStream, min_align: float | None, seeds: Collection[str] = ()
@@ -63,9 +57,10 @@ def pending_in_features(
         alignment = row_products(image, text)
         if min_align is not None:
             wanted = wanted & is_below(alignment, min_align)
-        for row in np.flatnonzero(wanted).tolist():
-            if batch.ids[row] not in seeds:
-                pending.add(batch.ids[row], batch.captions[row], float(alignment[row]))
+        rows = [row for row in np.flatnonzero(wanted).tolist() if batch.ids[row] not in seeds]
+        pending.ids += [batch.ids[row] for row in rows]
+        pending.captions += [batch.captions[row] for row in rows]
+        pending.alignments += alignment[rows].tolist()
         pending.examined += len(batch)
     return pending
 
@@ -167,12 +162,12 @@ def check_captioner(
     A captioner that often beats the truth picks what the encoder likes: alignment says little
     about its captions.
     """
-    from infogrowth.encoders.dataset import PairTable, decoded_batches, pairs_by_id
+    from infogrowth.encoders.dataset import decoded_batches, pairs_by_id
     from infogrowth.encoders.embedding import captions_of
 
     rows = np.unique(np.linspace(0, len(seeds.ids) - 1, min(limit, len(seeds.ids))).astype(int))
     ids = [seeds.ids[row] for row in rows.tolist()]
-    table = PairTable(ids, {}, pairs_by_id(images, ids, [""] * len(ids)))
+    table = pairs_by_id(images, ids, [""] * len(ids))
     whole = [(0, range(len(ids)))]
     check = {"seeds": 0, "captioned": 0, "better_than_true": 0}
     for batch in decoded_batches(table, captioner.preprocess, None, whole, _CHECKED_AT_ONCE, 0):

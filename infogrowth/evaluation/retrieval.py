@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from infogrowth import distributed
 from infogrowth.blip.model import BlipDual
 from infogrowth.blip.text import tokenize
-from infogrowth.data.loading import checked, open_loader
-from infogrowth.data.retrieval import RetrievalEvaluation
+from infogrowth.data.datasets import RetrievalEvaluation
+from infogrowth.data.loading import open_loader
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, atomic_write_json
 
@@ -100,7 +100,7 @@ def retrieval_scores(
         loader = open_loader(images, own_blocks(count, batch_size), workers, device)
         with autocast():
             text_TD = _encode_texts(model, ids_TN, mask_TN, batch_size)
-            tokens, own_OD = _encode_images(model, checked(loader), device, k_test > 0)
+            tokens, own_OD = _encode_images(model, loader, device, k_test > 0)
         image_ID = _of_all_ranks(own_OD, count, batch_size)
         # Outside autocast: which pairs are candidates must not depend on the number format.
         cosine_IT = image_ID @ text_TD.T

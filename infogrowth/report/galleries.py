@@ -11,8 +11,8 @@ import pandas as pd
 from PIL import Image
 
 from infogrowth.data.image_stores import LmdbImages
-from infogrowth.data.images import BadImage, decode_image
-from infogrowth.errors import UserError
+from infogrowth.data.images import decode_image
+from infogrowth.errors import BadSample, UserError
 from infogrowth.report.dataset import GrowthTable
 
 GALLERY_SIZE = 60
@@ -37,7 +37,7 @@ class Thumbnails:
             return None
         try:
             image = decode_image(self._store.read(sample_id), at_least=2 * side)
-        except (UserError, BadImage):
+        except (UserError, BadSample):
             return None
         image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
         return image

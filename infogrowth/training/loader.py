@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from infogrowth.data.loading import Batch, Tokenize, checked, open_loader
+from infogrowth.data.loading import Batch, Tokenize, open_loader
 from infogrowth.growth.sampling import GainSampler
 
 
@@ -60,7 +60,7 @@ class EpochLoader:
         self.sampler.set_epoch(epoch)
         self.sampler.load_state_dict(self.state_dict(start))
         self._rows.remaining = self.count(epoch) - start
-        return checked(self._loader)
+        return iter(self._loader)
 
     def state_dict(self, batch: int) -> dict[str, Any]:
         """The sampler's state after ``batch`` batches of the epoch were trained on."""

@@ -17,7 +17,7 @@ from tokenizers.trainers import WordPieceTrainer
 from infogrowth.annotations import load_annotations
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.data.captions import pre_caption
+from infogrowth.data.text import pre_caption
 from infogrowth.files import atomic_write
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

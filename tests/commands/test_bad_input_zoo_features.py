@@ -77,7 +77,7 @@ BROKEN_FOLDERS = {
     ),
     "array without columns": (
         lambda f: replace_array(f, "img_emb", np.ones((6, 0), np.float32)),
-        "has features of dimension 0",
+        r"float32 of shape \(6, 0\)",
     ),
     "fewer images than captions": (
         lambda f: replace_array(f, "img_emb", np.ones((5, 8), np.float32)),

@@ -17,7 +17,7 @@ from infogrowth.data.exports import shard_key
 
 @pytest.fixture
 def grown(repository):
-    """The bundled sample as it was grown, and its pictures in webdataset shards."""
+    """The bundled sample as it was grown, and its images in webdataset shards."""
     return repository / "processed_data/sample_grown.json", repository / "processed_data/sample"
 
 

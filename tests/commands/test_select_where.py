@@ -150,8 +150,8 @@ def test_files_of_the_same_columns_are_one_table(infogrowth, tmp_path):
 @pytest.mark.parametrize(
     ("condition", "word"),
     [
-        ("aestetic > 4", "did you mean 'aesthetic'"),
-        ("samples.gian > 4", "did you mean 'gain'"),
+        ("aestetic > 4", 'Candidate bindings: "aesthetic"'),
+        ("samples.gian > 4", 'named "gian"'),
         ('verdict = "kept"', "single quotes"),
         ("caption = 'one'", "'samples.caption' or 's.caption'"),
         ("gain >", "syntax error"),
@@ -192,10 +192,10 @@ def test_the_database_reads_no_other_file(tmp_path):
     [
         (["--where", "gain > 5"], "no sample meets"),
         (["--where", "gain > 0", "--scores", "missing.parquet"], "does not exist"),
-        (["--where", "gain > 0", "--scores", "strangers.parquet"], "no id of"),
+        (["--where", "gain > 0", "--scores", "other_ids.parquet"], "no id of"),
         (["--where", "gain > 0", "--scores", "nameless.parquet"], "no column of ids"),
         (["--where", "gain > 0", "--scores", "in.json"], "cannot be read"),
-        (["--scores", "strangers.parquet", "--top", "1"], "--where"),
+        (["--scores", "other_ids.parquet", "--top", "1"], "--where"),
         (["--where", "gain > 0", "--among", "dropped"], "--growth"),
         (["--where", "gain > 0", "--growth", "folder"], "either --annotations"),
     ],
@@ -203,7 +203,7 @@ def test_the_database_reads_no_other_file(tmp_path):
 def test_what_no_condition_can_use_is_refused(infogrowth, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.json").write_text('[{"image": "a", "caption": "c", "gains": [1, 1]}]')
-    score_file(tmp_path / "strangers.parquet", ["b"], s=[1])
+    score_file(tmp_path / "other_ids.parquet", ["b"], s=[1])
     pq.write_table(pa.table({"s": [1]}), tmp_path / "nameless.parquet")
     status, printed = infogrowth(
         "select", "--annotations", "in.json", "--output", "o.json", *arguments

@@ -23,8 +23,8 @@ from tqdm import tqdm
 import infogrowth.data.image_stores as image_stores
 from infogrowth.annotations import load_annotations
 from infogrowth.cli import run_script
+from infogrowth.data.datasets import PairDataset
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter
-from infogrowth.data.pairs import PairDataset
 from infogrowth.data.transforms import EvaluationTransform
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cc3m_lmdb_writer.py"

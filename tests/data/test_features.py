@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infogrowth.data.feature_files import FeatureWriter
+from infogrowth.data.feature_writer import FeatureWriter
 from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 
@@ -143,7 +143,6 @@ def test_skipped_samples_are_joined_in_shard_order_and_counted(tmp_path):
     lines = (tmp_path / "skipped.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [strange, "z"]
     assert open_features(tmp_path).skipped == {"x": 1, "no image": 1}
-    assert writer.rows() == 1
 
 
 def test_the_fingerprint_knows_the_same_features_again(folder, tmp_path):

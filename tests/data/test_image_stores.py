@@ -13,8 +13,8 @@ import lmdb
 import pytest
 
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter, is_lmdb
-from infogrowth.data.names import image_key
-from infogrowth.errors import UserError
+from infogrowth.data.text import image_key
+from infogrowth.errors import BadSample, UserError
 
 
 @pytest.fixture
@@ -55,7 +55,6 @@ def test_keys_are_stored_without_extension_and_values_as_they_came(packed, jpegs
 def test_an_image_is_found_with_or_without_extension(packed, jpegs, asked):
     images = LmdbImages(packed)
     assert images.read(asked) == jpegs["000000003"]
-    assert asked in images
 
 
 @pytest.mark.parametrize("asked", ["7", "7.jpg", "train/7.jpg", "7.png"])
@@ -75,14 +74,15 @@ def test_keys_with_folders_are_found_with_an_extension_too(tmp_path):
 
 def test_a_missing_image_is_named_with_its_lmdb(packed):
     images = LmdbImages(packed)
-    assert "nobody" not in images
+    with pytest.raises(BadSample, match="missing"):
+        images.find("nobody")
     with pytest.raises(UserError, match=r"nobody\.jpg.*images\.lmdb"):
         images.read("nobody.jpg")
 
 
 @pytest.mark.parametrize("name", ["", "x" * 600, "\ud83d"])
 def test_ids_that_no_lmdb_can_hold_are_refused_by_name(packed, name):
-    with LmdbWriter(packed) as writer, pytest.raises(UserError, match="id"):
+    with LmdbWriter(packed) as writer, pytest.raises(BadSample, match="id"):
         writer.put(name, b"data")
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_committed(tmp_path):
     program = """
         import sys
         from infogrowth.data.image_stores import LmdbWriter
-        from infogrowth.errors import UserError
+        from infogrowth.errors import BadSample, UserError
         try:
             with LmdbWriter(sys.argv[1]) as writer:
                 writer.put("kept", b"k" * 1000)

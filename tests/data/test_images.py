@@ -9,8 +9,9 @@ import pytest
 from drawn_images import drawn, encoded
 from PIL import Image, ImageFile, PngImagePlugin
 
-from infogrowth.data.images import FORMATS, BadImage, decode_image
-from infogrowth.data.names import IMAGE_EXTENSIONS
+from infogrowth.data.images import FORMATS, decode_image
+from infogrowth.data.text import IMAGE_EXTENSIONS
+from infogrowth.errors import BadSample
 
 
 def array(data: bytes, **options) -> np.ndarray:
@@ -35,37 +36,37 @@ def huge_png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_formats_come_back_to_the_bit(format):
-    picture = drawn(1)
-    assert np.array_equal(array(encoded(picture, format)), np.asarray(picture))
+    image = drawn(1)
+    assert np.array_equal(array(encoded(image, format)), np.asarray(image))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF"])
 def test_lossy_formats_come_back_nearly(format):
-    picture = drawn(1)
-    difference = np.abs(array(encoded(picture, format, quality=95)) - np.asarray(picture))
+    image = drawn(1)
+    difference = np.abs(array(encoded(image, format, quality=95)) - np.asarray(image))
     assert difference.mean() < 6
 
 
 def test_transparency_is_laid_on_white():
-    picture = drawn(2).convert("RGBA")
-    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-    alpha = np.asarray(picture)[..., 3:].astype(float) / 255
-    expected = np.asarray(picture)[..., :3] * alpha + 255 * (1 - alpha)
-    assert np.abs(array(encoded(picture, "PNG")) - expected).max() <= 1
+    image = drawn(2).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    alpha = np.asarray(image)[..., 3:].astype(float) / 255
+    expected = np.asarray(image)[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(array(encoded(image, "PNG")) - expected).max() <= 1
 
 
 def test_a_transparent_palette_color_is_white():
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([255, 0, 0, 0, 0, 200])
-    picture.paste(0, (0, 0, 2, 4))
-    pixels = array(encoded(picture, "PNG", transparency=0))
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 200])
+    image.paste(0, (0, 0, 2, 4))
+    pixels = array(encoded(image, "PNG", transparency=0))
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [0, 0, 200]
 
 
 def test_a_color_declared_transparent_in_an_rgb_image_is_white():
-    picture = Image.new("RGB", (4, 4), (9, 8, 7))
-    picture.paste((200, 10, 10), (0, 0, 2, 4))
-    pixels = array(encoded(picture, "PNG", transparency=(200, 10, 10)))
+    image = Image.new("RGB", (4, 4), (9, 8, 7))
+    image.paste((200, 10, 10), (0, 0, 2, 4))
+    pixels = array(encoded(image, "PNG", transparency=(200, 10, 10)))
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [9, 8, 7]
 
 
@@ -76,14 +77,14 @@ def test_grey_with_alpha_is_laid_on_white():
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_grey_and_palette_images_become_rgb(mode):
-    picture = drawn(3).convert(mode)
-    expected = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(array(encoded(picture, "PNG")), expected)
+    image = drawn(3).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(array(encoded(image, "PNG")), expected)
 
 
 def test_cmyk_becomes_rgb():
-    picture = drawn(4)
-    difference = np.abs(array(encoded(picture.convert("CMYK"), quality=95)) - np.asarray(picture))
+    image = drawn(4)
+    difference = np.abs(array(encoded(image.convert("CMYK"), quality=95)) - np.asarray(image))
     assert difference.mean() < 6
 
 
@@ -104,11 +105,11 @@ def test_an_animation_gives_its_first_frame():
     [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 4), (7, 6), (8, 2)],
 )
 def test_images_are_turned_upright(orientation, turn):
-    picture = drawn(5)
+    image = drawn(5)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright = picture if turn is None else picture.transpose(Image.Transpose(turn))
-    assert np.array_equal(array(encoded(picture, "PNG", exif=exif)), np.asarray(upright))
+    upright = image if turn is None else image.transpose(Image.Transpose(turn))
+    assert np.array_equal(array(encoded(image, "PNG", exif=exif)), np.asarray(upright))
 
 
 def test_damaged_exif_does_not_make_a_bad_image():
@@ -201,22 +202,22 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images_are_refused_with_a_reason(data, reason):
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(BadSample) as caught:
         decode_image(data, max_pixels=100_000_000)
-    assert caught.value.reason.startswith(reason)
-    assert "\n" not in caught.value.reason
+    assert str(caught.value).startswith(reason)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_pixel_limit_is_an_argument():
     assert decode_image(JPEG, max_pixels=64 * 48).size == (64, 48)
-    with pytest.raises(BadImage, match="more than 3071 pixels"):
+    with pytest.raises(BadSample, match="more than 3071 pixels"):
         decode_image(JPEG, max_pixels=64 * 48 - 1)
 
 
 def test_pillows_process_wide_switches_stay_as_they_are():
     before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
     decode_image(JPEG)
-    with pytest.raises(BadImage):
+    with pytest.raises(BadSample):
         decode_image(JPEG[:300])
     assert (
         (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infogrowth import distributed
-from infogrowth.data.loading import checked, open_loader
+from infogrowth.data.loading import open_loader
 from infogrowth.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def read(batches, workers):
-    return list(checked(open_loader(Numbers(), batches, workers, torch.device("cpu"))))
+    return list(open_loader(Numbers(), batches, workers, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -51,5 +51,5 @@ def test_workers_of_one_process_are_forked_and_those_of_ranks_come_from_a_clean_
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     ranks = open_loader(Numbers(), [[1]], 1, torch.device("cpu"))
     assert ranks.multiprocessing_context.get_start_method() == "forkserver"
-    (batch,) = checked(ranks)
+    (batch,) = ranks
     assert batch["number"].tolist() == [1]

@@ -7,9 +7,8 @@ import pytest
 import torch
 from drawn_images import drawn, encoded
 
+from infogrowth.data.datasets import PairDataset, RetrievalEvaluation, training_pairs
 from infogrowth.data.image_stores import LmdbWriter
-from infogrowth.data.pairs import PairDataset
-from infogrowth.data.retrieval import RetrievalEvaluation, training_pairs
 from infogrowth.data.transforms import MEAN, STD, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 

@@ -25,49 +25,49 @@ from infogrowth.randomness import generator
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("picture_size", [(64, 48), (31, 200), (300, 224), (1, 1)])
 def test_evaluation_is_a_bicubic_resize_and_one_normalisation(size, picture_size):
-    picture = drawn(1, (256, 256)).resize(picture_size)
+    image = drawn(1, (256, 256)).resize(picture_size)
     expected = reference.Compose(
         [
             reference.Resize((size, size), interpolation=InterpolationMode.BICUBIC),
             reference.ToTensor(),
             reference.Normalize(MEAN, STD),
         ]
-    )(picture)
-    torch.testing.assert_close(EvaluationTransform(size)(picture), expected)
+    )(image)
+    torch.testing.assert_close(EvaluationTransform(size)(image), expected)
 
 
 def test_evaluation_is_the_same_every_time():
-    transform, picture = EvaluationTransform(48), drawn(2)
-    assert torch.equal(transform(picture), transform(picture, generator(1, "x")))
+    transform, image = EvaluationTransform(48), drawn(2)
+    assert torch.equal(transform(image), transform(image, generator(1, "x")))
 
 
 def test_training_is_a_function_of_the_generator_alone():
-    transform, picture = TrainingTransform(48), drawn(2)
+    transform, image = TrainingTransform(48), drawn(2)
     np.random.seed(0)
     torch.manual_seed(0)
     state, torch_state = np.random.get_state()[1].tolist(), torch.get_rng_state()
-    first = transform(picture, generator(0, "augment", 1, 5))
-    assert torch.equal(first, transform(picture, generator(0, "augment", 1, 5)))
-    assert not torch.equal(first, transform(picture, generator(0, "augment", 1, 6)))
-    assert not torch.equal(first, transform(picture, generator(0, "augment", 2, 5)))
+    first = transform(image, generator(0, "augment", 1, 5))
+    assert torch.equal(first, transform(image, generator(0, "augment", 1, 5)))
+    assert not torch.equal(first, transform(image, generator(0, "augment", 1, 6)))
+    assert not torch.equal(first, transform(image, generator(0, "augment", 2, 5)))
     assert np.random.get_state()[1].tolist() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert first.shape == (3, 48, 48) and first.dtype == torch.float32 and first.is_contiguous()
 
 
 def test_normalised_values_are_those_of_the_pixels():
-    picture = drawn(3)
-    values = normalized(pixels(picture)).permute(1, 2, 0).double().numpy() * STD + MEAN
-    assert np.abs(values * 255 - np.asarray(picture)).max() < 1e-4
+    image = drawn(3)
+    values = normalized(pixels(image)).permute(1, 2, 0).double().numpy() * STD + MEAN
+    assert np.abs(values * 255 - np.asarray(image)).max() < 1e-4
 
 
 @pytest.mark.parametrize("augment", ["blip", "jitter", "none"])
 def test_pixels_normalised_as_a_batch_are_the_images_that_a_worker_normalises(augment):
-    picture, whole = drawn(3, (90, 70)), TrainingTransform(48, augment=augment)
+    image, whole = drawn(3, (90, 70)), TrainingTransform(48, augment=augment)
     raw = TrainingTransform(48, augment=augment, normalize=False)
-    shown = torch.stack([raw(picture, generator(0, "augment", n)) for n in range(5)])
+    shown = torch.stack([raw(image, generator(0, "augment", n)) for n in range(5)])
     assert shown.dtype == torch.uint8 and shown.shape == (5, 3, 48, 48)
-    expected = [whole(picture, generator(0, "augment", n)) for n in range(5)]
+    expected = [whole(image, generator(0, "augment", n)) for n in range(5)]
     assert torch.equal(normalized(shown), torch.stack(expected))
 
 
@@ -100,13 +100,13 @@ def test_crops_lie_inside_the_image(size):
 
 
 def test_without_augmentation_a_whole_crop_is_the_evaluation_or_its_mirror():
-    picture = drawn(4, (96, 96))
-    whole = EvaluationTransform(32)(picture)
+    image = drawn(4, (96, 96))
+    whole = EvaluationTransform(32)(image)
     transform = TrainingTransform(32, min_scale=1.0, augment="none")
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(300):
-        result = transform(picture, random)
+        result = transform(image, random)
         seen.add((torch.equal(result, whole), torch.equal(result, whole.flip(2))))
     assert (True, False) in seen and (False, True) in seen
 
@@ -134,17 +134,17 @@ def test_only_images_without_colors_are_tinted_and_always_the_same_way():
 
 
 def test_jitter_is_a_function_of_its_generator_and_gives_the_size_asked_for():
-    picture = drawn(4, (96, 64))
+    image = drawn(4, (96, 64))
     transform = TrainingTransform(32, min_scale=0.6, augment="jitter", tint=True)
-    first, again, other = (transform(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, 32, 32)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_jitter_moves_a_drawing_by_no_more_than_its_frame():
-    picture = Image.new("RGB", (96, 96), "white")
-    picture.paste((200, 30, 30), (24, 24, 72, 72))
+    image = Image.new("RGB", (96, 96), "white")
+    image.paste((200, 30, 30), (24, 24, 72, 72))
     for seed in range(30):
-        drawing = np.asarray(jittered(picture, 48, 0.6, False, np.random.default_rng(seed)))
+        drawing = np.asarray(jittered(image, 48, 0.6, False, np.random.default_rng(seed)))
         inked = (drawing.astype(int) - drawing[0, 0]).__abs__().sum(axis=2) > 60
         assert 0.1 < inked.mean() < 0.6  # a quarter, at scales of 0.6 to 1 / 0.6

@@ -9,9 +9,8 @@ from transformers import BertTokenizer
 
 from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.model import BlipDual
-from infogrowth.data.captions import pre_caption
-from infogrowth.data.transforms import EvaluationTransform
-from infogrowth.encoders.blip import Normalize
+from infogrowth.data.text import pre_caption
+from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
@@ -66,8 +65,8 @@ def test_the_same_weights_have_one_fingerprint_in_every_layout(blip_folder, blip
 def test_preprocessing_is_the_evaluation_transform(blip_folder, pil_images):
     preprocess = load_encoder(str(blip_folder)).preprocess
     for image in pil_images:
-        ours = Normalize(CPU)(preprocess(image)[None])[0]
-        torch.testing.assert_close(ours, EvaluationTransform(32)(image), atol=1e-6, rtol=0)
+        ours = normalized(preprocess(image))
+        assert torch.equal(ours, EvaluationTransform(32)(image))
 
 
 def test_dropout_in_the_config_does_not_reach_the_features(blip_folder, captions):
@@ -146,10 +145,10 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
     """A captioner may have nothing to say: no feature of an empty text gets into the table."""
     import io
 
+    from infogrowth.data.feature_writer import ShardedOutput
     from infogrowth.data.features import open_features
     from infogrowth.encoders.dataset import PairTable
     from infogrowth.encoders.embedding import EMPTY_CAPTION, embed_pairs
-    from infogrowth.encoders.shards import ShardedOutput
 
     class Pairs:
         def read(self, row):
@@ -166,7 +165,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
 
     encoder = load_encoder(str(blip_folder))
     output = ShardedOutput(tmp_path / "table", {}, {}, rows=3, shard_size=3)
-    table = PairTable(["x", "y", "z"], {}, Pairs())
+    table = PairTable(["x", "y", "z"], Pairs().read)
     embed_pairs(table, encoder, output, CPU, batch_size=3, captioner=Taciturn())
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
     assert batch.ids == ["x", "z"]

@@ -100,7 +100,7 @@ class Unreadable:
 
 def test_an_error_in_a_decoding_worker_is_one_sentence(blip_folder):
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = PairTable(["a", "b"], {}, Unreadable())
+    table = PairTable(["a", "b"], Unreadable().read)
     for workers in (0, 1):
         batches = decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers)
         with pytest.raises(UserError) as raised:
@@ -117,7 +117,7 @@ def test_full_shared_memory_is_one_sentence_of_the_worker(blip_folder, pil_image
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: (64 << 20, 64 << 20, 0))
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = PairTable(["a", "b"], {}, Pairs())
+    table = PairTable(["a", "b"], Pairs().read)
     with pytest.raises(UserError, match="shm"):
         next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers=1))
     assert len(next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, 0)).rows) == 2

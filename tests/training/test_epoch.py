@@ -202,7 +202,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_of_it(
     make_run, checkpoint_every
 ):
     healthy = make_run("healthy")
-    dataset = NotFinite(healthy.loader._loader.dataset._dataset, position=9)
+    dataset = NotFinite(healthy.loader._loader.dataset, position=9)
     small = make_run("broken", dataset=dataset, checkpoint_every=checkpoint_every)
     with pytest.raises(UserError, match="finite at step 3 of epoch 0"):
         small.train()

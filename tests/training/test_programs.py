@@ -23,8 +23,8 @@ from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import load_config
+from infogrowth.data.datasets import RetrievalEvaluation
 from infogrowth.data.image_stores import LmdbWriter
-from infogrowth.data.retrieval import RetrievalEvaluation
 from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import recall_table

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from infogrowth.commands.embed import parse_part
-from infogrowth.encoders.shards import ShardedOutput, automatic_shard_size
+from infogrowth.data.feature_writer import ShardedOutput, automatic_shard_size
 from infogrowth.errors import UserError
 
 
@@ -16,7 +16,7 @@ def write(output, number):
     rows = output.shards[number]
     names = [str(row) for row in rows]
     features = np.ones((len(rows), 4), np.float32)
-    output.writer.write_shard(number, names, names, features, features)
+    output.write_shard(number, names, names, features, features)
 
 
 def test_the_split_is_a_matter_of_the_dataset_alone(tmp_path):

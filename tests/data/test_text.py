@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infogrowth.data.captions import pre_caption
+from infogrowth.data.text import pre_caption
 
 ROWS = json.loads(
     (Path(__file__).parents[1] / "golden" / "schedules_pre_caption.json").read_text("utf-8")
