@@ -14,6 +14,7 @@ from infogrowth.data.text import pre_caption
 from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.models import (
     CaptionTokenizer,
+    DualEncoder,
     Generation,
     Preprocess,
     Tokenize,
@@ -78,7 +79,7 @@ class _Blip:
         return fingerprint(self._model.state_dict(), settings)
 
 
-class BlipEncoder(_Blip):
+class BlipEncoder(_Blip, DualEncoder):
     """The two towers and projections of a BLIP."""
 
     def __init__(
@@ -97,9 +98,6 @@ class BlipEncoder(_Blip):
         on_device = moved(tokens, self.device)
         ids, mask = on_device["input_ids"], on_device["attention_mask"]
         return self._features(lambda model: model.encode_text(ids, mask)[1])
-
-    def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        return self.encode_tokens(self.tokenize(captions))
 
 
 class BlipMatcher(_Blip):

@@ -3,7 +3,6 @@ image-to-text models (GIT, ViT-GPT2, BLIP-2, LLaVA, …)."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from PIL import Image
 
 from infogrowth.data.transforms import pixels
 from infogrowth.encoders.models import (
+    TOKENIZING,
     CaptionTokenizer,
+    DualEncoder,
     Generation,
     Preprocess,
     Tokenize,
@@ -29,7 +30,7 @@ _MAX_SIDE = 2048
 _QUESTION = "Describe this image in one short sentence."
 
 
-class HuggingFaceDualEncoder:
+class HuggingFaceDualEncoder(DualEncoder):
     """CLIP, SigLIP and their kin, with the preprocessing files that lie beside the weights.
 
     Args:
@@ -74,9 +75,6 @@ class HuggingFaceDualEncoder:
         on_device = moved(tokens, self._features.device)
         return self._features(lambda model: _pooled(model.get_text_features(**on_device)))
 
-    def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        return self.encode_tokens(self.tokenize(captions))
-
 
 class ProcessorTransform:
     """One RGB image through a Hugging Face image processor, as a CHW tensor; picklable."""
@@ -117,7 +115,6 @@ class HuggingFaceCaptioner:
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = _load_model("AutoModelForImageTextToText", folder, name)
         self._load_processor(folder)
-        self._processing = Lock()
         self._prompt = generation.prompt
         self._options = {
             "do_sample": False,
@@ -133,14 +130,14 @@ class HuggingFaceCaptioner:
         return halving(self._caption, images)
 
     def _caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
-        with self._processing:  # the tokenizers library refuses to be shared between threads
+        with TOKENIZING:
             inputs = self._inputs(list(images)).to(self._device, self._dtype)
         with torch.inference_mode():
             ids = self._model.generate(**inputs, **self._options).cpu()
         prompt = inputs.get("input_ids")
         if prompt is not None and torch.equal(ids[:, : prompt.shape[1]], prompt.cpu()):
             ids = ids[:, prompt.shape[1] :]  # decoder-only models repeat it
-        with self._processing:
+        with TOKENIZING:
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()).removeprefix(self._prompt).strip() for text in texts]
 

@@ -56,8 +56,8 @@ class DualEncoder(Protocol):
         ...
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        """``encode_tokens(tokenize(captions))``."""
-        ...
+        """Captions to ``(B, D) float32`` unit rows, on the CPU."""
+        return self.encode_tokens(self.tokenize(captions))
 
 
 @dataclass(frozen=True)
@@ -178,31 +178,26 @@ def halving(compute: Callable[[Any], list[Result]], items: Sequence[Any] | torch
     return halving(compute, items[:middle]) + halving(compute, items[middle:])
 
 
+TOKENIZING = Lock()  # tokenizers refuse to be shared between threads: one at a time uses them
+
+
 class CaptionTokenizer:
     """A tokenizer of transformers for many threads and processes.
 
     Args:
-        tokenizer: refuses to be shared between threads, so one at a time uses it.
         prepare: what is done to a caption first.
         options: how it is called, as padding and truncation.
     """
 
     def __init__(self, tokenizer: Any, prepare: Callable[[str], str] = str, **options: Any) -> None:
         self._tokenizer, self._prepare, self._options = tokenizer, prepare, options
-        self._lock = Lock()
 
     def __call__(self, captions: list[str]) -> Tokens:
         texts = [self._prepare(caption) for caption in captions]
-        with self._lock:
+        with TOKENIZING:
             return dict(
                 self._tokenizer(texts, truncation=True, return_tensors="pt", **self._options)
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
 
 
 def moved(tokens: Tokens, device: torch.device) -> Tokens:
