@@ -552,7 +552,7 @@ def resume(machine: Machine) -> Iterator[Row]:
 
 
 class TrainingRuns:
-    """Runs of pretraining on 24 pictures in the machine's folder."""
+    """Runs of pretraining on 24 images in the machine's folder."""
 
     def __init__(self, machine: Machine) -> None:
         from PIL import Image
@@ -620,15 +620,15 @@ def evaluation(machine: Machine) -> Iterator[Row]:
 
     images, k_test = machine.size(400, 12), machine.size(128, 4)
     side = machine.size(384, 64)
-    shape = preset("tiny" if machine.small else "base", image_size=side, vocab_size=30524)
-    model = BlipDual(shape).to(machine.device).eval()
+    size = preset("tiny" if machine.small else "base", image_size=side, vocab_size=30524)
+    model = BlipDual(size).to(machine.device).eval()
 
     def scored(name: Any, images: int) -> tuple[Any, float]:
         """Scores of so many images, and pairs per second."""
-        pictures, texts = benchmark.Pictures(images, side), benchmark.captions(images * 5)
+        noise, texts = benchmark.NoiseImages(images, side), benchmark.captions(images * 5)
         scores, seconds = timed(
             lambda: benchmark.retrieval_scores(
-                model, benchmark.WordsAsNumbers(), pictures, texts, k_test=k_test,
+                model, benchmark.WordsAsNumbers(), noise, texts, k_test=k_test,
                 max_length=benchmark.MAX_LENGTH, autocast=Precision(name, machine.device).autocast,
             )
         )  # fmt: skip
@@ -716,9 +716,9 @@ def training(machine: Machine) -> Iterator[Row]:
     full = {"vit": "base", "image_size": 224, "batch_size": 75, "queue_size": 57600,
             "num_workers": 12, "precision": "bf16"}  # fmt: skip
     config = benchmark.Config(**(small if machine.small else full), device=str(machine.device))
-    shape = benchmark.preset(config.vit, image_size=config.image_size, vocab_size=30524)
-    steps, pictures = machine.size(20, 1), machine.folder / "pictures"
-    benchmark.make_pictures(pictures)
+    size = benchmark.preset(config.vit, image_size=config.image_size, vocab_size=30524)
+    steps, images = machine.size(20, 1), machine.folder / "noise"
+    benchmark.make_images(images)
 
     def rate(step: Callable[[], Any], warm_up: int = machine.size(4, 1)) -> float:
         benchmark.timed(step, warm_up, machine.device)
@@ -726,9 +726,9 @@ def training(machine: Machine) -> Iterator[Row]:
 
     def model(kind: Any) -> Any:
         with machine.device:
-            return kind(shape, queue_size=config.queue_size)
+            return kind(size, queue_size=config.queue_size)
 
-    mine = benchmark.Ours(config, pictures, model(benchmark.BlipPretrain), machine.device)
+    mine = benchmark.Ours(config, images, model(benchmark.BlipPretrain), machine.device)
     alone = rate(mine.step_alone)
     yield machine.aim("the step alone", alone, 1200, "pairs/s")
     figures, table = benchmark.profiled(mine.step_alone, machine.device)
@@ -736,7 +736,7 @@ def training(machine: Machine) -> Iterator[Row]:
     for name, value in figures.items():
         yield machine.measured(f"a step's {name.replace('_', ' ')}, profiled", f"{value:,.4g}")
     loaders = {
-        workers: benchmark.loader_rate(config, pictures, workers, machine.device)
+        workers: benchmark.loader_rate(config, images, workers, machine.device)
         for workers in ((0,) if machine.small else (4, 8, 12, 16))
     }
     for workers, pairs in loaders.items():
@@ -752,7 +752,7 @@ def training(machine: Machine) -> Iterator[Row]:
         yield machine.aim("eager, share of the bf16 peak", 100 * share, 25, "%")
     plain = rate(
         benchmark.straightforward(
-            config, pictures, model(benchmark.StraightforwardBlip), machine.device
+            config, images, model(benchmark.StraightforwardBlip), machine.device
         )
     )
     yield machine.measured("straightforward", f"{plain:,.0f} pairs/s")
@@ -765,7 +765,7 @@ def training(machine: Machine) -> Iterator[Row]:
     compiled = benchmark.Config(**full, device=str(machine.device), compile=True)
     try:
         with at_most(COMPILE_SECONDS):
-            fast = benchmark.Ours(compiled, pictures, model(benchmark.BlipPretrain), machine.device)
+            fast = benchmark.Ours(compiled, images, model(benchmark.BlipPretrain), machine.device)
             _, seconds = timed(fast.step_alone)
             yield machine.measured("compiling, and the first step", f"{seconds:.0f} s")
             yield machine.measured(

@@ -1,10 +1,10 @@
-"""LMDB writing: batched transactions against one transaction per image, on the same pictures.
+"""LMDB writing: batched transactions against one transaction per image, on the same images.
 
     python benchmarks/lmdb_writing.py [--source processed_data/sample] [--rounds 3] [--json FILE]
 
 Both write the same bytes under the same keys into a fresh LMDB on the same disk, and both end
 with everything on disk; the results are compared. A third row is the whole packing, with every
-picture decoded first. The order of the rounds alternates; the best round of each counts.
+image decoded first. The order of the rounds alternates; the best round of each counts.
 """
 
 import logging
@@ -33,7 +33,7 @@ Items = list[tuple[str, bytes]]
 class Config:
     """Options of the benchmark."""
 
-    source: str = option("processed_data/sample", "pictures in any layout that the writer reads")
+    source: str = option("processed_data/sample", "images in any layout that the writer reads")
     directory: str = option("output", "a folder on the disk that is measured")
     rounds: int = option(3, "how often each way is timed")
     json: str | None = option(None, "write the rows to this file as well")

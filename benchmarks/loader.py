@@ -55,14 +55,14 @@ def run(config: Config) -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in piles(config, Path(folder)):
+        for name, path in datasets(config, Path(folder)):
             rows.extend(measured(name, LmdbImages(path), config))
     if config.json:
         atomic_write_json(config.json, rows, indent=2)
     return 0
 
 
-def piles(config: Config, folder: Path) -> Iterator[tuple[str, Path]]:
+def datasets(config: Config, folder: Path) -> Iterator[tuple[str, Path]]:
     """The LMDBs to read from, with a name each."""
     if config.lmdb is not None:
         yield config.lmdb, Path(config.lmdb)
@@ -77,9 +77,9 @@ def piles(config: Config, folder: Path) -> Iterator[tuple[str, Path]]:
 def made_pictures(source: str, side: int, count: int = 400) -> Iterator[tuple[str, bytes]]:
     """Drawings enlarged to ``side`` x 3/4 ``side``, with grain, as JPEG of quality 90."""
     random = np.random.default_rng(0)
-    pile = open_source(source)
-    for number in range(min(count, len(pile))):
-        data = pile.read(number).data
+    source_samples = open_source(source)
+    for number in range(min(count, len(source_samples))):
+        data = source_samples.read(number).data
         assert data is not None
         drawing = decode_image(data).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
         grain = random.normal(scale=6, size=(drawing.height, drawing.width, 1))
@@ -140,11 +140,11 @@ def part_times(images: LmdbImages, keys: list[str], size: int) -> dict[str, floa
 
 def loader_rate(dataset: PairDataset, workers: int, samples: int) -> float:
     """Samples/s of a DataLoader once its workers run."""
-    places = [(number % len(dataset), 0, number) for number in range(samples)]
+    positions = [(number % len(dataset), 0, number) for number in range(samples)]
     loader = DataLoader(
         dataset,
         batch_size=50,
-        sampler=places,  # type: ignore[arg-type]  # any sized iterable will do
+        sampler=positions,  # type: ignore[arg-type]  # any sized iterable will do
         num_workers=workers,
         prefetch_factor=4,
     )

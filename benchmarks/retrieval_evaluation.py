@@ -33,7 +33,7 @@ MAX_LENGTH = 35
 class Config:
     """Options of the benchmark."""
 
-    vit: Vit = option("tiny", "shape of the model")
+    vit: Vit = option("tiny", "size of the model")
     image_size: int = option(64, "pixels a side")
     images: int = option(100, "images, each with five captions")
     k_test: int = option(32, "candidates per query")
@@ -52,11 +52,11 @@ class WordsAsNumbers:
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Noise: what is in a picture does not change how long it takes."""
+class NoiseImages(torch.utils.data.Dataset):
+    """Noise: what is in an image does not change how long it takes."""
 
     def __init__(self, count: int, size: int) -> None:
-        self.pixels = torch.randn(count, 3, size, size, generator=torch_generator(0, "pictures"))
+        self.pixels = torch.randn(count, 3, size, size, generator=torch_generator(0, "noise"))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -75,7 +75,7 @@ def captions(count: int) -> list[str]:
 
 @torch.inference_mode()
 def row_by_row(
-    model: BlipDual, pictures: Pictures, texts: list[str], k_test: int, batch_size: int = 64
+    model: BlipDual, noise: NoiseImages, texts: list[str], k_test: int, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The straightforward evaluation; returns both score matrices."""
     device = next(model.parameters()).device
@@ -87,7 +87,7 @@ def row_by_row(
             for s in range(0, len(ids), batch_size)
         ]
     )
-    parts = [model.encode_image(p.to(device)) for p in pictures.pixels.split(batch_size)]
+    parts = [model.encode_image(p.to(device)) for p in noise.pixels.split(batch_size)]
     tokens, image = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     cosine = image @ text.T
     i2t = torch.full(cosine.shape, NOT_RANKED, device=device)
@@ -109,16 +109,16 @@ def run(config: Config) -> int:
     """Time both evaluations on one model and check that they give the same scores."""
     device = distributed.choose_device(config.device)
     precision = Precision(config.precision, device)
-    shape = preset(config.vit, image_size=config.image_size, vocab_size=30524)
-    model = BlipDual(shape).to(device).eval()
-    pictures = Pictures(config.images, config.image_size)
+    size = preset(config.vit, image_size=config.image_size, vocab_size=30524)
+    model = BlipDual(size).to(device).eval()
+    noise = NoiseImages(config.images, config.image_size)
     texts = captions(config.images * CAPTIONS_PER_IMAGE)
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
         scores = retrieval_scores(
             model,
             WordsAsNumbers(),  # type: ignore[arg-type]
-            pictures,
+            noise,
             texts,
             k_test=config.k_test,
             max_length=MAX_LENGTH,
@@ -128,7 +128,7 @@ def run(config: Config) -> int:
 
     def theirs() -> tuple[torch.Tensor, torch.Tensor]:
         with precision.autocast():
-            return row_by_row(model, pictures, texts, config.k_test)
+            return row_by_row(model, noise, texts, config.k_test)
 
     seconds = {}
     scores = {}

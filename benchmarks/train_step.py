@@ -1,4 +1,4 @@
-"""A pretraining step against a straightforward one, in one run, from pictures to weights.
+"""A pretraining step against a straightforward one, in one run, from image files to weights.
 
     python benchmarks/train_step.py                                   # tiny model, on a CPU
     python benchmarks/train_step.py --vit base --image_size 224 --batch_size 75 \\
@@ -46,7 +46,7 @@ from infogrowth.training.loader import EpochLoader
 from infogrowth.training.options import Precision, PrecisionName, RunOptions, Schedule, Vit
 
 TEXT_LENGTH = 30
-PICTURES = 512
+IMAGES = 512
 EPOCH = 200  # batches: workers have as much ahead of them as in a real run
 # Dense matrix products per second at bf16, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -56,7 +56,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 1
 class Config:
     """Options of the benchmark."""
 
-    vit: Vit = option("tiny", "shape of the model")
+    vit: Vit = option("tiny", "size of the model")
     image_size: int = option(64, "pixels a side")
     batch_size: int = option(32, "pairs per step")
     queue_size: int = option(512, "past features that serve as candidates")
@@ -76,7 +76,7 @@ class NumberTokens:
 
     def __init__(self, longest: bool = True) -> None:
         self.longest = longest
-        self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, PICTURES).astype(int).clip(0, 13)
+        self.lengths = 9 + generator(0, "lengths").gamma(2.0, 2.0, IMAGES).astype(int).clip(0, 13)
 
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.tensor([int(caption) for caption in captions])
@@ -134,24 +134,24 @@ def losses(
     return model(*inputs, sample_ids=batch["index"], generator=negatives)
 
 
-def make_pictures(directory: Path) -> None:
+def make_images(directory: Path) -> None:
     """A folder of JPEG noise at web size, so that decoding costs what it costs."""
-    random = generator(0, "pictures")
+    random = generator(0, "images")
     directory.mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
-        picture.save(directory / f"{number:05d}.jpg", quality=90)
+        image = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
+        image.save(directory / f"{number:05d}.jpg", quality=90)
 
 
 def open_loader(
-    config: Config, pictures: Path, workers: int, device: torch.device, longest: bool
+    config: Config, images: Path, workers: int, device: torch.device, longest: bool
 ) -> EpochLoader:
     """Batches from the folder, augmented."""
-    numbers = [n % PICTURES for n in range(EPOCH * config.batch_size)]
+    numbers = [n % IMAGES for n in range(EPOCH * config.batch_size)]
     annotations = [{"image": f"{n:05d}", "caption": f"{n}"} for n in numbers]
     transform = TrainingTransform(config.image_size, normalize=False)
-    dataset = PairDataset(annotations, str(pictures), transform)
+    dataset = PairDataset(annotations, str(images), transform)
     gains = generator(0, "gains").random((len(numbers), 2))
     sampler = GainSampler(gains, mode="proportional")
     return EpochLoader(dataset, sampler, NumberTokens(longest), config.batch_size, workers, device)
@@ -167,11 +167,11 @@ class Ours:
     """The project's own training loop, step by step."""
 
     def __init__(
-        self, config: Config, pictures: Path, model: BlipPretrain, device: torch.device
+        self, config: Config, images: Path, model: BlipPretrain, device: torch.device
     ) -> None:
         if config.compile:
             model.compile_encoders()
-        loader = open_loader(config, pictures, config.num_workers, device, not config.compile)
+        loader = open_loader(config, images, config.num_workers, device, not config.compile)
         self._state = TrainingState(
             model,
             adamw(model, 1e-4, 0.05),
@@ -185,7 +185,7 @@ class Ours:
         self._resident: Batch | None = None
 
     def step(self) -> None:
-        """From the pictures' files to new weights."""
+        """From the image files to new weights."""
         optimizer_step(self._state, [next(self._stream)], losses, self._schedule)
 
     def step_alone(self) -> None:
@@ -195,9 +195,9 @@ class Ours:
         optimizer_step(self._state, [self._resident], losses, self._schedule)
 
 
-def loader_rate(config: Config, pictures: Path, workers: int, device: torch.device) -> float:
+def loader_rate(config: Config, images: Path, workers: int, device: torch.device) -> float:
     """Pairs per second that so many workers hand over, to a consumer that only takes them."""
-    stream = endless(open_loader(config, pictures, workers, device, longest=True))
+    stream = endless(open_loader(config, images, workers, device, longest=True))
     for _ in range(max(2, workers)):  # the first come all at once
         next(stream)
     batches, started = max(2 * workers, 8), time.perf_counter()
@@ -226,12 +226,12 @@ def profiled(step: Callable[[], Any], device: torch.device) -> tuple[dict[str, f
     return figures, events.table(sort_by=order, row_limit=15, max_name_column_width=60)
 
 
-def straightforward(config: Config, pictures: Path, model: BlipPretrain, device: Any) -> Any:
+def straightforward(config: Config, images: Path, model: BlipPretrain, device: Any) -> Any:
     """A function that makes one straightforward step."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, foreach=False)
-    stream = endless(open_loader(config, pictures, 1, device, longest=False))
+    stream = endless(open_loader(config, images, 1, device, longest=False))
     negatives = torch.Generator(device=device).manual_seed(0)
 
     def step() -> float:
@@ -269,18 +269,18 @@ def timed(step: Any, steps: int, device: torch.device) -> float:
 def run(config: Config) -> int:
     """Time both ways of the same training step, and print their ratio."""
     device = distributed.choose_device(config.device)
-    shape = preset(config.vit, image_size=config.image_size, vocab_size=30524)
+    size = preset(config.vit, image_size=config.image_size, vocab_size=30524)
     models = {
-        "straightforward": StraightforwardBlip(shape, queue_size=config.queue_size).to(device),
-        "ours": BlipPretrain(shape, queue_size=config.queue_size).to(device),
+        "straightforward": StraightforwardBlip(size, queue_size=config.queue_size).to(device),
+        "ours": BlipPretrain(size, queue_size=config.queue_size).to(device),
     }
     flops = flops_per_step(copy.deepcopy(models["ours"]), config, device)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        make_pictures(pictures)
-        mine = Ours(config, pictures, models["ours"], device)
+        images = Path(folder) / "images"
+        make_images(images)
+        mine = Ours(config, images, models["ours"], device)
         ways = {
-            "straightforward": straightforward(config, pictures, models["straightforward"], device),
+            "straightforward": straightforward(config, images, models["straightforward"], device),
             "ours": mine.step,
             "step alone": mine.step_alone,
         }
@@ -290,7 +290,7 @@ def run(config: Config) -> int:
         for _ in range(config.rounds):
             for name, step in ways.items():
                 seconds[name] = min(seconds[name], timed(step, config.steps, device))
-        loader = loader_rate(config, pictures, max(1, config.num_workers), device)
+        loader = loader_rate(config, images, max(1, config.num_workers), device)
         report(config, device, seconds, loader, flops)
         figures, table = profiled(mine.step_alone, device)
     print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

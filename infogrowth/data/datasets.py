@@ -54,7 +54,6 @@ class PairDataset(Dataset):
         transform: called with an RGB image and a generator; see transforms.py.
         max_words: words of a caption that are kept.
         seed: names the random streams.
-        prompt: put before every caption.
         captions_per_visit: captions of an item, different ones as far as there are that many;
             above 1 ``caption`` is a list.
         classes: the class of each row, in retrieval its image; then items have ``class`` too.
@@ -70,14 +69,13 @@ class PairDataset(Dataset):
         transform: Transform,
         max_words: int = 30,
         seed: int = 0,
-        prompt: str = "",
         captions_per_visit: int = 1,
         classes: Sequence[int] | None = None,
     ) -> None:
         self._annotations = annotations
         self._images: ImageStore = open_images(images)
         self._transform, self._max_words = transform, max_words
-        self._seed, self._prompt = seed, prompt
+        self._seed = seed
         self._captions_per_visit, self._classes = captions_per_visit, classes
 
     def __len__(self) -> int:
@@ -108,11 +106,11 @@ class PairDataset(Dataset):
         texts = [caption] if isinstance(caption, str) else caption
         if count > 1:
             chosen = random.choice(len(texts), size=count, replace=len(texts) < count)
-            return [self._prompt + pre_caption(str(texts[i]), self._max_words) for i in chosen]
+            return [pre_caption(str(texts[i]), self._max_words) for i in chosen]
         if not isinstance(caption, str):
             texts = [text for text in caption if text.strip()] or caption
             texts = [texts[int(random.integers(len(texts)))]]
-        return self._prompt + pre_caption(str(texts[0]), self._max_words)
+        return pre_caption(str(texts[0]), self._max_words)
 
     def _image(self, row: int, epoch: int, position: int) -> tuple[Image.Image, int]:
         """The row's image, or a stand-in's, and whose it is."""
@@ -191,7 +189,6 @@ class RetrievalEvaluation(Dataset):
         images: LMDB or folder of the images, as a path or opened.
         transform: normally ``EvaluationTransform(size)``; it alone normalises.
         max_words: words of a caption that are kept.
-        prompt: put before every text.
         split: of Karpathy's own file, where the path names none.
 
     Raises:
@@ -204,7 +201,6 @@ class RetrievalEvaluation(Dataset):
         images: Any,
         transform: Callable[[Image.Image], torch.Tensor],
         max_words: int = 30,
-        prompt: str = "",
         split: str | None = None,
     ) -> None:
         self._images: ImageStore = open_images(images)
@@ -216,7 +212,7 @@ class RetrievalEvaluation(Dataset):
         for number, entry in enumerate(read_captioned_images(annotations, split)):
             first = len(self.texts)
             self.names.append(entry.image)
-            self.texts.extend(prompt + pre_caption(text, max_words) for text in entry.captions)
+            self.texts.extend(pre_caption(text, max_words) for text in entry.captions)
             self.txt2img.extend([number] * len(entry.captions))
             self.img2txt.append(list(range(first, len(self.texts))))
 

@@ -142,7 +142,7 @@ def test_mismatched_shapes_are_an_error_that_names_them(pretrained, golden_confi
     save_official(pretrained, path)
     model = BlipPretrain(golden_config.replace(embed_dim=8), queue_size=32)
     before = model.vision_proj.weight.clone()
-    with pytest.raises(UserError, match=r"vision_proj\.weight: 16×48 .* 8×48") as error:
+    with pytest.raises(UserError, match=r"vision_proj\.weight.*16×48.*8×48") as error:
         load_weights(model, path)
     assert str(path) in str(error.value)
     assert torch.equal(model.vision_proj.weight, before)  # nothing was loaded before the error
@@ -166,7 +166,7 @@ def test_missing_and_unexpected_names_are_reported(pretrained, golden_config, tm
 
 def test_a_captioners_file_does_not_pass_for_a_scoring_encoder(golden_config, tmp_path):
     save_official(BlipCaptioner(golden_config), tmp_path / "caption.pth")
-    with pytest.raises(UserError, match=r"missing: text_encoder.* and \d+ more"):
+    with pytest.raises(UserError, match=r"missing: text_encoder.*\d+ more"):
         load_weights(BlipDual(golden_config), tmp_path / "caption.pth")
 
 
@@ -234,7 +234,7 @@ def test_a_foreign_file_takes_its_config_from_the_one_beside_it(
 
 def test_a_vocabulary_of_another_size_is_an_error(golden, golden_config, tmp_path):
     save_official(BlipDual(golden_config.replace(vocab_size=300)), tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"195 .*other\.pth has 300"):
+    with pytest.raises(UserError, match=r"195 .*300"):
         load_blip(tmp_path / "other.pth", BlipDual, vocabulary=golden / "vocab.txt")
 
 

@@ -33,7 +33,7 @@ def refused(answer, pattern):
 
 
 BAD_OPTIONS = {
-    "k of zero": (["--k", "0"], "k must be at least 1"),
+    "k of zero": (["--k", "0"], "k .*1"),
     "k that is no number": (["--k", "four"], "--k .*whole number"),
     "k of a half": (["--k", "2.5"], "--k .*whole number"),
     "batch of zero": (["--batch-size", "0"], "--batch-size .*1"),
@@ -53,10 +53,10 @@ BAD_OPTIONS = {
         ["--min-align", "auto"],
         "min_align auto .*--seed-features or --seed-ids",
     ),
-    "no such config": (["--config", "no.yaml"], r"no\.yaml does not exist"),
-    "no such recaptions": (["--recaptions", "no"], "no do not exist"),
-    "no such seeds": (["--seed-features", "no"], "no do not exist"),
-    "no such seed list": (["--seed-ids", "no.json"], r"no\.json does not exist"),
+    "no such config": (["--config", "no.yaml"], r"no\.yaml"),
+    "no such recaptions": (["--recaptions", "no"], "exist"),
+    "no such seeds": (["--seed-features", "no"], "exist"),
+    "no such seed list": (["--seed-ids", "no.json"], r"no\.json"),
     "seeds given twice": (
         ["--seed-features", "a", "--seed-ids", "b"],
         "--seed-features or --seed-ids",
@@ -94,16 +94,16 @@ def test_a_bad_config_file_is_refused(grow, tmp_path, name):
 
 
 def test_a_missing_required_option_is_named(infogrowth):
-    refused(infogrowth("grow", "--features", "f"), "growth is missing: give --growth")
+    refused(infogrowth("grow", "--features", "f"), "--growth")
 
 
 BAD_SEED_LISTS = {
     "no JSON": ("[", "seed list .*JSON"),
-    "no list": ('{"a": 1}', "list of sample ids"),
-    "an empty list": ("[]", "list of sample ids"),
-    "a list of lists": ("[[1], [2]]", "list of sample ids"),
-    "numbers, which are ids of other samples": ("[1, 2.0]", "none of the 2 seed ids"),
-    "ids of other samples": ('["x", "y"]', "none of the 2 seed ids"),
+    "no list": ('{"a": 1}', "list"),
+    "an empty list": ("[]", "list"),
+    "a list of lists": ("[[1], [2]]", "list"),
+    "numbers, which are ids of other samples": ("[1, 2.0]", "none .*seed"),
+    "ids of other samples": ('["x", "y"]', "none .*seed"),
 }
 
 
@@ -119,7 +119,7 @@ def test_some_unknown_seed_ids_are_reported_and_the_others_used(grow, tmp_path):
     (tmp_path / "seeds.json").write_text('["s1", "s4", "unknown"]')
     status, message = grow("--seed-ids", tmp_path / "seeds.json")
     assert status == 0
-    assert "1 of the 3 seed ids" in message
+    assert re.search("1 .*3 seed", message)
     assert read_growth(tmp_path / "growth").totals["reasons"]["seed"] == 2
 
 
@@ -247,7 +247,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_growth_folder_with_other_things_in_it_is_left_alone(grow, tmp_path):
     (tmp_path / "growth").mkdir()
     (tmp_path / "growth/thesis.tex").write_text("years of work")
-    refused(grow("--quiet"), r"growth is not a growth folder: it holds 'thesis\.tex'")
+    refused(grow("--quiet"), r"thesis\.tex")
     assert [path.name for path in (tmp_path / "growth").iterdir()] == ["thesis.tex"]
 
 

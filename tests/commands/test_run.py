@@ -1,6 +1,7 @@
 """`run`: the stages of one YAML give what the single commands give, and can be taken up again."""
 
 import json
+import re
 import tarfile
 
 import pytest
@@ -79,7 +80,7 @@ def test_an_interrupted_stage_is_named_and_later_ones_do_not_run(infogrowth, tmp
     )
     status, printed = infogrowth("run", file)
     assert status == 2
-    assert "error: stage select: the condition 'aestetic > 5'" in printed
+    assert re.search("select.*'aestetic", printed)
     assert json.loads((tmp_path / "out/grown.json").read_text())
     assert not (tmp_path / "out/report.html").exists()
 

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 from collections import Counter
 
 import numpy as np
@@ -57,11 +58,11 @@ def test_a_dataset_can_be_pickled_while_in_use(packed, annotations):
     assert torch.equal(first["image"], again["image"])
 
 
-def test_an_item_tells_its_row_and_cleaned_caption(packed, annotations):
-    dataset = PairDataset(annotations, packed, EvaluationTransform(32), max_words=1, prompt="an ")
+def test_an_item_names_its_row_and_holds_a_cleaned_caption(packed, annotations):
+    dataset = PairDataset(annotations, packed, EvaluationTransform(32), max_words=1)
     assert len(dataset) == 12
     item = dataset[5]
-    assert (item["caption"], item["index"], item["replaced"]) == ("an image", 5, 0)
+    assert (item["caption"], item["index"], item["replaced"]) == ("image", 5, 0)
     assert dataset[-1]["index"] == 11
     with pytest.raises(IndexError):
         dataset[12]
@@ -107,7 +108,7 @@ def test_a_bad_image_is_replaced_the_same_way_every_time(damaged, annotations, c
     assert [item["index"] for item in again] == [item["index"] for item in shown]
     for item in shown:
         assert item["caption"] == f"image {item['index']:09d}"
-    assert "'000000003.jpg' is replaced by another one: the image is truncated" in caplog.text
+    assert re.search("'000000003.jpg'.*truncated", caplog.text)
     assert dataset[4]["replaced"] == 0
 
 

@@ -210,7 +210,7 @@ def test_bad_images_are_refused_with_a_reason(data, reason):
 
 def test_the_pixel_limit_is_an_argument():
     assert decode_image(JPEG, max_pixels=64 * 48).size == (64, 48)
-    with pytest.raises(BadSample, match="more than 3071 pixels"):
+    with pytest.raises(BadSample, match="3071"):
         decode_image(JPEG, max_pixels=64 * 48 - 1)
 
 

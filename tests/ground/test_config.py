@@ -93,5 +93,5 @@ def test_a_bad_config_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_missing_config_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_config(Example, tmp_path / "nowhere.yaml")

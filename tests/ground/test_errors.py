@@ -36,7 +36,7 @@ def test_a_parser_s_error_names_the_file(tmp_path):
 
 def test_a_missing_file_and_deep_nesting_have_their_own_sentences(tmp_path):
     with (
-        pytest.raises(UserError, match="does not exist"),
+        pytest.raises(UserError, match="exist"),
         refusing(tmp_path / "none", "the file"),
     ):
         (tmp_path / "none").read_text()

@@ -179,7 +179,7 @@ def test_a_damaged_part_is_named(grown):
 
 
 def test_a_folder_that_is_no_growth_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="is not a growth folder"):
+    with pytest.raises(UserError, match="not a growth"):
         read_growth(tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_a_result_json_has_kept_samples_and_gains_only(tmp_path):
 def test_an_empty_result_json_is_refused(tmp_path):
     path = tmp_path / "grown.json"
     path.write_text("[]")
-    with pytest.raises(UserError, match="holds no samples"):
+    with pytest.raises(UserError, match="no samples"):
         open_annotations(path)
 
 

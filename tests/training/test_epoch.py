@@ -204,7 +204,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_of_it(
     healthy = make_run("healthy")
     dataset = NotFinite(healthy.loader._loader.dataset, position=9)
     small = make_run("broken", dataset=dataset, checkpoint_every=checkpoint_every)
-    with pytest.raises(UserError, match="finite at step 3 of epoch 0"):
+    with pytest.raises(UserError, match="step 3"):
         small.train()
     if checkpoint_every == 100:
         assert small.checkpoints.latest() is None
