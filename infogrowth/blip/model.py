@@ -17,10 +17,10 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import unit, widened
 from infogrowth.blip.text import (
     SharedImages,
+    attention_bias,
     build_text_decoder,
     build_text_encoder,
     open_with,
-    padding_mask,
 )
 from infogrowth.blip.vision import build_vision
 
@@ -110,7 +110,7 @@ class BlipDual(nn.Module):
         mask_BT: torch.Tensor,
         images: SharedImages | None = None,
     ) -> torch.Tensor:
-        mask_B11T = padding_mask(mask_BT, next(encoder.parameters()).dtype)
+        mask_B11T = attention_bias(mask_BT, next(encoder.parameters()).dtype)
         # No mask for the image tokens: all are real, and transformers ignores one anyway.
         output = encoder(input_ids=ids_BT, attention_mask=mask_B11T, encoder_hidden_states=images)
         return output.last_hidden_state

@@ -15,7 +15,7 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import class_loss, copies_of_row, language_loss, same_id_targets
 from infogrowth.blip.model import seeded
 from infogrowth.blip.momentum import BothWays, Features, MomentumBlip, Texts
-from infogrowth.blip.text import build_text_decoder, causal_mask, open_with
+from infogrowth.blip.text import attention_bias, build_text_decoder, open_with
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.
 NEGATIVE_FLOOR = 1e-4
@@ -131,7 +131,7 @@ class BlipPretrain(MomentumBlip):
         if "lm" in self.objectives:
             logits_BTV = self.text_decoder(
                 input_ids=open_with(texts[0], self.config.bos_token_id),
-                attention_mask=causal_mask(texts[1], self.text_proj.weight.dtype),
+                attention_mask=attention_bias(texts[1], self.text_proj.weight.dtype, causal=True),
                 encoder_hidden_states=image_tokens_BLW,
                 use_cache=False,
             ).logits

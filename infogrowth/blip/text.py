@@ -216,19 +216,15 @@ def open_with(ids: torch.Tensor, token_id: int) -> torch.Tensor:
     return torch.cat([first, ids[:, 1:]], dim=1)
 
 
-def padding_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to attention scores, ``(B, 1, 1, T)``: 0 for words, hugely negative else.
+def attention_bias(mask_BT: torch.Tensor, dtype: torch.dtype, causal: bool = False) -> torch.Tensor:
+    """What is added to attention scores: 0 for words and hugely negative for padding, ``(B, 1, 1,
+    T)``, if ``causal`` for later words too, ``(B, 1, T, T)``.
 
     transformers would make it too, but only after reading from the device whether there is padding.
     """
-    bias = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
-    return bias.masked_fill(mask_BT == 0, torch.finfo(dtype).min)[:, None, None]
-
-
-def causal_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As :func:`padding_mask`, and later words are hidden: ``(B, 1, T, T)``."""
-    length = mask_BT.shape[1]
-    visible_TT = torch.ones(length, length, dtype=torch.bool, device=mask_BT.device).tril()
-    visible_BTT = visible_TT & (mask_BT != 0)[:, None]
-    bias = torch.zeros(visible_BTT.shape, dtype=dtype, device=mask_BT.device)
-    return bias.masked_fill(~visible_BTT, torch.finfo(dtype).min)[:, None]
+    visible = (mask_BT != 0)[:, None, None]
+    if causal:
+        length = mask_BT.shape[1]
+        visible = visible & visible.new_ones(length, length).tril()
+    bias = torch.zeros(visible.shape, dtype=dtype, device=mask_BT.device)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)
