@@ -391,9 +391,9 @@ def test_a_second_run_on_one_folder_is_refused_with_the_process_named(
     ("change", "word"),
     [
         (["--k", "5"], "k 4.* 5"),
-        (["--min-align", "0.3"], "min_align 0.4, and this run has 0.3"),
-        (["--min-align", "auto"], "min_align 0.4, and this run has auto"),
-        (["--modality", "image"], "modality pair, and this run has image"),
+        (["--min-align", "0.3"], "min_align 0.4.* 0.3"),
+        (["--min-align", "auto"], "min_align 0.4.* auto"),
+        (["--modality", "image"], "modality pair.* image"),
     ],
 )
 def test_a_changed_setting_is_refused_and_named(feature_folder, infogrowth, tmp_path, change, word):
@@ -403,7 +403,7 @@ def test_a_changed_setting_is_refused_and_named(feature_folder, infogrowth, tmp_
     before = (tmp_path / "growth/manifest.json").read_bytes()
     status, message = infogrowth("grow", *arguments, *change)
     assert status == 2
-    assert word in message
+    assert re.search(word, message)
     assert (tmp_path / "growth/manifest.json").read_bytes() == before
 
 
