@@ -181,7 +181,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint``, or a UserError that says what would have fitted."""
+    """``value`` as ``hint``, or a UserError that names what would have fitted."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(value, arguments, where)

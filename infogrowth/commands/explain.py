@@ -73,7 +73,7 @@ def explain(table: "GrowthTable", sample_id: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no such sample, with the nearest ids.
     """
-    from infogrowth.report.numbers import expected_visits, ranks_in_percent
+    from infogrowth.report.dataset import expected_visits, ranks_in_percent
 
     rows, kept = table.rows, table.rows[table.kept]
     ways: list[Callable[[str], str]] = [str, strip_extension, image_key]

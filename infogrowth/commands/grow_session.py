@@ -135,7 +135,7 @@ class GrowSession:
             self._read(number, stream, "seeding", choose, size, insert)
 
     def grow(self) -> None:
-        """Process the features' new samples, then what waits for the recaption table."""
+        """Process the features' new samples, then those that pend on a recaption."""
         stream, size = self._features, self._config.batch_size
         todo = plan_stream(self._sources, stream, self._recaptions_digest)
         if not todo:
@@ -215,10 +215,10 @@ class GrowSession:
         self._last_commit = time.monotonic()
 
     def _pending(self, retry: int) -> set[str]:
-        """Ids to process again: those that wait for a caption, and that the table has one for."""
+        """Ids to process again: those pending, and that the table has one for."""
         assert self._recaptions is not None
-        waiting = self.folder().pending(before_source=retry)["id"].to_pylist()
-        return set(waiting).intersection(self._recaptions)
+        pending = self.folder().pending(before_source=retry)["id"].to_pylist()
+        return set(pending).intersection(self._recaptions)
 
     def _open(self) -> GrowthFolder:
         self._ledger = GrowthLedger(self._config.growth)

@@ -1,6 +1,7 @@
 """`infogrowth recaption`: new captions, and their features, for samples whose own do not fit."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from infogrowth.annotations import read_ids
@@ -86,8 +87,7 @@ def run(config: Config) -> int:
     from infogrowth.encoders.loading import load_captioner
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
-        about = _description(config)
-        pending = _pending(config)
+        about, pending = _pending(config)
         table = _table(config, about, pending)
         captioner = None
         with distributed.main_first():  # rank 0 downloads, the others find the files
@@ -99,8 +99,8 @@ def run(config: Config) -> int:
                 )  # fmt: skip
         checked = {}
         if captioner is not None:
-            check = distributed.on_main(lambda: _seed_check(config, about, captioner, encoder))
-            checked["seed_check"] = check
+            check = partial(_seed_check, config, about, captioner, encoder)
+            checked["seed_check"] = distributed.on_main(check)
         identity = {
             "kind": "recaptions",
             "encoder": encoder_identity(encoder),
@@ -122,8 +122,8 @@ def run(config: Config) -> int:
             if pending is not None:
                 under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"
                 print(f"{len(pending.ids):,} of {pending.examined:,} samples{under}")
-            if check := checked.get("seed_check"):
-                _print_seed_check(check)
+            if found := checked.get("seed_check"):
+                _print_seed_check(found)
             print_summary(config.output, result)
     return 0
 
@@ -166,43 +166,28 @@ def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "
     return encoder
 
 
-def _description(config: Config) -> dict[str, Any]:
-    """What the features or growth folder records of its encoder and images."""
-    if config.growth is not None:
-        from infogrowth.growth.ledger import read_growth
-
-        return read_growth(config.growth).settings
-    if config.features is not None:
-        from infogrowth.data.features import open_features
-
-        return open_features(config.features).description
-    return {}
-
-
-def _pending(config: Config) -> "PendingRecaptions | None":
-    """The samples that want a caption; None when only a file of captions was given."""
-    from infogrowth.encoders.pending import (
-        open_pairs,
-        pending_in_features,
-        pending_in_growth,
-        stream_alignments,
-    )
+def _pending(config: Config) -> "tuple[dict[str, Any], PendingRecaptions | None]":
+    """What the features or growth folder records of its encoder and images, and the samples that
+    want a caption: none where only a file of captions was given."""
+    from infogrowth.encoders import pending
+    from infogrowth.growth.ledger import read_growth
 
     if config.growth is not None:
-        return pending_in_growth(config.growth)
+        return read_growth(config.growth).settings, pending.pending_in_growth(config.growth)
     if config.features is None:
-        return None
-    features = open_pairs(config.features)
+        return {}, None
+    features = pending.open_pairs(config.features)
     if config.all:
-        return pending_in_features(features, None)
+        return features.description, pending.pending_in_features(features, None)
     thresholds = Thresholds.requested(config.min_align)
     ids = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if not thresholds.resolved:
         seeds = _seeds(config)
         assert seeds is not None and seeds.text is not None
-        stream = stream_alignments(features, ids) if thresholds.purity else None
+        stream = pending.stream_alignments(features, ids) if thresholds.purity else None
         thresholds = thresholds.resolve(seeds.image, seeds.text, stream)  # the rules of growth
-    return pending_in_features(features, thresholds.min_align, ids)
+    found = pending.pending_in_features(features, thresholds.min_align, ids)
+    return features.description, found
 
 
 def _seeds(config: Config) -> "Seeds | None":
@@ -234,7 +219,7 @@ def _seed_check(
 def _print_seed_check(check: dict[str, int]) -> None:
     share = check["better_than_true"] / max(check["captioned"], 1)
     warning = (
-        ": alignment cannot tell its captions from true ones; ask more of them "
+        ": alignment cannot separate its captions from true ones; ask more of them "
         "(grow --min-recaption-align auto)"
     )
     print(
@@ -252,9 +237,8 @@ def _refuse_nonsense(config: Config) -> None:
         raise UserError("give --features DIR, --growth DIR, or --captions FILE.json")
     if config.all and config.features is None:
         raise UserError("--all goes with --features DIR")
-    automatic = not Thresholds.requested(config.min_align).resolved and not config.all
-    without_seeds = config.seed_ids is None and config.seed_features is None
-    if config.features is not None and automatic and without_seeds:
+    is_auto = not Thresholds.requested(config.min_align).resolved and not config.all
+    if config.features is not None and is_auto and not (config.seed_ids or config.seed_features):
         raise UserError("--min-align auto needs seeds: give --seed-ids or --seed-features")
     if config.captions is not None:
         read_json(config.captions, "the file of captions")  # a slip costs no minutes of work

@@ -42,7 +42,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Write the page; says where it is and how large."""
+    """Write the page; logs where it is and how large."""
     # Drawing libraries take a second to load: only once it is clear that there is work to do.
     _check(config)
     from infogrowth.report.page import render

@@ -80,47 +80,50 @@ class Stage:
     name: str
     config: Any
 
+    @property
+    def module(self) -> Any:
+        return import_module(f"infogrowth.commands.{self.name}")
+
     def command(self) -> str:
         """The command line that does the same."""
-        words = ["python", "-m", "infogrowth", self.name]
-        module = import_module(f"infogrowth.commands.{self.name}")
-        positional = getattr(module, "POSITIONAL", ())
+        positional, options = [], []
         for field in fields(self.config):
-            value = getattr(self.config, field.name)
+            value, flag = getattr(self.config, field.name), field.name.replace("_", "-")
             if value is None or value == field.default or value == []:
                 continue
-            if field.name in positional:
-                words.insert(4, str(value))
-                continue
-            flag = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+            if field.name in getattr(self.module, "POSITIONAL", ()):
+                positional.append(str(value))
+            elif isinstance(value, bool):
+                options.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 values = value if isinstance(value, list) else [value]
-                words += [f"--{flag}", *map(str, values)]
-        return shlex.join(words)
-
-    def run(self) -> None:
-        """Run the command; its error says which stage it was."""
-        module = import_module(f"infogrowth.commands.{self.name}")
-        try:
-            module.run(self.config)
-        except UserError as error:
-            raise UserError(f"stage {self.name}: {error}") from error
+                options += [f"--{flag}", *map(str, values)]
+        return shlex.join(["python", "-m", "infogrowth", self.name, *positional, *options])
 
 
 def run(config: Config) -> int:
     """Check all stages, then run them one after the other, and say what each took."""
     stages = read_stages(config)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     took: list[tuple[str, float]] = []
-    with _together(config.pipeline), _progress(len(stages)) as bar:
+    with contextlib.ExitStack() as stack:
+        if launched:  # one process group for all stages; without the launcher not even torch
+            from infogrowth.distributed import barrier, process_group
+
+            device = str(read_yaml(config.pipeline).get("device", "auto"))
+            stack.enter_context(process_group(device))
+        bar = stack.enter_context(_progress(len(stages)))
         for number, stage in enumerate(stages, start=1):
             bar.set_description(f"stage {number} of {len(stages)}: {stage.name}")
             log.info("\n[%d/%d] %s", number, len(stages), stage.command())
             started = time.monotonic()
             if stage.name in ON_ALL_RANKS or os.environ.get("RANK", "0") == "0":
-                stage.run()
-            _barrier()
+                try:
+                    stage.module.run(stage.config)
+                except UserError as error:
+                    raise UserError(f"stage {stage.name}: {error}") from error
+            if launched:
+                barrier()
             took.append((stage.name, time.monotonic() - started))
             bar.update()
     log.info("\n%s", "\n".join(f"{name:<10} {seconds:>8.1f} s" for name, seconds in took))
@@ -163,49 +166,25 @@ def _stage(
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise UserError(f"the stage {name} of {path} must hold `key: value` lines")
-    module = import_module(f"infogrowth.commands.{name}")
-    known = {field.name for field in fields(module.Config)}
+    config = import_module(f"infogrowth.commands.{name}").Config
+    known = {field.name for field in fields(config)}
+    without_default = set() if "recaption" in present else {"recaptions"}
+    if given.keys() & SOURCES.get(name, set()):
+        without_default |= SOURCES[name]
     values: dict[str, tuple[Any, str]] = {
-        key: (value, f"the default of {key!r}")
-        for key, value in _defaults(name, given, output, present).items()
+        key: (str(output / default), f"the default of {key!r}")
+        for key, default in DEFAULTS[name].items()
+        if key not in without_default
     }
     values |= {k: (v, f"key {k!r} in {path}") for k, v in shared.items() if k in known}
     values |= {k: (v, f"key {k!r} of stage {name} in {path}") for k, v in given.items()}
     try:
-        return Stage(name, build_config(module.Config, values))
+        return Stage(name, build_config(config, values))
     except UserError as error:
         missing = str(error).partition(" is missing: ")
         if not missing[1]:
             raise
         raise UserError(f"the stage {name} of {path} needs a key {missing[0]}") from error
-
-
-def _defaults(name: str, given: dict[str, Any], output: Path, present: list[str]) -> dict[str, str]:
-    """What a stage reads and writes when the file does not say."""
-    sources = SOURCES.get(name, set())
-    left_out = sources if given.keys() & sources else set()
-    if "recaption" not in present:
-        left_out = left_out | {"recaptions"}
-    return {key: str(output / path) for key, path in DEFAULTS[name].items() if key not in left_out}
-
-
-@contextlib.contextmanager
-def _together(pipeline: str) -> Iterator[None]:
-    """Under the launcher one process group for all stages; without it nothing, not even torch."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    from infogrowth.distributed import process_group
-
-    with process_group(str(read_yaml(pipeline).get("device", "auto"))):
-        yield
-
-
-def _barrier() -> None:
-    if "torch" in sys.modules:
-        from infogrowth.distributed import barrier
-
-        barrier()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,19 +106,18 @@ def run(config: Config) -> int:
     return 0
 
 
-Score = Callable[[list[str], list[str], np.ndarray, np.ndarray], np.ndarray]
-"""Ids, captions, image and text rows as stored -> (N,) float64, NaN where there is no score."""
+Score = Callable[[FeatureBatch], np.ndarray]
+"""N samples -> (N,) float64, NaN where there is no score."""
 
 
 def _of_features(score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score:
     """A score of unit rows."""
 
-    def scored(
-        ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
-    ) -> np.ndarray:
-        (image, image_faults), (text, text_faults) = unit_rows(image), unit_rows(text)
+    def scored(batch: FeatureBatch) -> np.ndarray:
+        assert batch.image is not None and batch.text is not None
+        (image, image_faults), (text, text_faults) = unit_rows(batch.image), unit_rows(batch.text)
         usable = (image_faults == 0) & (text_faults == 0)
-        values = np.full(len(ids), np.nan)
+        values = np.full(len(batch), np.nan)
         values[usable] = score(image[usable], text[usable])
         return values
 
@@ -155,11 +154,10 @@ def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tup
             return np.empty(0)
         return matcher.match(batch.images, batch.tokens).numpy()
 
-    def scored(
-        ids: list[str], captions: list[str], image: np.ndarray, text: np.ndarray
-    ) -> np.ndarray:
+    def scored(pairs: FeatureBatch) -> np.ndarray:
+        ids = pairs.ids
         batches = dataset.decoded_batches(
-            dataset.pairs_by_id(str(images), ids, captions), matcher.preprocess,
+            dataset.pairs_by_id(str(images), ids, pairs.captions), matcher.preprocess,
             matcher.tokenize, [(0, range(len(ids)))], config.batch_size, workers,
             pinned=device.type == "cuda",
         )  # fmt: skip
@@ -210,21 +208,21 @@ def _columns(
 ) -> dict[str, Any]:
     """A column per score, null where an image, a feature or a caption is missing; with recaptions
     another one of the scores of their captions."""
-    assert batch.image is not None and batch.text is not None
     columns: dict[str, Any] = {"id": pa.array(batch.ids, pa.string())}
     for name, score in scores.items():
-        values = score(batch.ids, batch.captions, batch.image, batch.text)
+        values = score(batch)
         columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
     if recaptions:
-        rows = [row for row, name in enumerate(batch.ids) if name in recaptions]
-        ids = [batch.ids[row] for row in rows]
-        others = [recaptions[name] for name in ids]
+        rows = np.array([row for row, name in enumerate(batch.ids) if name in recaptions], int)
+        own = batch.take(rows)
+        assert own.image is not None
+        others = [recaptions[name] for name in own.ids]
+        text = np.array([other.text_feature for other in others], np.float32)
         captions = [str(other.caption or "") for other in others]
-        width = batch.image.shape[1]
-        text = np.array([other.text_feature for other in others], np.float32).reshape(-1, width)
+        own = replace(own, captions=captions, text=text.reshape(own.image.shape))
         for name, score in scores.items():
             values = np.full(len(batch), np.nan)
-            values[rows] = score(ids, captions, batch.image[rows], text)
+            values[rows] = score(own)
             columns[f"recaption_{name}"] = pa.array(values, pa.float64(), mask=np.isnan(values))
     return columns
 

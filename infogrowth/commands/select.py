@@ -188,7 +188,7 @@ def _from_growth(config: Config, stack: ExitStack) -> _Choice:
 
 
 def _meeting_condition(condition: str, choice: _Choice) -> _Choice:
-    """The samples that meet the condition; says what each clause keeps."""
+    """The samples that meet the condition; logs what each clause keeps."""
     assert choice.table is not None
     for scores in choice.table.scores:
         log.info("scores %s: %s", scores.name, scores.summary())

@@ -1,7 +1,7 @@
 """`infogrowth sweep`: what other thresholds would have kept, from the recorded decisions alone.
 
 The counts of a threshold are exact as far as the record goes: a sample is kept when its own
-caption reaches the threshold, recaptioned when only its new one does. What the record cannot tell
+caption reaches the threshold, recaptioned when only its new one does. What is not on record
 is how well a recaption fits that was never looked at, or was refused; where that matters the count
 is a range. The gains are those recorded: with another kept set they would differ a little, as the
 nearest kept samples would be others.

@@ -165,7 +165,7 @@ class GrowthFolder:
         return np.concatenate(parts)
 
     def pending(self, before_source: int | None = None) -> pa.Table:
-        """Samples that wait for a better caption: dropped for their alignment, and never joined
+        """Samples that a better caption may let in: dropped for their alignment, and never joined
         since. ``id``, ``original_caption`` and ``original_alignment`` as they came first.
 
         Args:
@@ -177,9 +177,9 @@ class GrowthFolder:
         end = -1 if before_source is None else pc.index(table["source"], before_source).as_py()
         table = table.slice(0, end if end >= 0 else None)
         joined = table.filter(pc.not_equal(table["verdict"], "dropped"))["id"].combine_chunks()
-        waits = pc.is_in(table["reason"], pa.array(sorted(PENDING_REASONS)))
-        waits = pc.and_not(waits, pc.is_in(table["id"], joined))
-        found = table.filter(waits).group_by("id", use_threads=False)
+        is_pending = pc.is_in(table["reason"], pa.array(sorted(PENDING_REASONS)))
+        is_pending = pc.and_not(is_pending, pc.is_in(table["id"], joined))
+        found = table.filter(is_pending).group_by("id", use_threads=False)
         return found.aggregate([(name, "first") for name in names[1:]]).rename_columns(names)
 
     def estimate(self) -> StreamEstimate | None:

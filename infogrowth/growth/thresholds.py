@@ -33,7 +33,7 @@ _SWAPS = 32  # swapped partners tried per seed
 _BINS = 12  # of equal mass: enough for a proportion, with some seeds in each
 _GROUPS = 20  # of the jackknife
 _STEPS = 3000  # of the EM algorithm, which ends earlier when nothing moves any more
-_FEWEST = 100  # a threshold keeps a hundredth of the stream: fewer tell nothing about purity
+_FEWEST = 100  # a threshold keeps a hundredth of the stream: fewer say nothing about purity
 
 
 @dataclass(frozen=True)

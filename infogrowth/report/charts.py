@@ -220,15 +220,15 @@ def draw_gain(figure: Figure, gains: dict[str, np.ndarray]) -> None:
     axes = figure.subplots()
     finite = np.concatenate(list(gains.values()))
     finite = finite[np.isfinite(finite)]
-    low, most = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     # A few first samples, when everything is new, would squeeze the others into one bar.
     top = max(1.15 * float(np.quantile(finite, 0.99)), 1e-6) if len(finite) else 1.0
-    top = min(top, most) if most > 0 else top
+    top = min(top, high) if high > 0 else top
     edges = np.linspace(min(0.0, low), top, 41)
     for space, values in gains.items():
         values = values[np.isfinite(values)]
         outlined_histogram(axes, values, edges, COLORS[space], f"{space} gain", alpha=0.28)
-    beyond = " (last bar: or more)" if most > top else ""
+    beyond = " (last bar: or more)" if high > top else ""
     axes.set(ylim=(0, None), xlim=(edges[0], edges[-1]), ylabel="kept samples")
     axes.set_xlabel("gain: mean distance to the nearest kept" + beyond)
     compact_counts(axes, "y")

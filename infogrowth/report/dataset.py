@@ -1,4 +1,4 @@
-"""What a report looks at: a growth folder or a result JSON as one table, a row per sample.
+"""What a report looks at: a growth folder or a result JSON as one table, and the figures of it.
 
 Everything else in this package works on :class:`GrowthTable` and knows no file layout.
 """
@@ -17,6 +17,7 @@ import pyarrow as pa
 from infogrowth.annotations import gains_array, load_annotations
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
+from infogrowth.growth.sampling import REVERSE_FLOOR, normalized_gains
 from infogrowth.growth.sources import SourceProgress
 from infogrowth.growth.thresholds import StreamEstimate
 
@@ -25,6 +26,8 @@ NUMBERS = (
     *("alignment", "original_alignment", "recaption_alignment"),
     *("gain_image", "gain_text"),
 )
+NEAR_DUPLICATE = 0.2  # of the usual nearest distance
+ROUNDING = 1e-6  # what float32 features of one image may be apart
 _NEIGHBORS = [
     f"{space}_{what}" for space in ("image", "text") for what in ("neighbors", "distances")
 ]
@@ -183,3 +186,181 @@ def _skipped(sources: list[SourceProgress]) -> dict[str, int]:
     )
     of_features = counts.groupby(["features", "reason"], sort=False)["count"].max()
     return {str(r): int(n) for r, n in of_features.groupby("reason", sort=False).sum().items()}
+
+
+# --- figures: pure functions of a table ---------------------------------------------------------
+
+
+def headline(table: GrowthTable) -> dict[str, Any]:
+    """The counts a reader wants first: ``seen`` (with seeds, without the skipped), ``seeds``,
+    ``kept`` (the recaptioned too), ``recaptioned``, ``dropped``, ``skipped``; the means of the
+    gains over the kept samples; and the effective size, the sum of the normalized gains: draws of
+    one gain-weighted pass."""
+    gains = table.gains[table.kept]
+    image, text = pd.DataFrame(gains).mean().tolist()
+    return {
+        "seen": len(table.rows),
+        "seeds": int((table.rows.reason == "seed").sum()),
+        "kept": len(gains),
+        "recaptioned": int((table.rows.verdict == "recaptioned").sum()),
+        "dropped": len(table.rows) - len(gains),
+        "skipped": sum(table.skipped.values()),
+        "gain_image": image,
+        "gain_text": text,
+        "effective_size": float(_safe_normalized(gains).sum()),
+    }
+
+
+def growth_curve(table: GrowthTable, blocks: int = 120) -> pd.DataFrame:
+    """The stream in blocks of equal length (the last may be shorter), a row each.
+
+    The block means flatten when new samples bring less that is new; a block holds at least five
+    samples, so that one sample does not make a spike.
+
+    Returns:
+        columns ``seen`` (samples at the end of the block), ``kept`` (without the recaptioned),
+        ``recaptioned`` and ``dropped`` so far; ``gain_image`` and ``gain_text``, means over the
+        block's kept samples, NaN if it has none.
+    """
+    count = len(table.rows)
+    block = np.arange(count) // max(5, -(-count // blocks))
+    verdicts = ("kept", "recaptioned", "dropped")
+    each = pd.DataFrame({verdict: table.rows.verdict == verdict for verdict in verdicts})
+    so_far = each.groupby(block).sum().cumsum()
+    gains = pd.DataFrame(table.gains, columns=["gain_image", "gain_text"])
+    means = gains.where(pd.Series(table.kept), axis=0).groupby(block).mean()
+    return pd.concat([so_far.sum(axis=1).rename("seen"), so_far, means], axis=1)
+
+
+def source_starts(table: GrowthTable) -> list[tuple[int, str]]:
+    """Of every source the number of samples seen before it, and its name."""
+    sources = table.rows.source
+    return list(sources[sources != sources.shift()].items())
+
+
+def by_source(table: GrowthTable) -> pd.DataFrame:
+    """What each source brought, in the order in which the sources were read: columns ``source``,
+    ``seen``, ``kept`` and ``gain``, the mean of its kept samples."""
+    rows = table.rows.assign(kept=table.kept, gain=table.rows.gain.where(table.kept))
+    return rows.groupby("source", sort=False, as_index=False).agg(
+        seen=("id", "size"), kept=("kept", "sum"), gain=("gain", "mean")
+    )
+
+
+def expected_visits(gains: np.ndarray) -> pd.DataFrame:
+    """How often each sampler is expected to draw each kept sample in an epoch (spec §2).
+
+    * ``uniform``: once.
+    * ``proportional``: N draws in repeated passes of Bernoulli(gain), so N · gain / sum(gain).
+    * ``two_phase``: the mean of an ``even`` epoch, Bernoulli(gain), and an ``odd`` one,
+      Bernoulli(max(1 − gain, 0.1)).
+
+    Args:
+        gains: (K, 2) image and text gains of the kept samples.
+
+    Returns:
+        K rows, a column for each word above; ``even`` is the normalized gain. The sum of a column
+        is the length of an epoch.
+    """
+    even = _safe_normalized(gains)
+    odd = np.maximum(1 - even, REVERSE_FLOOR)
+    proportional = even * (len(even) / even.sum()) if even.any() else even
+    return pd.DataFrame(
+        {"uniform": np.ones(len(even)), "proportional": proportional}
+        | {"two_phase": (even + odd) / 2, "even": even, "odd": odd}
+    )
+
+
+def duplicate_groups(
+    table: GrowthTable, distance: float | None = None, described: int = 24
+) -> dict[str, Any]:
+    """Groups of kept samples that are linked through images at most ``distance`` apart.
+
+    A sample is linked to those of its recorded nearest neighbors that are that close; groups are
+    what hangs together. Largest first, then in stream order; rows in stream order.
+
+    Args:
+        distance: cosine distance; None follows the encoder: :data:`NEAR_DUPLICATE` times the
+            distance at which a kept image usually finds its nearest, so that an encoder whose
+            features lie close together calls no more duplicates than another.
+        described: how many groups to describe.
+
+    Returns:
+        ``groups``, the ``rows`` of each described one, ``why`` they count as near-duplicates and
+        their mean ``gain``; the number of ``all_groups`` and of ``samples`` in them; the
+        ``distance``; and the ``usual`` one of a kept image to the nearest before it (median).
+    """
+    if table.neighbors is None:
+        return {"groups": [], "all_groups": 0, "samples": 0, "distance": 0.0, "usual": np.nan}
+    names = table.neighbors["image_neighbors"].combine_chunks()
+    distances = table.neighbors["image_distances"].combine_chunks().flatten().to_numpy(False)
+    rows = names.value_parent_indices().to_numpy()
+    nearest = np.full(len(table.rows), np.inf)
+    np.minimum.at(nearest, rows, distances)
+    known = nearest[table.kept & np.isfinite(nearest)]
+    usual = float(np.median(known)) if len(known) else float("nan")
+    if distance is None:
+        distance = max(NEAR_DUPLICATE * usual, ROUNDING) if len(known) else 0.0
+    close = (distances <= distance) & table.kept[rows]
+    row_of = {name: row for row, name in table.rows.id[table.kept].items()}
+    near = [row_of.get(name, -1) for name in names.flatten().filter(pa.array(close)).to_pylist()]
+    links = np.stack([rows[close], np.array(near, np.int64)])
+    leader = _connected(len(table.rows), links[:, links[1] >= 0])
+    members = pd.Series(np.arange(len(leader))).groupby(leader).agg(list)
+    groups = sorted((m for m in members if len(m) > 1), key=lambda rows: (-len(rows), rows[0]))
+
+    def why(rows: list[int]) -> str:
+        linked = nearest[rows][nearest[rows] <= distance]
+        widest = float(linked.max()) if len(linked) else 0.0
+        captions = table.rows.caption[rows].nunique()
+        words = "the same caption" if captions == 1 else f"{captions} captions"
+        if widest < ROUNDING:
+            return f"The same image to the encoder, under {len(rows)} ids with {words}."
+        times = f"{usual / widest:.0f} times closer than usual, " if usual else ""
+        return f"Each within {widest:.2g} of another, {times}with {words}."
+
+    return {
+        "groups": [
+            {"rows": rows, "why": why(rows), "gain": float(table.rows.gain[rows].mean())}
+            for rows in groups[:described]
+        ],
+        "all_groups": len(groups),
+        "samples": sum(map(len, groups)),
+        "distance": distance,
+        "usual": usual,
+    }
+
+
+def reason_counts(table: GrowthTable) -> list[tuple[str, int]]:
+    """Why samples are not in the grown set: dropped and skipped ones by reason, most first."""
+    dropped = table.rows.reason[~table.kept].value_counts()
+    total = dropped.add(pd.Series(table.skipped, dtype=float), fill_value=0)
+    counts = [(str(reason), int(count)) for reason, count in total.items()]
+    return sorted(counts, key=lambda item: (-item[1], item[0]))
+
+
+def ranks_in_percent(values: pd.Series) -> pd.Series:
+    """(N,) the share of known values that are smaller, in percent; NaN stays NaN."""
+    return 100 * (values.rank(method="min") - 1) / values.count()
+
+
+def _safe_normalized(gains: np.ndarray) -> np.ndarray:
+    """Normalized gains in [0, 1]; zeros where no sample has any gain (nothing to divide by)."""
+    gains = np.nan_to_num(gains)
+    if len(gains) == 0 or not (gains.mean(axis=1) > 0).any():
+        return np.zeros(len(gains))
+    return normalized_gains(gains)
+
+
+def _connected(count: int, links: np.ndarray) -> np.ndarray:
+    """The smallest number (count,) that each number hangs together with, by links (2, L)."""
+    leader = np.arange(count)
+    while True:
+        smaller = leader[links].min(axis=0)
+        found = leader.copy()
+        for end in links:
+            np.minimum.at(found, leader[end], smaller)
+        found = found[found]
+        if (found == leader).all():
+            return leader
+        leader = found

@@ -8,11 +8,11 @@ def count(value: float) -> str:
     return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def decimal(value: float | None, places: int = 3) -> str:
-    """A number with ``places`` decimals and a real minus sign; a dash when it is unknown."""
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` decimals and a real minus sign; a dash when it is unknown."""
     if value is None or not math.isfinite(value):
         return "–"
-    text = f"{value:.{places}f}"
+    text = f"{value:.{digits}f}"
     if float(text) == 0:
         text = text.lstrip("-")
     return text.replace("-", "\N{MINUS SIGN}")

@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from infogrowth.growth.thresholds import StreamEstimate
-from infogrowth.report import formatting, numbers
+from infogrowth.report import dataset, formatting
 from infogrowth.report.charts import (
     NARROW,
     SMALL,
@@ -60,32 +60,32 @@ def dataset_context(
     duplicate_distance: float | None = None,
 ) -> dict[str, Any]:
     """Everything that dataset.html.j2 shows."""
-    duplicates = numbers.duplicate_groups(table, duplicate_distance)
+    duplicates = dataset.duplicate_groups(table, duplicate_distance)
     for group in duplicates["groups"]:
         group["samples"] = samples(table.rows.iloc[group["rows"][:GROUP_IMAGES]])
-    head = numbers.headline(table)
-    visits = numbers.expected_visits(table.gains[table.kept])
+    head = dataset.headline(table)
+    visits = dataset.expected_visits(table.gains[table.kept])
     return {
         "table": table,
         "address": thumbnails.address,
         "headline": head,
         "settings_line": settings_line(table),
         "notes": notes,
-        "sources": list(numbers.by_source(table).itertuples()),
+        "sources": list(dataset.by_source(table).itertuples()),
         "figures": dataset_charts(table, head, visits),
         "purity_note": purity_note(table.estimate) if table.estimate else None,
         "epoch_lengths": visits.sum(),
         "galleries": galleries(table),
         "duplicates": duplicates,
         "map": kept_map(table, thumbnails),
-        "reasons": numbers.reason_counts(table),
+        "reasons": dataset.reason_counts(table),
     }
 
 
 def dataset_charts(
     table: GrowthTable, head: dict[str, Any], visits: pd.DataFrame
 ) -> dict[str, Markup]:
-    """The charts of dataset.html.j2 by name; without those for which the table has no numbers."""
+    """The charts of dataset.html.j2 by name; without those for which the table has no dataset."""
     gains = dict(zip(("image", "text"), table.gains[table.kept].T, strict=True))
     if not table.has_text:
         del gains["text"]
@@ -108,7 +108,7 @@ def dataset_charts(
         ),
     }
     if table.neighbors is not None:
-        curve = numbers.growth_curve(table)
+        curve = dataset.growth_curve(table)
         charts["growth"] = wide_and_narrow(
             "growth",
             "Of {seen} samples seen, {kept} were kept, {recaptioned} of them with a new caption, "
@@ -118,7 +118,7 @@ def dataset_charts(
             (NARROW, 380),
             draw_growth,
             curve,
-            numbers.source_starts(table),
+            dataset.source_starts(table),
         )
     alignment, verdicts = table.rows.alignment, table.rows.verdict
     if alignment.notna().any():

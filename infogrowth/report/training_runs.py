@@ -84,10 +84,15 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
     best = max((tables[at] for at in sorted(tables)), key=lambda t: t["r_mean"], default={})
     speeds = [r["samples_per_s"] for r in records if _is_number(r.get("samples_per_s"))]
     times = [r["time"] for r in records if _is_number(r.get("time"))]
+    curves = (
+        {_position(record): record["loss"] for record in losses},
+        {at: table["r_mean"] for at, table in tables.items()},
+    )
+    loss, recall = (pd.Series(curve, dtype=float).sort_index() for curve in curves)
     return TrainingRun(
         name=name or path.resolve().parent.name,
-        loss=_curve({_position(record): record["loss"] for record in losses}),
-        recall=_curve({at: table["r_mean"] for at, table in tables.items()}),
+        loss=loss,
+        recall=recall,
         recall_table=best,
         samples_per_second=float(np.median(speeds)) if speeds else float("nan"),
         hours=(times[-1] - times[0]) / 3600 if len(times) > 1 else float("nan"),
@@ -96,13 +101,12 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
 
 def read_runs(directories: list[str]) -> list[TrainingRun]:
     """Several runs; those of the same folder name are named with their parent folder."""
-    names = [Path(d).resolve().name for d in directories]
-    runs = []
-    for directory, name in zip(directories, names, strict=True):
-        if names.count(name) > 1:
-            name = f"{Path(directory).resolve().parent.name}/{name}"
-        runs.append(read_run(directory, name))
-    return runs
+    paths = [Path(directory).resolve() for directory in directories]
+    names = [path.name for path in paths]
+    return [
+        read_run(path, path.name if names.count(path.name) == 1 else "/".join(path.parts[-2:]))
+        for path in paths
+    ]
 
 
 def smoothed(curve: pd.Series, limit: int = 200) -> pd.Series:
@@ -147,10 +151,6 @@ def _position(record: dict[str, Any]) -> float:
     """Where in the run a record lies: samples seen, else the step, else the epoch."""
     keys = ("samples_seen", "step", "epoch")
     return next((float(record[key]) for key in keys if _is_number(record.get(key))), 0.0)
-
-
-def _curve(values: dict[float, float]) -> pd.Series:
-    return pd.Series(values, dtype=float).sort_index()
 
 
 def training_context(runs: list[TrainingRun]) -> dict[str, Any]:

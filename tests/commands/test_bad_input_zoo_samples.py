@@ -1,4 +1,4 @@
-"""The zoo of bad samples in a good pile: recorded with the reason, counted; the rest grows."""
+"""The zoo of bad samples in a good source: recorded with the reason, counted; the rest grows."""
 
 import numpy as np
 import pyarrow as pa
@@ -88,7 +88,7 @@ BAD_RECAPTIONS = {
 
 
 @pytest.mark.parametrize("name", BAD_RECAPTIONS)
-def test_a_bad_recaption_is_told_and_the_sample_stays_out(
+def test_a_bad_recaption_is_reported_and_the_sample_stays_out(
     feature_folder, infogrowth, tmp_path, name
 ):
     parts, reason = BAD_RECAPTIONS[name]

@@ -69,7 +69,7 @@ def test_good_records_of_skipped_samples_are_counted(grow, tmp_path):
     assert read_growth(tmp_path / "growth").sources[0].skipped == {"no caption": 2}
 
 
-def test_a_manifest_with_skipped_counts_of_words_is_told_as_damaged(grow, infogrowth, tmp_path):
+def test_a_manifest_with_skipped_counts_of_words_is_damaged(grow, infogrowth, tmp_path):
     assert grow("skipped.jsonl", b"")[0] == 0
     path = tmp_path / "growth/manifest.json"
     manifest = json.loads(path.read_text())

@@ -189,7 +189,7 @@ def test_parts_of_independent_jobs_make_the_same_bytes(
 
 
 def test_nodes_that_share_no_disk_are_refused_before_any_work(dataset, encoder, tmp_path):
-    """Two ranks whose relative --output lies in different places, as on two nodes' own disks."""
+    """Two ranks whose relative --output lies in different folders, as on two nodes' own disks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

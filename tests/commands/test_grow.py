@@ -309,7 +309,9 @@ def test_a_thresholds_seeds_and_stream_must_be_there(noisy, infogrowth, tmp_path
 def test_outputs_of_all_kinds(feature_folder, infogrowth, tmp_path):
     uids = [f"{number:032x}" for number in (7, 3, 2**64 + 1, 9, 5, 1)]
     features = feature_folder("features", ids=uids)
-    outputs = [tmp_path / f"out{ending}" for ending in (".json", ".npy", ".jsonl", ".parquet")]
+    outputs = [
+        tmp_path / f"out{extension}" for extension in (".json", ".npy", ".jsonl", ".parquet")
+    ]
     status, _ = infogrowth(
         "grow", "--features", features, "--growth", tmp_path / "g", "--output", *outputs,
         "--legacy-strings", "--uid-repeats", "3",

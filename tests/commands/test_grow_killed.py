@@ -110,7 +110,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(selection, job, forked):
     for command in job("whole"):
         assert forked(command)["status"] == 0
     first, again = job("full")
-    # About 80 samples of a part join, 20 kB of features: room for some parts, not for all.
+    # About 80 samples of a part join, 20 kB of features: enough for some parts, not for all.
     answer = forked(first, file_limit=20_600)
     assert answer["status"] == 2
     assert "error: cannot write" in answer["printed"]

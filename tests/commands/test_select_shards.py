@@ -35,7 +35,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shards_hold_pictures_captions_and_gains(shards, grown):
+def test_shards_hold_images_captions_and_gains(shards, grown):
     annotations, images = grown
     everything = load_annotations(annotations)
     gains = gains_array(everything).mean(axis=1)

@@ -381,7 +381,7 @@ def test_annotations_hold_image_caption_and_both_gains():
     ]
 
 
-def test_columns_tell_the_same_as_the_records():
+def test_columns_hold_the_same_as_the_records():
     ids, captions, image, text = small(80)
     growth = InfoGrowth(device="cpu")
     decisions = growth.process(ids, captions, image, text)

@@ -203,7 +203,7 @@ def test_a_folder_killed_right_after_its_settings_were_written_is_begun_again(tm
     assert read_growth(tmp_path / "growth").totals["pairs"] == 20
 
 
-def test_samples_wait_for_a_caption_until_they_join(grown):
+def test_samples_are_pending_until_they_join(grown):
     directory, growth = grown
     frame = read_growth(directory).decisions().to_pandas()
     dropped = frame[frame.verdict == "dropped"]

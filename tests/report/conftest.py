@@ -1,4 +1,4 @@
-"""A small grown dataset with pictures, made by hand: what was decided is known in every number.
+"""A small grown dataset with images, made by hand: what was decided is known in every number.
 
 The growth folder is written with pyarrow and numpy from its public layout, the gains by brute
 force in float64, so that these tests do not lean on the engine they report about.
@@ -58,10 +58,10 @@ def made(tmp_path_factory) -> Made:
     """160 samples of 8 looks: 10 seeds, noise, recaptions, near-duplicates, hostile captions."""
     folder = tmp_path_factory.mktemp("made")
     samples = make_samples(160)
-    lmdb = folder / "pictures"
+    lmdb = folder / "images"
     with LmdbWriter(lmdb) as writer:
         for sample in samples:
-            writer.put(sample["id"], sample["picture"])
+            writer.put(sample["id"], sample["jpeg"])
     rows, image, text = grow(samples)
     growth = folder / "growth <b>&amp;"
     write_growth(growth, rows, image, text, images=str(lmdb))
@@ -122,7 +122,7 @@ def make_samples(count: int) -> list[dict]:
                 "text": _unit(text),
                 "fit": _unit(image + 0.15 * random.normal(size=24)),
                 "caption": caption + (HOSTILE if number in (17, 40, 41, 101) else ""),
-                "picture": _picture(random, look),
+                "jpeg": _drawing(random, look),
             }
         )
     samples[40]["id"] = HOSTILE
@@ -133,19 +133,19 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def _picture(random: np.random.Generator, look: int) -> bytes:
-    picture = Image.new("RGB", (160, 120), tuple(random.integers(190, 255, 3).tolist()))
-    draw = ImageDraw.Draw(picture)
+def _drawing(random: np.random.Generator, look: int) -> bytes:
+    image = Image.new("RGB", (160, 120), tuple(random.integers(190, 255, 3).tolist()))
+    draw = ImageDraw.Draw(image)
     x, y = random.integers(10, 60, 2).tolist()
     shape = (draw.ellipse, draw.rectangle)[look % 2]
     shape((x, y // 2, x + 80, y // 2 + 70), fill=COLORS[look], outline="black", width=2)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG")
+    image.save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def grow(samples: list[dict], min_align: float = 0.4) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    """Spec §2 said plainly: one sample after the other, every distance in float64."""
+    """Spec §2 in plain Python: one sample after the other, every distance in float64."""
     kept: list[tuple[str, np.ndarray, np.ndarray]] = []
     rows = []
     for number, sample in enumerate(samples):

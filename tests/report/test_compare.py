@@ -23,7 +23,7 @@ def test_overlap_and_gains_of_a_case_made_by_hand(tmp_path):
     )
     b = opened(
         tmp_path / "b.json",
-        ("2", "two, said anew", (0.2, 0.4)),
+        ("2", "two, in other words", (0.2, 0.4)),
         ("1", "one", (0.2, 0.4)),
         ("9", "nine", (0.5, 0.7)),
     )

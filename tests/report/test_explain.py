@@ -21,7 +21,7 @@ def row_of(made, sample_id):
     return next(row for row in made.rows if row["id"] == sample_id)
 
 
-def test_a_recaptioned_sample_tells_both_captions_and_alignments(made, grown):
+def test_a_recaptioned_sample_names_both_captions_and_alignments(made, grown):
     sample_id = made.ids("recaptioned")[0]
     row, text = row_of(made, sample_id), as_text(one(grown, sample_id))
     assert row["caption"] in text
@@ -30,7 +30,7 @@ def test_a_recaptioned_sample_tells_both_captions_and_alignments(made, grown):
     assert "kept with the new caption" in text
 
 
-def test_a_new_caption_tells_who_wrote_it_and_what_let_it_in(made, grown):
+def test_a_new_caption_names_who_wrote_it_and_what_let_it_in(made, grown):
     found = one(grown, made.ids("recaptioned")[0])
     assert "captioner" not in as_text(found)  # folders of earlier versions did not record it
     record = {"captioner": "nearest:list.json", "recaption_alignment": 0.7125}
@@ -39,7 +39,7 @@ def test_a_new_caption_tells_who_wrote_it_and_what_let_it_in(made, grown):
     assert "alignment 0.713, not taken" in as_text({**found, **record})
 
 
-def test_a_dropped_sample_tells_the_threshold_it_missed(made, grown):
+def test_a_dropped_sample_names_the_threshold_it_missed(made, grown):
     found = one(grown, made.ids("dropped")[0])
     assert f"{found['alignment']:.3f}".replace("-", "−") + " is under 0.4" in found["why"]
     assert found["visits"] is None
@@ -47,7 +47,7 @@ def test_a_dropped_sample_tells_the_threshold_it_missed(made, grown):
     assert found["gain_image"] is not None
 
 
-def test_a_seed_is_told_to_be_trusted(grown):
+def test_a_seed_is_called_trusted(grown):
     assert "never filtered" in one(grown, "000003")["why"]
 
 
@@ -98,7 +98,7 @@ def test_the_strip_shows_the_sample_and_its_neighbors(made, grown):
     assert middle == own.getpixel((50, own.height // 2))
 
 
-def test_the_strip_says_where_a_image_is_missing(grown):
+def test_the_strip_says_where_an_image_is_missing(grown):
     strip = image_strip(one(grown, "000090"), Thumbnails(None))
     assert strip.getpixel((20, 20)) == (0xEE, 0xF0, 0xF4)
 

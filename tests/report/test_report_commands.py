@@ -91,9 +91,9 @@ def test_redundant_samples_stand_beside_their_nearest_neighbors(page, made):
     start = page.index('id="panel-redundant"')
     first = page[start : page.index("</li>", page.index('class="neighbors"', start))]
     kept = [row for row in made.rows if row["verdict"] != "dropped"]
-    least = min(kept, key=lambda row: row["gain_image"] + row["gain_text"])
-    assert f"<bdi>{least['id']}</bdi>" in first
-    assert f"{least['image_distances'][0]:.3f}" in first
+    lowest = min(kept, key=lambda row: row["gain_image"] + row["gain_text"])
+    assert f"<bdi>{lowest['id']}</bdi>" in first
+    assert f"{lowest['image_distances'][0]:.3f}" in first
 
 
 def test_the_same_growth_gives_the_same_bytes(page, made, tmp_path):
@@ -194,7 +194,7 @@ def test_unusual_growths_have_a_report_and_a_sweep_too(rows, tmp_path, write_fol
     assert main(["sweep", str(tmp_path / "g")]) == (0 if kept else 2)
 
 
-def test_a_growth_that_was_begun_but_holds_nothing_is_told_so(tmp_path, write_folder, capsys):
+def test_a_growth_that_was_begun_but_holds_nothing_is_refused(tmp_path, write_folder, capsys):
     write_folder(tmp_path / "g", [], np.ones((0, 4)), np.ones((0, 4)))
     assert main(["report", str(tmp_path / "g"), "-o", str(tmp_path / "r.html")]) == 2
     assert "no samples" in capsys.readouterr().err

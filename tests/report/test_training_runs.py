@@ -75,7 +75,7 @@ def test_a_log_of_something_else_is_refused(tmp_path):
         read_run(write(tmp_path / "run", {"hello": 1}))
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_get_their_parent_folder(tmp_path):
     folders = [write(tmp_path / kind / "pretrain", step(1, 4.0)) for kind in ("full", "grown")]
     assert [run.name for run in read_runs(folders)] == ["full/pretrain", "grown/pretrain"]
 
