@@ -68,15 +68,7 @@ def score() -> dict[str, Any]:
     names = ["id", "verdict", "reason", "original_alignment", "caption", "original_caption"]
     decisions = growth.decisions(names).to_pandas()
     swapped = decisions.id.map(lambda sample: truth[sample]["swapped"]).to_numpy(bool)
-    stream = decisions[decisions.reason != "seed"]  # seeds were never in question
-    captions = score_captions(
-        stream.id.tolist(),
-        stream.original_caption.tolist(),
-        stream.caption.tolist(),
-        stream.verdict != "dropped",
-        stream.verdict == "recaptioned",
-        right_captions(),
-    )
+    captions = score_captions(decisions, right_captions())
     precision, recall = detection(decisions.verdict != "kept", swapped)
     annotations = growth.annotations()
     copied = [truth[entry["image"]]["copy_of"] is not None for entry in annotations]

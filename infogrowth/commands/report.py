@@ -100,19 +100,11 @@ def _dataset(config: Config) -> dict[str, Any]:
 
 
 def _score(path: str, table: "GrowthTable") -> "CaptionScore":
-    """Captions before and after, seeds left out: they were never in question."""
+    """Captions before and after, where the right ones are known."""
     from infogrowth.evaluation.truth import score_captions
 
     captions = {entry["image"]: entry["caption"] for entry in load_annotations(path)}
     right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
-    stream = table.rows[table.rows.reason != "seed"]
-    if not stream.id.isin(right).any():
+    if not table.rows.id[table.rows.reason != "seed"].isin(list(right)).any():
         raise UserError(f"{path} knows none of the samples of {table.name}; are the ids the same?")
-    return score_captions(
-        stream.id.tolist(),
-        stream.original_caption.tolist(),
-        stream.caption.tolist(),
-        stream.verdict != "dropped",
-        stream.verdict == "recaptioned",
-        right,
-    )
+    return score_captions(table.rows, right)

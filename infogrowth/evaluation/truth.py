@@ -3,7 +3,7 @@
 Pure functions on arrays, for samples with planted noise (``processed_data/sample_truth.json``).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,32 +46,25 @@ class CaptionScore:
     recaptions_right: int
 
 
-def score_captions(
-    ids: Sequence[str],
-    original: Sequence[str],
-    captions: Sequence[str],
-    kept: np.ndarray,
-    recaptioned: np.ndarray,
-    truth: Mapping[str, Collection[str]],
-) -> CaptionScore:
-    """Hold captions before and after growth against the right ones; samples without are left out.
+def score_captions(decisions: pd.DataFrame, truth: Mapping[str, Collection[str]]) -> CaptionScore:
+    """Hold captions before and after growth against the right ones. Left out are samples without a
+    truth, and seeds, which were never in question.
 
     Args:
-        ids, original, captions: N samples, their captions as they came and as they were decided.
-        kept, recaptioned: ``(N,)`` booleans; a recaptioned sample is a kept one.
+        decisions: columns id, verdict, reason, caption and original_caption of the decisions.
         truth: id -> every caption that is right.
     """
-    known = np.array([name in truth for name in ids])
+    known = decisions[decisions.id.isin(list(truth)) & (decisions.reason != "seed")]
     came, now = (
-        np.array([text in truth.get(name, ()) for name, text in zip(ids, texts, strict=True)])
-        for texts in (original, captions)
+        np.array([text in truth[name] for name, text in zip(known.id, texts, strict=True)], bool)
+        for texts in (known.original_caption, known.caption)
     )
-    kept, recaptioned = np.asarray(kept, bool) & known, np.asarray(recaptioned, bool) & known
-    right = came & known
+    verdict = known.verdict.to_numpy()
+    kept, recaptioned = verdict != "dropped", verdict == "recaptioned"
     return CaptionScore(
-        wrong_before=float((~came[known]).mean()) if known.any() else 0.0,
+        wrong_before=float((~came).mean()) if len(known) else 0.0,
         wrong_after=float((~now[kept]).mean()) if kept.any() else 0.0,
-        right_kept=float((kept & ~recaptioned)[right].mean()) if right.any() else 1.0,
+        right_kept=float((verdict == "kept")[came].mean()) if came.any() else 1.0,
         recaptioned=int(recaptioned.sum()),
         recaptions_right=int((recaptioned & now).sum()),
     )

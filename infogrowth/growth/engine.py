@@ -334,10 +334,12 @@ class InfoGrowth:
                 f"captions and {len(gains)} gains: they do not belong together."
             )
         with growth._all_or_nothing():
-            for space, features in zip(
-                growth.spaces, (image_features, text_features), strict=False
-            ):
-                held = growth._restore_index(space, features)
+            for space, given in zip(growth.spaces, (image_features, text_features), strict=False):
+                if given is None:
+                    raise UserError(f"A saved dataset of {modality!r} data needs {space} features.")
+                held = 0
+                for part in [given] if hasattr(given, "shape") else given:
+                    held += growth._insert_saved(space, part) if len(part) else 0
                 if held != len(ids):
                     raise UserError(
                         f"A saved dataset has {len(ids)} ids but {held} {space} features."
@@ -345,19 +347,14 @@ class InfoGrowth:
         growth._remember(list(ids), list(captions), gains)
         return growth
 
-    def _restore_index(self, space: str, features: Any) -> int:
-        """Insert saved features; returns how many."""
-        if features is None:
-            raise UserError(f"A saved dataset of {self.modality!r} data needs {space} features.")
-        for part in [features] if hasattr(features, "shape") else features:
-            if len(part):
-                rows, invalid = unit_rows(as_matrix(part, f"The saved {space} features"))
-                if invalid.any():
-                    raise UserError(f"The saved {space} features hold rows that are no unit rows.")
-                if space not in self._indexes:
-                    self._indexes[space] = self._new_index(space, rows.shape[1])
-                self._indexes[space].extend(rows)
-        return self._indexes[space].count if space in self._indexes else 0
+    def _insert_saved(self, space: str, features: Any) -> int:
+        rows, invalid = unit_rows(as_matrix(features, f"The saved {space} features"))
+        if invalid.any():
+            raise UserError(f"The saved {space} features hold rows that are no unit rows.")
+        if space not in self._indexes:
+            self._indexes[space] = self._new_index(space, rows.shape[1])
+        self._indexes[space].extend(rows)
+        return len(rows)
 
 
 def mean_distance(distances: np.ndarray) -> np.ndarray:

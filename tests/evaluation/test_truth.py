@@ -1,6 +1,7 @@
 """Scoring against a planted truth."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from infogrowth.evaluation.truth import auroc, detection, score_captions, share_in_lowest_decile
@@ -27,14 +28,16 @@ def test_precision_and_recall():
 
 def test_captions_are_scored_before_and_after():
     truth = {"a": ["red"], "b": ["blue"], "c": ["green", "leaf"], "d": ["sun"]}
-    score = score_captions(
-        ["a", "b", "c", "d", "unknown"],
-        ["red", "wrong", "wrong", "sun", "wrong"],
-        ["red", "wrong", "leaf", "sun", "wrong"],
-        kept=np.array([1, 1, 1, 0, 1]),
-        recaptioned=np.array([0, 0, 1, 0, 0]),
-        truth=truth,
+    decisions = pd.DataFrame(
+        {
+            "id": ["a", "b", "c", "d", "unknown", "b"],
+            "original_caption": ["red", "wrong", "wrong", "sun", "wrong", "wrong"],
+            "caption": ["red", "wrong", "leaf", "sun", "wrong", "wrong"],
+            "verdict": ["kept", "kept", "recaptioned", "dropped", "kept", "kept"],
+            "reason": ["aligned"] * 5 + ["seed"],
+        }
     )
+    score = score_captions(decisions, truth)
     assert (score.wrong_before, score.wrong_after) == (1 / 2, 1 / 3)
     assert (score.right_kept, score.recaptions_right, score.recaptioned) == (1 / 2, 1, 1)
 
