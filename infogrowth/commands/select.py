@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -76,13 +76,19 @@ def run(config: Config) -> int:
         # With --top all gains may be zero: then no uid is repeated.
         if (choice.gains.mean(axis=1) > 0).any():
             probability = normalized_gains(choice.gains)
-        _write(config, choice, choice.positions[rows], probability[rows])
+        choice = replace(choice, positions=choice.positions[rows], gains=choice.gains[rows])
+        for path in config.output:
+            if is_folder_output(path):
+                _write_shards(config, Path(path), choice)
+                continue
+            repeats = partial(uid_repeats, probability[rows], config.uid_repeats)
+            # What a result JSON knows is in its entries, unless a condition added to it.
+            tables = choice.rows if choice.entries is None or choice.extra else None
+            options = config.legacy_strings, repeats, config.file_ending
+            write_export(path, choice.samples(), tables, *options)
         log.info(
             "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
-            f"{len(rows):,}",
-            f"{len(before):,}",
-            choice.gains[rows].mean(),
-            before.mean(),
+            *(f"{len(rows):,}", f"{len(before):,}", choice.gains.mean(), before.mean()),
             ", ".join(config.output),
         )
     return 0
@@ -90,7 +96,7 @@ def run(config: Config) -> int:
 
 @dataclass
 class _Choice:
-    """Samples to choose from: their positions (N,) ascending and gains (N, 2), in order.
+    """Samples to choose from, or chosen: positions (N,) ascending and gains (N, 2), in order.
 
     Attributes:
         table: their columns; None when no condition asks for them.
@@ -104,34 +110,31 @@ class _Choice:
     entries: Sequence[Annotation] | None = None
     extra: list[str] = field(default_factory=list)
 
-    def samples(self, positions: np.ndarray) -> Iterable[Annotation]:
-        """The samples at these positions, as a result JSON has them."""
+    def samples(self) -> Iterable[Annotation]:
+        """The samples as a result JSON has them."""
         if self.entries is not None:
-            return [self.entries[position] for position in positions.tolist()]
+            return [self.entries[position] for position in self.positions.tolist()]
+        gains = ("gain_image", "gain_text")
         return (
-            {
-                "image": r["image"],
-                "caption": r["caption"],
-                "gains": [r["gain_image"], r["gain_text"]],
-            }
-            for r in self.records(positions)
+            {"image": r["image"], "caption": r["caption"], "gains": [r[name] for name in gains]}
+            for r in self.records()
         )
 
-    def records(self, positions: np.ndarray) -> Iterator[dict[str, Any]]:
-        """The samples at these positions with all that is known of them."""
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The samples with all that is known of them."""
         if self.entries is None:
-            yield from (row for table in self.rows(positions) for row in table.to_pylist())
+            yield from (row for table in self.rows() for row in table.to_pylist())
             return
-        for sample in self.samples(positions):
+        for sample in self.samples():
             image, text = sample["gains"]
             others = {key: value for key, value in sample.items() if key != "gains"}
             yield {**others, "gain_image": image, "gain_text": text}
 
-    def rows(self, positions: np.ndarray) -> Iterator[pa.Table]:
-        """The samples at these positions as a table, with the extra columns."""
+    def rows(self) -> Iterator[pa.Table]:
+        """The samples as a table, with the extra columns."""
         assert self.table is not None
         wanted = ["id AS image", "samples.caption AS caption", "gain_image", "gain_text"]
-        return self.table.rows(positions, [*wanted, *self.extra])
+        return self.table.rows(self.positions, [*wanted, *self.extra])
 
 
 def _check(config: Config) -> None:
@@ -202,7 +205,7 @@ def _meeting_condition(condition: str, choice: _Choice) -> _Choice:
     if not len(positions):
         raise UserError(f"no sample meets the condition {condition!r}")
     _, gains = choice.table.gains(positions)
-    return _Choice(positions, gains, choice.table, choice.entries, [*choice.extra, *used])
+    return replace(choice, positions=positions, gains=gains, extra=[*choice.extra, *used])
 
 
 def _by_gain(config: Config, gains: np.ndarray) -> np.ndarray:
@@ -216,19 +219,7 @@ def _by_gain(config: Config, gains: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _write(config: Config, choice: _Choice, positions: np.ndarray, probability: np.ndarray) -> None:
-    for path in config.output:
-        if is_folder_output(path):
-            _write_shards(config, Path(path), choice, positions)
-            continue
-        repeats = partial(uid_repeats, probability, config.uid_repeats)
-        # What a result JSON knows of its samples is in its entries, unless a condition added to it.
-        tables = partial(choice.rows, positions) if choice.entries is None or choice.extra else None
-        samples = choice.samples(positions)
-        write_export(path, samples, tables, config.legacy_strings, repeats, config.file_ending)
-
-
-def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.ndarray) -> None:
+def _write_shards(config: Config, folder: Path, choice: _Choice) -> None:
     from infogrowth.data.image_stores import open_images
 
     where = config.images
@@ -236,9 +227,8 @@ def _write_shards(config: Config, folder: Path, choice: _Choice, positions: np.n
         where = read_growth(config.growth).settings.get("images")
     if where is None:
         raise UserError(f"{config.growth} does not record where its images are: give --images")
-    ids = [sample["image"] for sample in choice.samples(positions)]
-    images = open_images(where, ids)
-    records = choice.records(positions)
+    ids = [sample["image"] for sample in choice.samples()]
+    images, records = open_images(where, ids), choice.records()
     quiet = not log.isEnabledFor(logging.INFO)
     written = write_shards(folder, records, len(ids), images.find, config.shard_size, quiet)
     count = f"{written.samples:,}"
