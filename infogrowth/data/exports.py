@@ -103,13 +103,24 @@ def write_export(
         with atomic_write(path, "w") as file:
             file.writelines(_metadata_line(sample, extension) for sample in samples)
     elif kind == ".npy":
-        uids = np.array([_uid(sample["image"], path) for sample in samples], dtype="u8,u8")
+        names = [sample["image"] for sample in samples]
+        for name in names:
+            if not _UID.fullmatch(name):
+                raise UserError(
+                    f"sample {name!r} has no DataComp uid (32 hex digits) as its id, so {path} "
+                    "cannot be written; choose another --output"
+                )
+        uids = np.array([(int(n[:16], 16), int(n[16:], 16)) for n in names], dtype="u8,u8")
         if repeats is not None:
             uids = np.repeat(uids, repeats())
         uids.sort()
         atomic_write_array(path, uids)
     else:
-        _write_table(path, tables() if tables else iter([_sample_table(samples)]))
+        parts = tables() if tables else iter([_sample_table(samples)])
+        first = next(parts)
+        with atomic_write(path) as file, pq.ParquetWriter(file, first.schema) as writer:
+            for table in itertools.chain([first], parts):
+                writer.write_table(table)
 
 
 def as_column(values: list[Any]) -> pa.Array:
@@ -132,23 +143,6 @@ def _metadata_line(sample: Annotation, extension: str) -> str:
     if "gains" in sample:
         entry["gain"] = sum(sample["gains"]) / 2
     return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _uid(name: str, path: str | os.PathLike[str]) -> tuple[int, int]:
-    if not _UID.fullmatch(name):
-        raise UserError(
-            f"sample {name!r} has no DataComp uid (32 hex digits) as its id, so {path} "
-            "cannot be written; choose another --output"
-        )
-    return int(name[:16], 16), int(name[16:], 16)
-
-
-def _write_table(path: str | os.PathLike[str], tables: Iterator[pa.Table]) -> None:
-    first = next(tables)
-    with atomic_write(path) as file, pq.ParquetWriter(file, first.schema) as writer:
-        writer.write_table(first)
-        for table in tables:
-            writer.write_table(table)
 
 
 def _sample_table(samples: Iterable[Annotation]) -> pa.Table:
