@@ -150,26 +150,18 @@ def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotat
 
 
 def _checked_gains(gains: Any, where: str) -> list[float]:
-    numbers = [_as_gain(gain) for gain in gains] if isinstance(gains, list) else []
-    if len(numbers) != 2 or None in numbers:
+    listed = gains if isinstance(gains, list) else []
+    try:  # as text, since a whole number may lie beyond all floats: it is infinite then
+        numbers = [gain if type(gain) is float else float(str(gain)) for gain in listed]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 2:
         raise UserError(f"{where} has gains {gains!r:.60}, not two numbers [image, text]")
     if not all(math.isfinite(gain) for gain in numbers):
         raise UserError(f"{where} has gains that are not finite: {gains!r:.60}")
     if min(numbers) < -_ROUNDING:
         raise UserError(f"{where} has negative gains, but they are distances: {gains!r:.60}")
     return numbers
-
-
-def _as_gain(gain: Any) -> Any:
-    """A float (infinity for a whole number beyond all floats); None for what is no number."""
-    if isinstance(gain, bool) or not isinstance(gain, int | float | str):
-        return None
-    try:
-        return float(gain)
-    except ValueError:
-        return None
-    except OverflowError:
-        return math.inf
 
 
 class AnnotationTable(Sequence[Annotation]):
