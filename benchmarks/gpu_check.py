@@ -448,7 +448,7 @@ def embedding(machine: Machine) -> Iterator[Row]:
     model = encoder._features.model
     with torch.inference_mode():
         tokens = {name: tensor.to(machine.device) for name, tensor in batch.tokens.items()}
-        exact_images = model.encode_image(encoder._normalize(batch.images))[1]
+        exact_images = model.encode_image(encoder._pixels(batch.images))[1]
         exact_texts = model.encode_text(tokens["input_ids"], tokens["attention_mask"])[1]
     for what, rows, truth in (("image", images, exact_images), ("text", texts, exact_texts)):
         error = float((rows - functional.normalize(truth).cpu()).abs().max())
