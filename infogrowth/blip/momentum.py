@@ -35,7 +35,7 @@ Texts = tuple[torch.Tensor, torch.Tensor]  # ids and mask, (B, T) each
 
 
 @dataclass(frozen=True)
-class Features:
+class BatchFeatures:
     """Unit features of one batch, online and momentum, and how they compare with candidates."""
 
     image_tokens: torch.Tensor  # (B, L, W)
@@ -135,7 +135,7 @@ class MomentumBlip(BlipDual):
 
     def contrast(
         self, images_BCHW: torch.Tensor, ids_NT: torch.Tensor, mask_NT: torch.Tensor
-    ) -> Features:
+    ) -> BatchFeatures:
         """Features of a training batch: temperature kept in range, momentum moved, queue read.
 
         The order is BLIP's: online features, then the momentum update, then momentum features.
@@ -166,9 +166,9 @@ class MomentumBlip(BlipDual):
         with torch.no_grad():
             soft = logits(image_momentum, text_momentum)
         both = logits(image, text)
-        return Features(image_tokens, image, text, image_momentum, text_momentum, both, soft)
+        return BatchFeatures(image_tokens, image, text, image_momentum, text_momentum, both, soft)
 
-    def enqueue(self, features: Features, ids_B: torch.Tensor | None) -> None:
+    def enqueue(self, features: BatchFeatures, ids_B: torch.Tensor | None) -> None:
         """Write the momentum features of all ranks' batches into the queues, and the samples' ids
         where those are kept; of several texts of an image the first."""
         rows = len(features.image)

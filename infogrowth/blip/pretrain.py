@@ -14,7 +14,7 @@ from torch import nn
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import class_loss, copies_of_row, language_loss, same_id_targets
 from infogrowth.blip.model import seeded
-from infogrowth.blip.momentum import BothWays, Features, MomentumBlip, Texts
+from infogrowth.blip.momentum import BatchFeatures, BothWays, MomentumBlip, Texts
 from infogrowth.blip.text import attention_bias, build_text_decoder, open_with
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.
@@ -140,7 +140,7 @@ class BlipPretrain(MomentumBlip):
             )
         return losses
 
-    def _targets(self, features: Features, ids_B: torch.Tensor | None) -> BothWays:
+    def _targets(self, features: BatchFeatures, ids_B: torch.Tensor | None) -> BothWays:
         """Which candidates match the rows: their own, which come first, or all of their class."""
         if not self.class_positives or ids_B is None:
             i2t, t2i = (torch.eye(*each.shape, device=each.device) for each in features.logits)
@@ -154,7 +154,7 @@ class BlipPretrain(MomentumBlip):
 
     def _matching_in_batch(
         self,
-        features: Features,
+        features: BatchFeatures,
         texts: Texts,
         copies_BC: torch.Tensor | None,
         generator: torch.Generator | None,

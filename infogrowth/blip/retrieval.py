@@ -11,7 +11,7 @@ import torch
 from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import same_id_targets, similarity_logits
-from infogrowth.blip.momentum import Features, MomentumBlip, Texts
+from infogrowth.blip.momentum import BatchFeatures, MomentumBlip, Texts
 
 
 class BlipRetrieval(MomentumBlip):
@@ -60,7 +60,7 @@ class BlipRetrieval(MomentumBlip):
 
     def _matching_over_ranks(
         self,
-        features: Features,
+        features: BatchFeatures,
         texts: Texts,
         image_ids: torch.Tensor,
         generator: torch.Generator | None,
