@@ -153,7 +153,8 @@ def _arms_table(made: pd.DataFrame, curves: pd.DataFrame) -> str:
         mine = curves[curves.arm == name]
         end = mine[mine.evaluation == mine.evaluation.max()]
         ratio, low, high = speed_up(curves, name)
-        interval = f" ({low:.1f}–{high:.1f})" if high > low else ""
+        lowest = f"{low:.1f}" if low else "not reached"
+        interval = f" ({lowest}–{high:.1f})" if high > low else ""
         reach = f"{ratio:.1f} ×{interval}" if ratio > 0 else "not reached"
         lines.append(
             f"| {ARMS[name].says} | {_pairs(made[made.arm == name])} "
