@@ -1,4 +1,4 @@
-"""How well each score tells the sample's right captions from the swapped ones.
+"""How well each score separates the sample's right captions from the swapped ones.
 
     python -m infogrowth score --features FEATURES --by cosine negclip itm --output output/scores
     python benchmarks/caption_scores.py --scores output/scores

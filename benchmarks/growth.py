@@ -7,9 +7,9 @@
 
 Measured is throughput at a given size: a dataset of that many kept pairs is put in place (ours:
 `InfoGrowth.restore`; the paper's: bulk insertion into its two graphs), then further pairs are
-offered and timed. The paper's loop is hnswlib (cosine, M 48, ef_construction 100, ef 32) with one
+added and timed. The paper's loop is hnswlib (cosine, M 48, ef_construction 100, ef 32) with one
 sample at a time, two indexes and k 4, written here from that description. Gains of the first pairs
-offered are compared with brute force in float64. Each engine runs in its own process, so that its
+given are compared with brute force in float64. Each engine runs in its own process, so that its
 peak memory is its own. "Pairs per CPU second" counts the work of all threads, and so stays
 comparable on a machine that others use too. "Put in place" is the rate at which the kept pairs were
 inserted, files read included. "First batch" are the seconds that ours took over its
@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 PROBE = 512  # pairs whose gains are checked
-BATCH = 8192  # pairs offered at once to ours, in each round
+BATCH = 8192  # pairs given at once to ours, in each round
 ROUNDS = 3  # each engine is timed this often on fresh pairs; the best counts
 PORTION = 65536
 ENGINES = ("paper", "exact", "approximate")
@@ -77,7 +77,7 @@ def from_embeddings(path: str, size: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 
 def write_features(folder: Path, size: int, options: argparse.Namespace) -> None:
-    """Put the features of `size` kept pairs and of the pairs to offer into `folder`."""
+    """Put the features of `size` kept pairs and of the pairs to process into `folder`."""
     total = size + PROBE + ROUNDS * BATCH
     portions = (
         from_embeddings(options.embeddings, total)
@@ -101,8 +101,8 @@ def read_features(folder: Path, space: str, start: int, stop: int, dimension: in
 
 
 def true_gains(folder: Path, size: int, dimension: int) -> np.ndarray:
-    """Gains (PROBE, 2) of the first pairs offered, by brute force in float64: each sees the kept
-    pairs and the pairs offered before it."""
+    """Gains (PROBE, 2) of the first pairs processed, by brute force in float64: each sees the kept
+    pairs and the pairs processed before it."""
     gains = np.empty((PROBE, 2))
     for column, space in enumerate(("image", "text")):
         probe = read_features(folder, space, size, size + PROBE, dimension).astype(np.float64)

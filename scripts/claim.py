@@ -4,7 +4,7 @@
 
 Data, scoring encoder, growth in portions, arms, trainings, figures: each step is kept when it is
 done, a stopped one goes on, and what was measured is appended to the results file, from which the
-figures can be drawn at any time (--figures_only). docs/claim.md tells what came out.
+figures can be drawn at any time (--figures_only). docs/claim.md says what came out.
 
 Needs npm and `pip install resvg-py` (to draw the icons).
 """

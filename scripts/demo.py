@@ -117,7 +117,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 wrong captions: {s["wrong_before"]:.1%} before (estimated without the truth: \
 {s["wrong_before_estimated"]:.1%}) → {s["wrong_after"]:.1%} after
 right pairs kept: {s["right_kept"]:.1%}; recaptions right: {s["recaptions_right"]} of {made} \
-(alignment tells right from swapped with AUROC {s["alignment_auroc"]:.3f})
+(alignment separates right from swapped with AUROC {s["alignment_auroc"]:.3f})
 planted copies in the lowest decile of gain: {s["copies_in_lowest_gain_decile"]:.0%} of \
 {s["copies"]} (a random choice: 10%)
 mean recall after equally many samples seen: {s["recall_as_it_came"]:.1f} trained on the data as \

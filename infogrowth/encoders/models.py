@@ -1,4 +1,4 @@
-"""What the commands ask of a model (two protocols), and how every model is run and told apart.
+"""What the commands ask of a model (two protocols), and how every model is run and identified.
 
 Shape letters: B batch, C channels, H height, W width, D feature dimension.
 """

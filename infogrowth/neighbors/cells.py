@@ -70,21 +70,21 @@ def nearest(
 class Layout:
     """Rows by cell, in ascending order within each; a cell's part is filled up with `rows`.
 
-    Cell j has `numbers` (int32) from `starts[j]` on, `widths[j]` of them: a multiple of `lanes`.
-    Its l-th group are those at l, l + lanes, l + 2·lanes …: maxima of such are the cheapest.
+    Cell j has `numbers` (int32) from `starts[j]` on, `widths[j]` of them: a multiple of `groups`.
+    Its l-th group are those at l, l + groups, l + 2·groups …: maxima of such are the cheapest.
 
     Args:
         cells_MC: the C cells of each row; rows with cell number `count` lie in none.
         count: how many cells there are.
-        lanes: groups per cell.
+        groups: how many a cell has.
     """
 
-    def __init__(self, cells_MC: torch.Tensor, count: int, lanes: int) -> None:
+    def __init__(self, cells_MC: torch.Tensor, count: int, groups: int) -> None:
         self.rows, self.copies = cells_MC.shape
-        self.lanes, flat = lanes, cells_MC.flatten()
+        self.groups, flat = groups, cells_MC.flatten()
         order = flat.argsort(stable=True)
         sizes = torch.bincount(flat, minlength=count + 1)[:count].cpu()
-        widths = sizes.add(lanes - 1).div(lanes, rounding_mode="floor").mul(lanes)
+        widths = sizes.add(groups - 1).div(groups, rounding_mode="floor").mul(groups)
         starts = widths.cumsum(0) - widths
         moved = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes).to(flat.device)
         shape = int(widths.sum())
@@ -92,7 +92,7 @@ class Layout:
         at = torch.arange(len(moved), device=flat.device) + moved
         self.numbers[at] = (order[: len(moved)] // self.copies).int()
         self.starts, self.widths = starts.numpy(), widths.numpy()
-        self.first, self.members = starts.to(flat.device), (widths // lanes).to(flat.device)
+        self.first, self.members = starts.to(flat.device), (widths // groups).to(flat.device)
 
 
 class Cells:
@@ -126,10 +126,10 @@ class Cells:
         if count < len(self._of_row_M2):
             self._of_row_M2, self._layout = self._of_row_M2[:count], None
 
-    def layout(self, lanes: int) -> Layout:
+    def layout(self, groups: int) -> Layout:
         """The rows by cell."""
-        if self._layout is None or self._layout.lanes != lanes:
-            self._layout = Layout(self._of_row_M2, len(self), lanes)
+        if self._layout is None or self._layout.groups != groups:
+            self._layout = Layout(self._of_row_M2, len(self), groups)
         return self._layout
 
     def pairs(self, codes_MD: torch.Tensor) -> torch.Tensor:

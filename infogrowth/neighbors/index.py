@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = {"cpu": (1024, 8192), "cuda": (4096, 65536)}  # queries: with all rows, with cells
 RUN = {"cpu": 2048, "cuda": 1 << 16}  # rows of which exact search makes a cell
 MEMBERS = 16  # rows in a group of these
-LANES = 32  # groups in a cell of similar rows
+GROUPS = 32  # groups in a cell of similar rows
 PAIR_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # multiplied at once; a CPU keeps them in cache
 
 PROBE_ROWS = 1024  # rows on which the gain error is measured
@@ -198,7 +198,7 @@ class NeighborIndex:
             near_NT = torch.arange(len(layout.widths), device=self.device).expand(len(rows_ND), -1)
         else:
             near_NT = nearest(codes_ND, cells.centers_JD, cells.read)[0]
-            layout = cells.layout(LANES * max(1, round(4 * k / LANES / near_NT.shape[1])))
+            layout = cells.layout(GROUPS * max(1, round(4 * k / GROUPS / near_NT.shape[1])))
         work = near_NT.numel() * int(layout.widths.mean()) * self._coder.width
         with in_threads(self.device, work) as threads:
             scan = Scan(layout, self._codes.take, self._rows.take, self._cosines, self._coder.unit,
@@ -299,7 +299,7 @@ class NeighborIndex:
 
     @contextmanager
     def _enough_memory(self) -> Iterator[None]:
-        """Running out of memory is told in one sentence."""
+        """Running out of memory is reported in one sentence."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # OutOfMemoryError is a RuntimeError

@@ -114,7 +114,7 @@ class _Scores:
         if self._fine or size > len(self._scores):
             self._scores = self._queries.rows.new_empty(size, dtype=dtype)
         slots = len(self._cell_S) + 1  # the last one is nobody's
-        self._maxima = self._scores.new_full((slots, self._layout.lanes), NOTHING)
+        self._maxima = self._scores.new_full((slots, self._layout.groups), NOTHING)
         self._begin_S = torch.zeros_like(self._maxima[:, 0], dtype=torch.int64)
         list(self._scan.threads(self._multiply, tiles))
         step, count = SELECTED[self._kind], len(self._queries)
@@ -170,7 +170,7 @@ class _Scores:
         if late < width:  # what all see comes before
             visible = queries.visible.index_select(0, query).view(cells, size, 1)
             score_BQW[:, :, late:].masked_fill_(number_BW[:, None, late:] >= visible, NOTHING)
-        maxima = score_BQW.view(len(slots), width // layout.lanes, layout.lanes).amax(1)
+        maxima = score_BQW.view(len(slots), width // layout.groups, layout.groups).amax(1)
         self._maxima.index_copy_(0, slots, maxima)
         self._begin_S.index_copy_(0, slots, torch.arange(at, end, width, device=slots.device))
 
@@ -220,19 +220,19 @@ class _Scores:
     ) -> Tensors:  # fmt: skip
         """Queries (P,), rows (P,) and cosines (P,) of all pairs whose score is at least `limit` and
         under `below`, each once."""
-        layout, lanes = self._layout, self._layout.lanes
+        layout, groups = self._layout, self._layout.groups
         query, group = (maxima_NM >= limit_N[:, None]).nonzero().unbind(1)
-        slot = (query + part.start) * self._read + group.div(lanes, rounding_mode="floor")
-        lane, cell = group % lanes, self._cell_S[slot]
+        slot = (query + part.start) * self._read + group.div(groups, rounding_mode="floor")
+        inner, cell = group % groups, self._cell_S[slot]
         members = layout.members[cell]
         line = torch.repeat_interleave(members)  # the group of each of its members
         step = torch.arange(len(line), device=line.device) - (members.cumsum(0) - members)[line]
-        score = self._scores[(self._begin_S[slot] + lane)[line] + step * lanes]
+        score = self._scores[(self._begin_S[slot] + inner)[line] + step * groups]
         hit = score >= limit_N[query][line]
         if below_N is not None:
             hit &= score < below_N[query][line]
         line, step = line[hit], step[hit]
-        row = layout.numbers[(layout.first[cell] + lane)[line] + step * lanes].long()
+        row = layout.numbers[(layout.first[cell] + inner)[line] + step * groups].long()
         query = query[line]
         if layout.copies > 1:
             pair = torch.unique(query * layout.rows + row)

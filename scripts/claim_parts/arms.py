@@ -157,7 +157,7 @@ def right_given_alignment(alignment: np.ndarray, estimate: StreamEstimate) -> np
 
 
 def quality(scored: Scored) -> dict[str, Any]:
-    """How well the encoder's alignment tells right from swapped captions, and what gains are."""
+    """How well the encoder's alignment separates right from swapped captions; what gains are."""
     ranks = pd.Series(scored.alignment).rank().to_numpy()
     right = ~scored.swapped
     above = ranks[right].sum() - right.sum() * (right.sum() + 1) / 2

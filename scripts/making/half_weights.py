@@ -2,8 +2,8 @@
 
     python scripts/making/half_weights.py --models FOLDER FOLDER --output FOLDER
 
-Half the bytes, the same figures. The mean of two models on one path of training tells unseen
-drawings apart better than either, as one that was trained longer would.
+Half the bytes, the same figures. The mean of two models on one path of training separates unseen
+drawings better than either, as one that was trained longer would.
 """
 
 import sys

@@ -57,10 +57,10 @@ def make(config: SampleConfig) -> int:
 
 
 def make_sample(output: Path, cache: Path, seed: int) -> None:
-    """The pile, its truth, its seeds, the retrieval set beside it, and where all came from."""
-    pile, retrieval = split_drawings(cache, seed)
+    """The dataset, its truth, its seeds, the retrieval set beside it, and where all came from."""
+    dataset, retrieval = split_drawings(cache, seed)
     planned = plan(
-        pile,
+        dataset,
         generator(seed, "plan"),
         pairs=PAIRS,
         seeds=SEEDS,
@@ -74,9 +74,9 @@ def make_sample(output: Path, cache: Path, seed: int) -> None:
 
 
 def split_drawings(cache: Path, seed: int) -> tuple[list[Drawing], list[Drawing]]:
-    """Drawings for the pile and, disjoint from them, for the retrieval set.
+    """Drawings for the dataset and, disjoint from them, for the retrieval set.
 
-    Whole concepts are chosen, so that nearly every thing in the pile is drawn by several artists.
+    Whole concepts are chosen, so that nearly everything in the dataset was drawn by several.
     """
     drawings = artists_drawings("sample pictures", cache)
     drawings = [drawing for drawing in drawings if not drawing.concept.symbolic]
@@ -98,7 +98,7 @@ def artists_drawings(role: Role, cache: Path) -> list[Drawing]:
 
 
 def write_pile(output: Path, planned: Plan, seed: int) -> None:
-    """The shards of the pile, sample_truth.json and sample_seeds.json."""
+    """The shards of the dataset, sample_truth.json and sample_seeds.json."""
     pictures: list[Picture] = []
     originals: dict[str, Picture] = {}
     truth = {}
@@ -140,7 +140,7 @@ def picture_bytes(
 
 
 def write_retrieval(output: Path, drawings: list[Drawing], seed: int) -> None:
-    """A folder of pictures that are not in the pile, and the three files that caption them."""
+    """A folder of pictures that are not in the dataset, and the three files that caption them."""
     folder = output / "sample_retrieval"
     shutil.rmtree(folder, ignore_errors=True)
     start = 0

@@ -51,7 +51,7 @@ class ScoreConfig:
 
 
 def score(config: ScoreConfig) -> int:
-    """Print how well an encoder tells the sample's right captions from swapped ones."""
+    """Print how well an encoder separates the sample's right captions from swapped ones."""
     data = Path(config.data)
     samples = list(open_source(data / "sample"))
     truth = read_json(data / "sample_truth.json", "the truth file")

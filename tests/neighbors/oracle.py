@@ -39,7 +39,7 @@ def clustered(count, dimension, seed=0, clusters=300):
 
 def assert_exact(found, rows, queries, visible, k):
     positions, products = brute_force(rows, queries, visible, k)
-    if (found.positions != positions).any():  # what ties to the last bit may be told apart
+    if (found.positions != positions).any():  # what ties to the last bit may differ
         at = np.clip(found.positions, 0, None)
         again = (rows[at].astype(np.float64) * queries[:, None]).sum(2)
         np.testing.assert_allclose(

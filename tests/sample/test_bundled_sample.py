@@ -120,7 +120,7 @@ def test_most_things_are_drawn_by_several_artists(truth):
 
 
 def test_the_retrieval_pictures_are_disjoint_from_the_pile_and_from_each_other(data, samples):
-    pile = {sample.data for sample in samples}
+    contents = {sample.data for sample in samples}
     used = {}
     for split, pictures in {"train": 240, "val": 80, "test": 120}.items():
         entries = json.loads((data / f"sample_retrieval_{split}.json").read_text())
@@ -128,7 +128,7 @@ def test_the_retrieval_pictures_are_disjoint_from_the_pile_and_from_each_other(d
         assert len(names) == pictures
         for name in names:
             content = (data / "sample_retrieval" / name).read_bytes()
-            assert content not in pile and used.setdefault(content, split) == split, name
+            assert content not in contents and used.setdefault(content, split) == split, name
         wanted = str if split == "train" else list
         assert all(isinstance(entry["caption"], wanted) for entry in entries)
     assert len(list((data / "sample_retrieval").iterdir())) == 440

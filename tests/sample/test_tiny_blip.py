@@ -73,7 +73,7 @@ def test_it_writes_captions_for_unseen_pictures(pairs):
     assert len(set(written)) > 12
 
 
-def test_the_readme_tells_figure_seed_and_command(folder):
+def test_the_readme_gives_figure_seed_and_command(folder):
     readme = (folder / "README.md").read_text()
-    for told in ("AUROC", "scripts/making/tiny_blip.sh", "pretrain_tiny.yaml", "seed"):
-        assert told in readme
+    for expected in ("AUROC", "scripts/making/tiny_blip.sh", "pretrain_tiny.yaml", "seed"):
+        assert expected in readme

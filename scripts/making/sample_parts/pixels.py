@@ -21,7 +21,7 @@ def encode(image: Image.Image, ending: str) -> bytes:
 
 
 def store(image: Image.Image, rng: np.random.Generator) -> tuple[str, bytes]:
-    """One picture of the pile: most are 128 px PNG or WebP, some 112 px JPEG."""
+    """One picture of the dataset: most are 128 px PNG or WebP, some 112 px JPEG."""
     ending = str(rng.choice(ENDINGS, p=(0.15, 0.45, 0.40)))
     if ending == "jpg":
         image = image.resize((112, 112), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""The pile with its known faults: which captions are swapped, what is a copy, in which order."""
+"""The dataset with its known faults: which captions are swapped, what is a copy, in which order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
