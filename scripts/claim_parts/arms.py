@@ -157,16 +157,19 @@ def right_given_alignment(alignment: np.ndarray, estimate: StreamEstimate) -> np
 
 
 def quality(scored: Scored) -> dict[str, Any]:
-    """How well the encoder's alignment separates right from swapped captions; what gains are."""
+    """How well the encoder's alignment separates right from swapped captions; what gains are.
+
+    None stands for what has no value: without swapped captions there is no AUROC.
+    """
     ranks = pd.Series(scored.alignment).rank().to_numpy()
-    right = ~scored.swapped
+    right, wrong = ~scored.swapped, scored.swapped
     above = ranks[right].sum() - right.sum() * (right.sum() + 1) / 2
     gains = pd.Series({row: float(np.mean(gains)) for row, gains in scored.gains.items()})
-    wrong = pd.Series(scored.swapped[gains.index], gains.index)
+    kept_wrong = pd.Series(wrong[gains.index], gains.index)
     return {
-        "auroc": above / (right.sum() * scored.swapped.sum()),
+        "auroc": above / (right.sum() * wrong.sum()) if wrong.any() else None,
         "threshold": scored.min_align,
         "gain_deciles": [round(float(g), 4) for g in gains.quantile(np.linspace(0, 1, 11))],
-        "gain_right": float(gains[~wrong].mean()),
-        "gain_wrong": float(gains[wrong].mean()),
+        "gain_right": float(gains[~kept_wrong].mean()),
+        "gain_wrong": float(gains[kept_wrong].mean()) if kept_wrong.any() else None,
     }

@@ -115,14 +115,15 @@ def test_the_whole_experiment_runs_in_two_places_and_goes_on_where_it_was(archiv
     assert (folder / "claim.png").stat().st_size > 10_000
     assert "two-phase" in (folder / "claim_tables.md").read_text()
 
-    varied = ("--swapped", 0.1, "--k", 2, "--arms", "grown_two_phase")
+    varied = ("--swapped", 0, "--k", 2, "--arms", "grown_two_phase")
     done = run_claim(folder, digest, *varied)
     assert done.returncode == 0, done.stderr
     assert "lmdb_source:" not in done.stderr  # nothing is drawn again
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     grown = [r for r in records if r["kind"] == "arm" and r["arm"] == "grown_two_phase"]
-    assert [(r["swapped"], r["k"]) for r in grown] == [(0.3, 4), (0.1, 2)]
-    assert "| 10% | auto | 2 | all |" in (folder / "claim_tables.md").read_text()
+    assert [(r["swapped"], r["k"]) for r in grown] == [(0.3, 4), (0.0, 2)]
+    assert "NaN" not in (folder / "results.jsonl").read_text()  # not JSON
+    assert "| 0% | auto | 2 | all |" in (folder / "claim_tables.md").read_text()
 
     before = [r for r in records if r["kind"] != "cost"]
     (folder / "claim.png").unlink()
