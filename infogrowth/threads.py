@@ -3,8 +3,8 @@
 OpenMP's threads spin while they wait. With a core to each that saves microseconds; where a core is
 shared with anything else, they burn what the others need: a training step beside one busy process
 takes 2.6 times as long (benchmarks/README.md; 14 times was seen too). So they spin only briefly.
-And a container that may
-use 2 of a machine's 64 cores gets 2 threads, not 64: the limit (cgroup) is not seen by OpenMP.
+And a container that may use 2 of a machine's 64 cores gets 2 threads, not 64: the limit (cgroup) is
+not seen by OpenMP.
 
 The variables are read once, when torch is loaded. `import infogrowth` sets them, so programs import
 it before torch; what the user set in the environment stays.
