@@ -20,9 +20,9 @@ from pathlib import Path
 import lmdb
 
 from infogrowth.cli import run_script
+from infogrowth.commands.pack import pack
 from infogrowth.config import option
 from infogrowth.data.image_stores import LmdbWriter
-from infogrowth.data.packing import pack
 from infogrowth.data.sources import Source, open_source
 from infogrowth.files import atomic_write_json
 
@@ -126,7 +126,8 @@ def batched(path: Path, items: Items) -> None:
 def packed(path: Path, source: Source) -> None:
     """Our whole packing: read, decode, write, with annotations."""
     workers = len(os.sched_getaffinity(0))
-    pack(source, path.parent, path.name, workers, max_pixels=100_000_000).lmdb.rename(path)
+    pack(source, path.parent, path.name, workers, max_pixels=100_000_000)
+    (path.parent / f"lmdb_{path.name}").rename(path)
 
 
 if __name__ == "__main__":

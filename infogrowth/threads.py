@@ -1,4 +1,5 @@
 """How the threads of torch wait for each other, and how many there are: set before torch loads.
+And work that threads do before its turn.
 
 OpenMP's threads spin while they wait. With a core to each that saves microseconds; where a core is
 shared with anything else, they burn what the others need: a training step beside one busy process
@@ -11,12 +12,19 @@ it before torch; what the user set in the environment stays.
 """
 
 import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import TypeVar
 
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}  # turns (GNU), milliseconds (LLVM)
 WAITING_CHOSEN = ("OMP_WAIT_POLICY", *WAITING)
 COUNT_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CGROUPS = Path("/sys/fs/cgroup")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def set_defaults() -> None:
@@ -61,3 +69,19 @@ def _groups(cgroups: Path, own: Path) -> list[Path]:
         group = root / path.lstrip("/")
         groups += [group, *(p for p in group.parents if p.is_relative_to(root))]
     return groups
+
+
+def run_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], count: int
+) -> Generator[tuple[Item, Future[Result]]]:
+    """Every item in order, with what ``function`` will have made of it; the next ``count`` items
+    are begun by then. The pool is shut down at the end."""
+    begun: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            begun.append((item, pool.submit(function, item)))
+            if len(begun) > count:
+                yield begun.popleft()
+        yield from begun
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,22 +1,38 @@
 """`infogrowth pack`, and scripts/cc3m_lmdb_writer.py: downloaded pairs into LMDBs and annotations.
 
-See `run` for what it reads and writes.
+Verified, resumable, every loss recorded. No log is kept: the samples are gone through in the same
+order every time, and one whose very bytes are in the LMDB has been verified by an earlier run. So
+a killed run that is started again ends with the same files as one that was never killed.
 """
 
+import json
+import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from infogrowth.threads import run_ahead
+
+from tqdm import tqdm
+
+from infogrowth.annotations import Annotation, save_annotations
 from infogrowth.config import option
-from infogrowth.data.images import MAX_PIXELS
-from infogrowth.data.packing import Packed, pack
-from infogrowth.data.sources import Source, open_splits
-from infogrowth.errors import UserError
+from infogrowth.data.image_stores import LmdbWriter, lmdb_key
+from infogrowth.data.images import MAX_PIXELS, decode_image
+from infogrowth.data.sources import Sample, Source, open_splits
+from infogrowth.data.text import image_key
+from infogrowth.errors import BadSample, UserError
+from infogrowth.files import atomic_write, remove_leftovers
 from infogrowth.remote import is_remote, retry_summary
 
 HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
+logger = logging.getLogger(__name__)
+
+_AHEAD = 16  # samples per thread that are read and decoded before their turn
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,7 @@ def run(config: Config) -> int:
     output = output_folder(Path(root), config.output_root, sources)
     workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
     for split, source in sources.items():
-        packed = pack(source, output, split, workers, config.max_pixels)
-        print(summary(split, source, packed), flush=True)
+        print(pack(source, output, split, workers, config.max_pixels), flush=True)
     if (retried := retry_summary()) is not None:
         print(retried)
     return 0
@@ -81,21 +96,121 @@ def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> 
     return Path(given)
 
 
-def summary(split: str, source: Source, packed: Packed) -> str:
-    """What was found, packed, skipped and ignored, in a few lines."""
+@dataclass
+class _Packed:
+    """What became of a source's samples; ``skipped`` are (id, reason), the source's notes first."""
+
+    annotations: list[Annotation]
+    skipped: list[tuple[str, str]]
+    repairs: Counter[str]
+    resumed: int = 0  # stored by an earlier run
+    replaced: int = 0  # stored by an earlier run as other bytes
+
+
+def pack(source: Source, output: Path, split: str, workers: int, max_pixels: int) -> str:
+    """Store every good image of ``source``, and write its annotation JSON and skipped.jsonl.
+
+    An image is decoded in full before it is stored, and stored as it came. Of several samples
+    with one id the first good one is kept. The JSON is sorted by id.
+
+    Args:
+        output: gets ``lmdb_{split}``, ``cc3m_{split}.json`` and ``lmdb_{split}_skipped.jsonl``.
+        workers: threads that read and decode (decoders let other threads run).
+        max_pixels: larger images are skipped.
+
+    Returns:
+        what was found, packed, skipped, repaired and ignored, in a few lines.
+
+    Raises:
+        UserError: the LMDB holds images of another source, the disk is full, or no sample is
+            good.
+    """
+    lmdb, captions = output / f"lmdb_{split}", output / f"cc3m_{split}.json"
+    losses = output / f"lmdb_{split}_skipped.jsonl"
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    packed = _store(source, lmdb, workers, max_pixels)
+    with atomic_write(losses, "w") as file:
+        for name, reason in packed.skipped:
+            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+    save_annotations(captions, sorted(packed.annotations, key=lambda entry: entry["image"]))
+    if not packed.annotations:
+        raise UserError(f"no sample of {source.path} could be packed; see {losses}")
     earlier = f" ({packed.resumed} of them by an earlier run)" if packed.resumed else ""
     earlier += f" ({packed.replaced} anew: their images changed)" if packed.replaced else ""
     ignored = ", ".join(f"{count} {kind}" for kind, count in source.ignored.most_common())
     reasons = Counter(reason.split(":")[0] for _, reason in packed.skipped)
     lines = [
-        f"{source.path} ({split}, {source.layout}): {packed.samples} samples, "
-        f"{packed.stored} packed{earlier}, {len(packed.skipped)} skipped",
+        f"{source.path} ({split}, {source.layout}): {len(source)} samples, "
+        f"{len(packed.annotations)} packed{earlier}, {len(packed.skipped)} skipped",
         *(f"  {count:>8}  {reason}" for reason, count in reasons.most_common()),
         *([f"  ignored: {ignored}"] if ignored else []),
         *(f"  repaired {count} times: {repair}" for repair, count in packed.repairs.most_common()),
-        f"  images       {packed.lmdb}",
-        f"  annotations  {packed.annotations}",
+        f"  images       {lmdb}",
+        f"  annotations  {captions}",
+        *([f"  skipped      {losses}"] if packed.skipped else []),
     ]
-    if packed.skipped:
-        lines.append(f"  skipped      {packed.skipped_list}")
     return "\n".join(lines)
+
+
+def _store(source: Source, lmdb: Path, workers: int, max_pixels: int) -> _Packed:
+    """Put the images into the LMDB, those that are not there yet."""
+    packed = _Packed([], list(source.notes), Counter(source.repairs))
+    times = Counter(map(image_key, source.ids))
+    taken: set[str] = set()
+    with LmdbWriter(lmdb) as writer:
+        if unexpected := next((key for key in writer.keys() if key not in times), None):  # noqa: SIM118
+            raise UserError(
+                f"the LMDB {lmdb} holds {unexpected!r}, which is not in {source.path}: it "
+                "was packed from other images; remove it or give another --output_root"
+            )
+        for sample in _checked_samples(source, writer, workers, max_pixels):
+            name, problem = image_key(sample.id), sample.problem
+            if problem is None and name in taken:
+                problem = "the id occurred before: the first one is kept"
+            if problem is not None:
+                packed.skipped.append((sample.id, problem))
+                continue
+            assert sample.data is not None
+            if not writer.put(sample.id, sample.data):
+                if writer.get(sample.id) == sample.data:
+                    packed.resumed += 1
+                else:  # the image was encoded anew since an earlier run
+                    writer.put(sample.id, sample.data, replace=True)
+                    packed.replaced += 1
+            packed.repairs.update(sample.repairs)
+            packed.annotations.append({"image": name, "caption": sample.caption})
+            if times[name] > 1:
+                taken.add(name)
+    return packed
+
+
+def _checked_samples(
+    source: Source, writer: LmdbWriter, workers: int, max_pixels: int
+) -> Iterator[Sample]:
+    """All samples in order, read and decoded ahead by threads; with a problem if they must be
+    skipped."""
+
+    def checked(wanted: tuple[int, bytes | None]) -> Sample:
+        number, known = wanted
+        sample = source.read(number)
+        problem = sample.problem
+        if problem is None:
+            try:
+                lmdb_key(image_key(sample.id))
+                if sample.data != known:
+                    decode_image(sample.data or b"", max_pixels)
+            except BadSample as error:
+                problem = str(error)
+        return replace(sample, data=None if problem else sample.data, problem=problem)
+
+    resuming = len(writer) > 0
+    stored = (writer.get(name) if resuming else None for name in source.ids)
+    progress = tqdm(
+        run_ahead(ThreadPoolExecutor(workers), checked, enumerate(stored), _AHEAD * workers),
+        desc=writer.path.name,
+        total=len(source),
+        unit=" samples",
+        disable=not logger.isEnabledFor(logging.INFO),
+    )
+    return (future.result() for _, future in progress)

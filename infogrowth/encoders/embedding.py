@@ -10,13 +10,14 @@ threads, so that the next batch is queued while the results of one are copied ba
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
+
+from infogrowth.threads import Item, Result, run_ahead
 
 import numpy as np
 import torch
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 EMPTY_CAPTION = "the captioner gave no words"
 _MAX_WORKERS = 16
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 # Captions of a batch ("" where there are no words), its image features (or None), the text features
 # of the captions with words (or None).
 Features = tuple[list[str], torch.Tensor | None, torch.Tensor | None]
@@ -195,27 +194,26 @@ def computed(
     timing: Timing,
 ) -> Iterator[tuple[Item, Result]]:
     """``compute`` of every item, in order, on ``threads`` that run ahead of the consumer."""
-    source = iter(items)
-    running: deque[tuple[Item, Future[Result]]] = deque()
+
+    def decoded() -> Iterator[Item]:
+        source = iter(items)
+        while True:
+            with timing.of("decoding"):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        while True:
-            # One more than there are threads waits ready, so that none idles during decoding.
-            while len(running) <= threads:
-                with timing.of("decoding"):
-                    item = next(source, None)
-                if item is None:
-                    break
-                running.append((item, pool.submit(compute, item)))
-            if not running:
-                return
-            item, future = running.popleft()
-            with timing.of("the model"):
-                result = future.result()
-            yield item, result
+        # One more than there are threads is ready, so that none idles during decoding.
+        with closing(run_ahead(pool, compute, decoded(), threads)) as begun:
+            for item, future in begun:
+                with timing.of("the model"):
+                    result = future.result()
+                yield item, result
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # what new threads begin with, for whatever comes next
 
 

@@ -283,7 +283,7 @@ def test_a_run_killed_again_and_again_gets_there(doubtful, tmp_path):
 def test_what_was_packed_is_not_decoded_again(tmp_path, pairs, capsys, monkeypatch):
     write_files(tmp_path / "cc3m_train", pairs)
     assert write("--image_root", tmp_path) == 0
-    monkeypatch.setattr("infogrowth.data.packing.decode_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("infogrowth.commands.pack.decode_image", lambda *_: pytest.fail("decoded"))
     assert write("--image_root", tmp_path) == 0
     assert "12 packed (12" in capsys.readouterr().out
 
