@@ -29,7 +29,7 @@ from infogrowth.blip.model import BlipDual
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
-from infogrowth.data.feature_writer import ShardedOutput
+from infogrowth.data.feature_writer import FeatureWriter
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source
 from infogrowth.encoders.embedding import Timing, computed, embed_pairs, threads_for, workers_for
 from infogrowth.encoders.loading import load_encoder
@@ -85,7 +85,7 @@ def run(config: Config) -> int:
         decoding = decoding_rate(pairs, encoder, config.batch_size, workers)
         model = model_rate(pairs, encoder, config.batch_size, device)
         identity = {"encoder": {"fingerprint": encoder.fingerprint}}
-        destination = ShardedOutput(output, identity, {}, len(pairs), _SHARD)
+        destination = FeatureWriter(output, identity, {}, len(pairs), _SHARD)
         result = embed_pairs(pairs, encoder, destination, device, config.batch_size, workers)
         together = result.pairs / result.seconds
         row: dict[str, Any] = {

@@ -285,19 +285,19 @@ def certificate(machine: Machine) -> Iterator[Row]:
 @check
 def grow(machine: Machine) -> Iterator[Row]:
     """`infogrowth grow` on the device and on the CPU: the same bytes in every file."""
-    from infogrowth.data.feature_writer import FeatureWriter
+    from infogrowth.data.feature_writer import write_shard
 
     count, dimension = machine.size(60_000, 600), machine.size(256, 32)
     image = features("clustered", count, dimension)
     noise = features("random", count, dimension, seed=1)
     ids, captions = [f"{n:08d}" for n in range(count)], [f"caption {n}" for n in range(count)]
     table = machine.folder / "recaptions"
-    FeatureWriter(table, 1).write_shard(0, ids[::5], captions[::5], None, (image + noise)[::5])
-    writer = FeatureWriter(machine.folder / "features", 4)
+    write_shard(table, "0", ids[::5], captions[::5], None, (image + noise)[::5])
     mixed = image + np.linspace(0.2, 4, count, dtype=np.float32)[:, None] * noise
     for shard, part in enumerate(np.array_split(np.arange(count), 4)):
         rows = slice(part[0], part[-1] + 1)
-        writer.write_shard(shard, ids[rows], captions[rows], image[rows], mixed[rows])
+        arrays = image[rows], mixed[rows]
+        write_shard(machine.folder / "features", f"{shard}", ids[rows], captions[rows], *arrays)
     for index in ("exact", "approximate"):
         trees = {}
         for name, device, batch in (("cpu", "cpu", 8192), ("device", machine.device.type, 3000)):

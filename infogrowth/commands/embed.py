@@ -65,7 +65,7 @@ def run(config: Config) -> int:
     elif config.lmdb is not None or config.annotations is not None:
         raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
     from infogrowth import distributed
-    from infogrowth.data.feature_writer import ShardedOutput
+    from infogrowth.data.feature_writer import FeatureWriter
     from infogrowth.encoders.dataset import pairs_of_lmdb, pairs_of_source
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
@@ -81,7 +81,7 @@ def run(config: Config) -> int:
             encoder = load_encoder(config.encoder, device, config.vocabulary)
         identity = {"kind": "features", "encoder": encoder_identity(encoder), **table.origin}
         captions: Sequence[str | None] = table.captions or [None] * len(table)
-        output = ShardedOutput(
+        output = FeatureWriter(
             config.output, identity, COMPARED, len(table), automatic(config.shard_size, None), part,
             samples=list(zip(table.ids, captions, strict=True)),
         )  # fmt: skip

@@ -82,7 +82,7 @@ def run(config: Config) -> int:
     part = parse_part(config.part)
     _refuse_nonsense(config)
     from infogrowth import distributed
-    from infogrowth.data.feature_writer import ShardedOutput
+    from infogrowth.data.feature_writer import FeatureWriter
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_captioner
 
@@ -111,7 +111,7 @@ def run(config: Config) -> int:
         }
         compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
         size = automatic(config.shard_size, None)
-        output = ShardedOutput(config.output, identity, compared, len(table), size, part)
+        output = FeatureWriter(config.output, identity, compared, len(table), size, part)
         batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
         extra: dict[str, list[Any]] = {}
         if captioner is not None and pending is not None:

@@ -12,11 +12,13 @@ interrupted. Ranks claim the next shard when they are free.
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,98 +50,59 @@ _MAX_ROWS, _MIN_ROWS, _WANTED_SHARDS = 10_000, 256, 64
 _LISTING_DELAY = 60.0
 
 
-class FeatureWriter:
-    """The files of a features folder; many ranks may write different shards of it.
+def write_shard(
+    directory: Path,
+    name: str,
+    ids: Sequence[str],
+    captions: Sequence[str],
+    image: np.ndarray | None,
+    text: np.ndarray | None,
+    extra: Mapping[str, Sequence[Any]] | None = None,
+    skipped: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Write one shard of a features folder; rows are brought to unit length and stored as float16.
 
     Args:
-        directory: FEATURES_DIR; made when missing.
-        shards: how many shards are planned: it fixes the zero-padding of a new folder's file
-            names; one that grows keeps the padding it has.
+        name: the shard's number, with the zeros that make all of one width.
+        ids, captions: ``image_path`` and ``caption`` of the n samples.
+        image, text: ``(n, D)`` features, None for a space that the folder does not have.
+        extra: more metadata columns, n values each.
+        skipped: ``{"id", "reason"}`` of samples that got no features.
+
+    Raises:
+        UserError: the disk is full or not writable.
     """
+    files = {kind: directory / file.format(name) for kind, file in _FILES.items()}
+    features = {"img_emb": image, "text_emb": text}
+    arrays = {kind: rows for kind, rows in features.items() if rows is not None}
+    texts = {"image_path": ids, "caption": captions}
+    columns: dict[str, Any] = {k: pa.array(v, pa.string()) for k, v in texts.items()}
+    columns |= {name: list(values) for name, values in (extra or {}).items()}
+    lengths = {name: len(values) for name, values in (columns | arrays).items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"shard {name}: lengths differ: {lengths}")
+    for kind, rows in arrays.items():
+        atomic_write_array(files[kind], _half_unit_rows(rows))
+    with atomic_write(files["metadata"]) as file:
+        pq.write_table(pa.table(columns), file)
+    with atomic_write(files["skipped"], "w") as file:
+        file.writelines(map(_json_line, skipped))
+    written = sorted(_FILES[kind].format(name) for kind in (*arrays, "metadata"))
+    atomic_write_json(files["finished"], {"rows": len(ids), "files": written})
 
-    def __init__(self, directory: str | os.PathLike[str], shards: int = 100_000):
-        self.directory = Path(directory)
-        widths = [len(stem) for stem in self._markers()]
-        self.width = min(widths, default=len(str(max(shards - 1, 0))))
 
-    def remove_leftovers(self, shards: Iterable[int] | None = None) -> None:
-        """Delete temporary files of a killed run; call on one rank, before any rank writes.
+def finished_shards(directory: Path) -> dict[int, int]:
+    """Rows by number of the shards that are wholly written, all their files in place."""
+    found = {}
+    for path in _markers(directory):
+        marker = read_json(path, "the finished marker")
+        if all((directory / file).is_file() for file in marker["files"]):
+            found[int(path.stem)] = marker["rows"]
+    return found
 
-        Args:
-            shards: only those of these shards, where other jobs write the rest; None: all.
-        """
-        own = {self._path(kind, shard) for shard in shards or () for kind in _FILES}
-        for path in self.directory.rglob(f"*{TEMPORARY_MARK}*"):
-            if shards is None or path.with_name(path.name.partition(TEMPORARY_MARK)[0]) in own:
-                path.unlink(missing_ok=True)
 
-    def finished_shards(self) -> set[int]:
-        """Numbers of the shards that are wholly written, all their files in place."""
-        files = {number: self._marker(number)["files"] for number in map(int, self._markers())}
-        return {n for n in files if all((self.directory / f).is_file() for f in files[n])}
-
-    def write_shard(
-        self,
-        index: int,
-        ids: Sequence[str],
-        captions: Sequence[str],
-        image: np.ndarray | None,
-        text: np.ndarray | None,
-        extra: Mapping[str, Sequence[Any]] | None = None,
-        skipped: Sequence[Mapping[str, str]] = (),
-    ) -> None:
-        """Write one shard; rows are brought to unit length and stored as float16.
-
-        Args:
-            index: the shard's number.
-            ids, captions: ``image_path`` and ``caption`` of the n samples.
-            image, text: ``(n, D)`` features, None for a space that the folder does not have.
-            extra: more metadata columns, n values each.
-            skipped: ``{"id", "reason"}`` of samples that got no features.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
-        features = {"img_emb": image, "text_emb": text}
-        arrays = {kind: rows for kind, rows in features.items() if rows is not None}
-        texts = {"image_path": ids, "caption": captions}
-        columns: dict[str, Any] = {k: pa.array(v, pa.string()) for k, v in texts.items()}
-        columns |= {name: list(values) for name, values in (extra or {}).items()}
-        lengths = {name: len(values) for name, values in (columns | arrays).items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"shard {index}: lengths differ: {lengths}")
-        for kind, rows in arrays.items():
-            atomic_write_array(self._path(kind, index), _half_unit_rows(rows))
-        with atomic_write(self._path("metadata", index)) as file:
-            pq.write_table(pa.table(columns), file)
-        with atomic_write(self._path("skipped", index), "w") as file:
-            file.writelines(map(_json_line, skipped))
-        paths = [self._path(kind, index) for kind in (*arrays, "metadata")]
-        files = sorted(str(path.relative_to(self.directory)) for path in paths)
-        atomic_write_json(self._path("finished", index), {"rows": len(ids), "files": files})
-
-    def merge_skipped(self) -> dict[str, int]:
-        """Join the shards' skipped samples into skipped.jsonl; returns how many per reason."""
-        counts: Counter[str] = Counter()
-        with atomic_write(self.directory / "skipped.jsonl", "w") as merged:
-            for index in sorted(self.finished_shards()):
-                for entry in self._skipped(index):
-                    counts[entry["reason"]] += 1
-                    merged.write(_json_line(entry))
-        return dict(counts)
-
-    def _markers(self) -> list[str]:
-        stems = [path.stem for path in self.directory.glob("finished/*.json")]
-        return [stem for stem in stems if stem.isdigit()]
-
-    def _marker(self, index: int) -> dict[str, Any]:
-        return read_json(self._path("finished", index), "the finished marker")
-
-    def _skipped(self, index: int) -> list[dict[str, str]]:
-        return list(map(json.loads, self._path("skipped", index).read_bytes().splitlines()))
-
-    def _path(self, kind: str, index: int) -> Path:
-        return self.directory / _FILES[kind].format(f"{index:0{self.width}d}")
+def _markers(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("finished/*.json") if path.stem.isdigit()]
 
 
 def _json_line(entry: Mapping[str, str]) -> str:
@@ -162,7 +125,7 @@ def automatic_shard_size(rows: int) -> int:
     return max(_MIN_ROWS, min(_MAX_ROWS, -(-rows // _WANTED_SHARDS)))
 
 
-class ShardedOutput(FeatureWriter):
+class FeatureWriter:
     """A features folder that is filled with a dataset, by the ranks of one job or of several.
 
     Args:
@@ -197,13 +160,12 @@ class ShardedOutput(FeatureWriter):
         part: tuple[int, int] = (0, 1),
         samples: Sequence[tuple[str, str | None]] | None = None,
     ) -> None:
-        super().__init__(directory)
+        self.directory = Path(directory)
         size = shard_size or automatic_shard_size(rows)
         self.identity = {**identity, "rows": rows, "shard_size": size}
         self._compared, self._samples, self._part = compared, samples, part
         self._claims = f"shards {distributed.on_main(lambda: secrets.token_hex(8))}"
-        self.finished, self.shards, self.pending = distributed.on_main(self._open)
-        super().__init__(directory, len(self.shards))
+        self.finished, self.shards, self.pending, self._width = distributed.on_main(self._open)
         if self.finished:
             logger.info("%s is finished already: nothing to do", self.directory)
         if distributed.world_size() > 1:
@@ -218,6 +180,10 @@ class ShardedOutput(FeatureWriter):
             number = self.pending[turn]
             yield number, self.shards[number]
 
+    def name(self, number: int) -> str:
+        """A shard's number as its files have it; a folder that grows keeps the zeros it has."""
+        return f"{number:0{self._width}d}"
+
     def finish(self) -> dict[str, Any]:
         """Wait for all ranks; once every shard is there, join what was skipped and mark the folder.
 
@@ -230,41 +196,49 @@ class ShardedOutput(FeatureWriter):
         distributed.barrier()
         return distributed.on_main(self._complete)
 
-    def _open(self) -> tuple[bool, list[Sequence[int]], list[int]]:
-        """What is finished and what is left, and features.json brought up to that (rank 0)."""
+    def _open(self) -> tuple[bool, list[Sequence[int]], list[int], int]:
+        """What is finished, all shards, which are left, and the width of their numbers; brings
+        features.json up to that (rank 0)."""
         existing = self._description()
-        earlier: list[int] = existing.get("earlier_shards", [])
-        grown = existing and self._samples is not None
-        if grown and existing.get("samples") != self.identity.get("samples"):
-            but = ("samples", "rows", "shard_size")  # what more samples may change
-            self._refuse_difference(existing, [k for k in self._compared if k not in but])
-            containers = self.identity.get("containers", {})
-            for name, version in existing.get("containers", {}).items():
-                if containers.get(name) != version:
-                    raise UserError(
-                        f"{name} is not what it was when {self.directory} was made: its images "
-                        "may have changed; give --output another folder"
-                    )
-            earlier = sorted(self.finished_shards())
-            logger.info("%s: embedding what is new", self.directory)
-        elif existing:
-            self._refuse_difference(existing, self._compared)
+        self._width = min((len(marker.stem) for marker in _markers(self.directory)), default=0)
+        earlier = self._earlier(existing)
         shards = self._split(earlier)
+        self._width = self._width or len(str(max(len(shards) - 1, 0)))
         self.identity["shards"] = len(shards)
         if earlier:
             self.identity["earlier_shards"] = earlier
-        super().__init__(self.directory, len(shards))
-        done = self.finished_shards()
+        done = finished_shards(self.directory)
         first, step = self._part
         own = range(first, len(shards), step)
         finished = existing.get("finished") is True and len(done) == len(shards)
         if not finished:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Other jobs that share the folder are perhaps writing: only this one's are left over.
-            self.remove_leftovers(None if step == 1 else own)
+            for path in self.directory.rglob(f"*{TEMPORARY_MARK}*"):
+                # Other jobs that share the folder are perhaps writing: only this one's go.
+                shard = re.search(r"(\d+)\.\w+$", path.name.partition(TEMPORARY_MARK)[0])
+                if step == 1 or (shard and int(shard[1]) in own):
+                    path.unlink(missing_ok=True)
             if existing != {**self.identity, "finished": False}:
                 self._describe(finished=False)
-        return finished, shards, [number for number in own if number not in done]
+        return finished, shards, [number for number in own if number not in done], self._width
+
+    def _earlier(self, existing: Mapping[str, Any]) -> list[int]:
+        """The shards that were made before the dataset grew; refuses a folder of something else."""
+        grown = existing and self._samples is not None
+        if not grown or existing.get("samples") == self.identity.get("samples"):
+            self._refuse_difference(existing, self._compared if existing else ())
+            return existing.get("earlier_shards", [])
+        but = ("samples", "rows", "shard_size")  # what more samples may change
+        self._refuse_difference(existing, [key for key in self._compared if key not in but])
+        containers = self.identity.get("containers", {})
+        for name, version in existing.get("containers", {}).items():
+            if containers.get(name) != version:
+                raise UserError(
+                    f"{name} is not what it was when {self.directory} was made: its images "
+                    "may have changed; give --output another folder"
+                )
+        logger.info("%s: embedding what is new", self.directory)
+        return sorted(finished_shards(self.directory))
 
     def _description(self) -> dict[str, Any]:
         """What features.json says; empty for a new folder."""
@@ -309,7 +283,8 @@ class ShardedOutput(FeatureWriter):
         embedded: Counter[tuple[str, str | None]] = Counter()
         unused: Counter[str] = Counter()
         for index in earlier:
-            table = pq.read_table(self._path("metadata", index), columns=["image_path", "caption"])
+            metadata = self.directory / _FILES["metadata"].format(self.name(index))
+            table = pq.read_table(metadata, columns=["image_path", "caption"])
             ids, captions = (column.to_pylist() for column in table.columns)
             known = captions if with_captions else [None] * len(ids)
             embedded.update(zip(ids, known, strict=True))
@@ -328,6 +303,10 @@ class ShardedOutput(FeatureWriter):
                 f"{name!r} is gone or has another caption now; give --output another folder"
             )
         return new
+
+    def _skipped(self, index: int) -> list[dict[str, str]]:
+        path = self.directory / _FILES["skipped"].format(self.name(index))
+        return list(map(json.loads, path.read_bytes().splitlines()))
 
     def _refuse_separate_disks(self) -> None:
         """Every rank must find what rank 0 writes, or shards would be missing in the end."""
@@ -352,7 +331,8 @@ class ShardedOutput(FeatureWriter):
             return self._description()
         deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
         while True:
-            missing = set(range(len(self.shards))) - self.finished_shards()
+            rows = finished_shards(self.directory)
+            missing = set(range(len(self.shards))) - rows.keys()
             own = sorted(n for n in missing if n % self._part[1] == self._part[0])
             if not own or time.monotonic() >= deadline:
                 break
@@ -370,9 +350,12 @@ class ShardedOutput(FeatureWriter):
                 "folder, else run the command once without --part", len(missing)
             )  # fmt: skip
         else:
-            skipped = self.merge_skipped()
-            pairs = sum(self._marker(index)["rows"] for index in range(len(self.shards)))
-            self._describe(finished=True, pairs=pairs, skipped=skipped)
+            reasons: Counter[str] = Counter()
+            with atomic_write(self.directory / "skipped.jsonl", "w") as merged:
+                for entry in chain.from_iterable(map(self._skipped, sorted(rows))):
+                    reasons[entry["reason"]] += 1
+                    merged.write(_json_line(entry))
+            self._describe(finished=True, pairs=sum(rows.values()), skipped=dict(reasons))
         return self._description()
 
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
-from infogrowth.data.feature_writer import ShardedOutput
+from infogrowth.data.feature_writer import FeatureWriter, write_shard
 from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches
 from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
@@ -72,7 +72,7 @@ class Summary:
 def embed_pairs(
     table: PairTable,
     encoder: DualEncoder,
-    output: ShardedOutput,
+    output: FeatureWriter,
     device: torch.device,
     batch_size: int,
     workers: int | None = None,
@@ -141,7 +141,7 @@ def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
 
 def _write_shards(
     ids: Sequence[str],
-    output: ShardedOutput,
+    output: FeatureWriter,
     results: Iterator[tuple[DecodedBatch, Features]],
     timing: Timing,
     dimension: int,
@@ -173,8 +173,9 @@ def _write_shards(
             skipped |= {row: EMPTY_CAPTION for row, caption in captions.items() if not caption}
             captions = {row: caption for row, caption in captions.items() if caption}
             with timing.of("writing"):
-                output.write_shard(
-                    batch.shard,
+                write_shard(
+                    output.directory,
+                    output.name(batch.shard),
                     [ids[row] for row in captions],
                     list(captions.values()),
                     joined([image for _, (_, image, _) in shard]) if with_images else None,

@@ -4,19 +4,23 @@ import numpy as np
 import pytest
 
 from infogrowth.commands.embed import parse_part
-from infogrowth.data.feature_writer import ShardedOutput, automatic_shard_size
+from infogrowth.data.feature_writer import (
+    FeatureWriter,
+    automatic_shard_size,
+    write_shard,
+)
 from infogrowth.errors import UserError
 
 
 def opened(folder, part=None, rows=23):
-    return ShardedOutput(folder, {"kind": "test"}, {"kind": "command"}, rows, 5, parse_part(part))
+    return FeatureWriter(folder, {"kind": "test"}, {"kind": "command"}, rows, 5, parse_part(part))
 
 
 def write(output, number):
     rows = output.shards[number]
     names = [str(row) for row in rows]
     features = np.ones((len(rows), 4), np.float32)
-    output.write_shard(number, names, names, features, features)
+    write_shard(output.directory, output.name(number), names, names, features, features)
 
 
 def test_the_split_is_a_matter_of_the_dataset_alone(tmp_path):
@@ -59,7 +63,7 @@ def test_a_folder_that_grew_counts_all_shards_that_an_interrupted_run_left(tmp_p
         samples = [(str(row), str(row)) for row in range(rows)]
         identity = {"kind": "test", "samples": str(rows)}
         compared = {"kind": "command", "samples": "samples"}
-        return ShardedOutput(tmp_path / "f", identity, compared, rows, size, samples=samples)
+        return FeatureWriter(tmp_path / "f", identity, compared, rows, size, samples=samples)
 
     first = opened_for(20, 5)
     write(first, 0), write(first, 3)

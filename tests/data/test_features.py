@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infogrowth.data.feature_writer import FeatureWriter
+from infogrowth.data.feature_writer import FeatureWriter, finished_shards, write_shard
 from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 
@@ -33,12 +33,11 @@ def shard_slices():
 
 @pytest.fixture
 def folder(tmp_path):
-    writer = FeatureWriter(tmp_path / "features", shards=len(SIZES))
+    folder = tmp_path / "features"
     for number, rows in enumerate(shard_slices()):
-        writer.write_shard(
-            number, IDS[rows], CAPTIONS[rows], IMAGE[rows], TEXT[rows], {"url": CAPTIONS[rows]}
-        )
-    return tmp_path / "features"
+        texts, extra = (IDS[rows], CAPTIONS[rows]), {"url": CAPTIONS[rows]}
+        write_shard(folder, f"{number}", *texts, IMAGE[rows], TEXT[rows], extra)
+    return folder
 
 
 def collected(stream, **options):
@@ -78,10 +77,18 @@ def test_files_lie_where_clip_retrieval_puts_them_in_half_precision(folder):
 
 
 def test_numbers_are_padded_to_one_width(tmp_path):
-    writer = FeatureWriter(tmp_path, shards=101)
-    writer.write_shard(7, ["a"], ["b"], IMAGE[:1], TEXT[:1])
-    assert (tmp_path / "img_emb/img_emb_007.npy").is_file()
-    assert FeatureWriter(tmp_path, shards=5).width == 3  # a folder keeps what it has
+    """A folder that grows keeps the zeros it has."""
+
+    def opened_for(rows):
+        samples = [(f"{row}", f"{row}") for row in range(rows)]
+        identity = {"samples": f"{rows}"}
+        return FeatureWriter(tmp_path, identity, {}, rows, shard_size=1, samples=samples)
+
+    assert opened_for(5).name(3) == "3"
+    write_shard(tmp_path, "3", ["3"], ["3"], IMAGE[:1], TEXT[:1])
+    assert opened_for(101).name(7) == "7"
+    (tmp_path / "finished/3.json").unlink()
+    assert opened_for(102).name(7) == "007"
 
 
 def test_chosen_rows_fill_whole_batches(folder):
@@ -107,39 +114,35 @@ def test_one_row_at_a_time(folder):
 
 
 def test_a_shard_is_finished_when_all_its_files_are_in_place(folder):
-    writer = FeatureWriter(folder, shards=len(SIZES))
-    assert writer.finished_shards() == {0, 1, 2, 3, 4}
+    assert finished_shards(folder) == dict(enumerate(SIZES))
     (folder / "text_emb/text_emb_3.npy").unlink()
     (folder / "finished/1.json").unlink()
-    assert writer.finished_shards() == {0, 2, 4}
+    assert finished_shards(folder).keys() == {0, 2, 4}
 
 
 def test_a_killed_write_leaves_no_finished_shard(tmp_path, monkeypatch):
-    writer = FeatureWriter(tmp_path, shards=2)
+    shard = tmp_path, "0", ["a"], ["b"], IMAGE[:1], TEXT[:1]
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full_disk)
     with pytest.raises(UserError, match=r"metadata_0\.parquet.*space"):
-        writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1])
-    assert writer.finished_shards() == set()
+        write_shard(*shard)
+    assert finished_shards(tmp_path) == {}
     monkeypatch.undo()
-    writer.write_shard(0, ["a"], ["b"], IMAGE[:1], TEXT[:1])
-    assert writer.finished_shards() == {0}
-    (tmp_path / "img_emb" / "img_emb_1.npy.tmp-9-aa").write_bytes(b"half")
-    writer.remove_leftovers()
-    assert not any(tmp_path.rglob("*.tmp-*"))
+    write_shard(*shard)
+    assert finished_shards(tmp_path) == {0: 1}
 
 
 def test_skipped_samples_are_joined_in_shard_order_and_counted(tmp_path):
-    writer = FeatureWriter(tmp_path, shards=2)
-    writer.write_shard(1, [], [], IMAGE[:0], TEXT[:0], skipped=[{"id": "z", "reason": "no image"}])
+    writer = FeatureWriter(tmp_path, {}, {}, rows=2, shard_size=1)
+    no_image = [{"id": "z", "reason": "no image"}]
+    write_shard(tmp_path, "1", [], [], IMAGE[:0], TEXT[:0], skipped=no_image)
     strange = "y\u2028\x85\n"  # where str.splitlines would break a line
-    writer.write_shard(
-        0, ["a"], ["b"], IMAGE[:1], TEXT[:1], skipped=[{"id": strange, "reason": "x"}]
-    )
-    assert writer.merge_skipped() == {"x": 1, "no image": 1}
+    shard = tmp_path, "0", ["a"], ["b"], IMAGE[:1], TEXT[:1]
+    write_shard(*shard, skipped=[{"id": strange, "reason": "x"}])
+    assert writer.finish()["skipped"] == {"x": 1, "no image": 1}
     lines = (tmp_path / "skipped.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [strange, "z"]
     assert open_features(tmp_path).skipped == {"x": 1, "no image": 1}
@@ -154,7 +157,7 @@ def test_the_fingerprint_knows_the_same_features_again(folder, tmp_path):
     assert open_features(copied).fingerprint(15) == prints[5]
     other = np.array(IMAGE[14:20])
     other[0] += 1
-    FeatureWriter(copied, 5).write_shard(3, IDS[14:20], CAPTIONS[14:20], other, TEXT[14:20])
+    write_shard(copied, "3", IDS[14:20], CAPTIONS[14:20], other, TEXT[14:20])
     assert open_features(copied).fingerprint(14) == prints[4]
     assert open_features(copied).fingerprint(15) != prints[5]
 
@@ -189,15 +192,14 @@ def test_shards_are_read_by_number_not_by_name(tmp_path):
 
 
 def test_missing_ids_and_captions_become_empty_text(tmp_path):
-    writer = FeatureWriter(tmp_path, 1)
-    writer.write_shard(0, ["a", None, "c"], [None, "x", "y"], IMAGE[:3], TEXT[:3])
+    write_shard(tmp_path, "0", ["a", None, "c"], [None, "x", "y"], IMAGE[:3], TEXT[:3])
     (batch,) = open_features(tmp_path).batches(10)
     assert batch.ids == ["a", "", "c"]
     assert batch.captions == ["", "x", "y"]
 
 
 def test_text_only_folder_is_a_recaption_table(tmp_path):
-    FeatureWriter(tmp_path, 1).write_shard(0, IDS, CAPTIONS, None, TEXT)
+    write_shard(tmp_path, "0", IDS, CAPTIONS, None, TEXT)
     (batch,) = open_features(tmp_path, spaces=("text",)).batches(50)
     assert batch.image is None
     assert batch.text.shape == (23, 6)
@@ -301,9 +303,8 @@ def text_column(*values):
 
 
 def one_shard(folder, **columns):
-    writer = FeatureWriter(folder, 1)
     rows = len(next(iter(columns.values())))
-    writer.write_shard(0, IDS[:rows], CAPTIONS[:rows], IMAGE[:rows], TEXT[:rows])
+    write_shard(folder, "0", IDS[:rows], CAPTIONS[:rows], IMAGE[:rows], TEXT[:rows])
     pq.write_table(pa.table(columns), folder / "metadata/metadata_0.parquet")
     return folder
 

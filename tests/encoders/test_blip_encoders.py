@@ -145,7 +145,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
     """A captioner may have nothing to say: no feature of an empty text gets into the table."""
     import io
 
-    from infogrowth.data.feature_writer import ShardedOutput
+    from infogrowth.data.feature_writer import FeatureWriter
     from infogrowth.data.features import open_features
     from infogrowth.encoders.dataset import PairTable
     from infogrowth.encoders.embedding import EMPTY_CAPTION, embed_pairs
@@ -164,7 +164,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
             return ["a red cat", "", "the sea"][: len(given)]
 
     encoder = load_encoder(str(blip_folder))
-    output = ShardedOutput(tmp_path / "table", {}, {}, rows=3, shard_size=3)
+    output = FeatureWriter(tmp_path / "table", {}, {}, rows=3, shard_size=3)
     table = PairTable(["x", "y", "z"], Pairs().read)
     embed_pairs(table, encoder, output, CPU, batch_size=3, captioner=Taciturn())
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
