@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -35,24 +36,18 @@ def is_remote(address: object) -> bool:
 class RemotePath:
     """A file or folder at an address, in the words of pathlib that readers of folders use.
 
-    Args:
-        root: the address of a folder or file.
-        names: the files below a folder, as :func:`list_remote` lists them; without them a path is
-            good for reading alone.
-        relative: the path from the root.
-
     Raises:
         UserError: in all methods that read: it is not there or cannot be read.
     """
 
-    def __init__(self, root: str, names: frozenset[str] = frozenset(), relative: str = ""):
-        self._root, self._names, self._relative = root, names, relative
+    def __init__(self, address: str):
+        self._address = address.rstrip("/")
 
     def __str__(self) -> str:
-        return f"{self._root.rstrip('/')}/{self._relative}" if self._relative else self._root
+        return self._address
 
     def __truediv__(self, part: str) -> "RemotePath":
-        return RemotePath(self._root, self._names, f"{self._relative}/{part}".lstrip("/"))
+        return RemotePath(f"{self}/{part}")
 
     @property
     def name(self) -> str:
@@ -67,20 +62,29 @@ class RemotePath:
         return PurePosixPath(self.name).suffix
 
     def is_file(self) -> bool:
-        return self._relative in self._names
+        return (self._found("info") or {}).get("type") == "file"
 
     def is_dir(self) -> bool:
-        prefix = f"{self._relative}/" if self._relative else ""
-        return any(name and name.startswith(prefix) for name in self._names)
+        return (self._found("info") or {}).get("type") == "directory"
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files right below whose names fit, sorted."""
-        for name in sorted(self._names):
-            folder, _, last = name.rpartition("/")
-            if folder == self._relative and fnmatchcase(last, pattern):
-                yield RemotePath(self._root, self._names, name)
+        """What lies right below and has a name that fits, sorted."""
+        paths = sorted(self._found("ls", detail=False) or ())
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return (self / name for name in names if fnmatchcase(name, pattern))
 
-    def open(self) -> BinaryIO:
+    def _found(self, method: str, **options: Any) -> Any:
+        """What a method of the file system returns; None where there is nothing. (Those that say
+        it themselves, as ``isfile``, take a lost connection for nothing too.)"""
+        system, path = _system(str(self))
+
+        def ask() -> Any:
+            with suppress(FileNotFoundError):
+                return getattr(system, method)(path, **options)
+
+        return _tried(str(self), ask)
+
+    def open(self, mode: str = "rb") -> BinaryIO:
         """A seekable file that fetches what is read of it, and tries again where that fails."""
         return io.BufferedReader(_RemoteFile(str(self)), 1 << 16)
 
@@ -102,28 +106,15 @@ AnyPath = Path | RemotePath
 
 
 def as_path(path: str | os.PathLike[str] | RemotePath) -> AnyPath:
-    """A path as it is; what is at an address is listed.
-
-    Raises:
-        UserError: there is nothing at the address.
-    """
+    """What is at a path or an address, as it is in either."""
     if isinstance(path, RemotePath):
         return path
-    if not is_remote(path):
-        return Path(path)
-    address = str(path).rstrip("/")
-    names = [""] if _ask(address, "isfile") else list_remote(address)
-    return RemotePath(address, frozenset(names))
+    return RemotePath(str(path)) if is_remote(path) else Path(path)
 
 
 def opened(path: AnyPath) -> Any:
     """What numpy, pyarrow and zipfile open: a path as it is, a file at an address as a stream."""
     return path.open() if isinstance(path, RemotePath) else path
-
-
-def open_file(location: str) -> BinaryIO:
-    """The file at a path or an address, to read and seek in."""
-    return RemotePath(location).open() if is_remote(location) else open(location, "rb")
 
 
 def list_remote(address: str) -> list[str]:

@@ -12,7 +12,8 @@ import numpy as np
 from infogrowth.annotations import gains_array, read_ids
 from infogrowth.config import option
 from infogrowth.data.exports import check_outputs, uid_repeats, write_export
-from infogrowth.data.features import FeatureStream, open_features
+from infogrowth.data.feature_stream import FeatureStream
+from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.files import remove_leftovers
 from infogrowth.growth.decisions import Reason

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth.annotations import SPACES
-from infogrowth.data.features import FeatureBatch, FeatureStream
+from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from infogrowth.config import option
-from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
+from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
+from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, atomic_write_json, read_json, remove_leftovers
 from infogrowth.growth.cleaning import (

@@ -6,7 +6,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -127,7 +127,7 @@ class Files(Container):
     def _read_downloads(self, table: str) -> dict[str, str | None]:
         """By key why a download failed; None for one that must be there."""
         try:
-            with self._tree.open(table) as file:
+            with self._tree.path(table).open("rb") as file:
                 rows = pq.read_table(file, columns=["key", "status"])
         except (OSError, pa.ArrowException) as error:
             self.notes.append(unreadable(table, error))
@@ -204,7 +204,7 @@ class Folder(Files):
         self._index(files, entries, downloads)
 
     def _read(self, file: int) -> bytes:
-        return self._tree.read(self._files[file])
+        return self._tree.path(self._files[file]).read_bytes()
 
 
 class Tar(Files):
@@ -216,13 +216,13 @@ class Tar(Files):
 
     def __init__(self, tree: Tree, name: str, downloads: str | None) -> None:
         super().__init__(tree, name, "webdataset")
-        self._open = tree.open if tree.is_plain(name) else tree.open_copy
+        self._plain = tree.is_plain(name)
         self._offsets, self._sizes = array("q"), array("q")
         names: list[str] = []
         ignored: Counter[str] = Counter()
         damage: list[Note] = []
         try:
-            with self._open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            with self._open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                     linked = member.linkname in names if member.islnk() else None
@@ -243,8 +243,12 @@ class Tar(Files):
         self._index(names, entries, downloads)
         self.notes += damage
 
+    def _open(self) -> BinaryIO:
+        path = self._tree.path(self.name)
+        return path.open("rb") if self._plain else self._tree.open_copy(self.name)
+
     def _read(self, file: int) -> bytes:
-        with self._open(self.name) as tar:
+        with self._open() as tar:
             tar.seek(self._offsets[file])
             data = tar.read(self._sizes[file])
         if len(data) < self._sizes[file]:

@@ -1,86 +1,55 @@
-"""Features of samples as one stream, whatever folder or file they lie in.
+"""Opening features in the layouts that people have: which files are a shard, and in what order.
 
-Rows come as they are stored; the growth engine brings them to unit length.
+clip-retrieval / LAION   img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy,
+                         metadata/metadata_{i}.parquet; row j is the same sample in all three
+DataComp                 {32-hex}.parquet (uid, text, …) and {32-hex}.npz (b32_img, b32_txt, …)
+arrays                   one .npz or .pth with ids, captions, image and text, one row per sample
+
+Other people's clip-retrieval folders are called images/, image_emb/, txt_emb/ …, number their files
+with or without zeros, or put all of them into one folder: all of that is read.
 """
 
-import bisect
-import hashlib
-import itertools
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infogrowth.annotations import SPACES
-from infogrowth.data.feature_files import (
-    FeatureShard,
-    arrays_shard,
-    find_datacomp,
-    find_shards,
-    reading,
-)
+from infogrowth.data.feature_stream import FeatureShard, FeatureStream, Part, reading, same_rows
+from infogrowth.data.text import text_of, unicode_values
 from infogrowth.errors import UserError
-from infogrowth.files import read_json
-from infogrowth.remote import AnyPath, as_path
+from infogrowth.files import TEMPORARY_MARK, read_json
+from infogrowth.remote import AnyPath, RemoteArray, RemotePath, as_path, npy_header, opened
 
-
-@dataclass(frozen=True)
-class FeatureBatch:
-    """Some consecutive samples: ids and captions (``""`` where missing), features as stored.
-
-    ``image`` and ``text`` are ``(n, D) float32``, not cleaned and not unit length, or None for a
-    space that was not asked for; ``extra`` holds further metadata columns, n values each; ``rows``
-    are the samples' row numbers in the stream.
-    """
-
-    ids: list[str]
-    captions: list[str]
-    image: np.ndarray | None
-    text: np.ndarray | None
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: np.ndarray | slice) -> "FeatureBatch":
-        """The samples at the given positions of this batch; of a slice the features are views."""
-
-        def taken(values: list[Any]) -> list[Any]:
-            return values[rows] if isinstance(rows, slice) else [values[n] for n in rows.tolist()]
-
-        return FeatureBatch(
-            taken(self.ids),
-            taken(self.captions),
-            None if self.image is None else self.image[rows],
-            None if self.text is None else self.text[rows],
-            {name: taken(column) for name, column in self.extra.items()},
-            self.rows[rows],
-        )
-
-    @staticmethod
-    def join(batches: Sequence["FeatureBatch"]) -> "FeatureBatch":
-        """Consecutive batches as one."""
-        first, *others = batches
-        if not others:
-            return first
-
-        def joined(name: str) -> Any:
-            parts = [getattr(batch, name) for batch in batches]
-            return None if parts[0] is None else np.concatenate(parts)
-
-        return FeatureBatch(
-            [sample for batch in batches for sample in batch.ids],
-            [caption for batch in batches for caption in batch.captions],
-            joined("image"),
-            joined("text"),
-            {n: [v for batch in batches for v in batch.extra[n]] for n in first.extra},
-            joined("rows"),
-        )
+ID_COLUMNS = ("image_path", "id", "uid", "key", "image", "file_name")
+CAPTION_COLUMNS = ("caption", "text", "TEXT", "label")
+# Names under which people store each part of a file of arrays; the first is the one to recommend.
+_ARRAY_NAMES = {
+    "image": ("image", "image_features", "image_feat", "image_feats", "img_emb", "image_emb"),
+    "text": ("text", "text_features", "text_feat", "text_feats", "text_emb", "txt_emb"),
+    "ids": ("ids", "id", "image_ids", "uids", "keys", "image_paths"),
+    "captions": ("captions", "caption", "texts", "labels", "label"),
+}
+_FOLDERS = {
+    "image": ("img_emb", "image_emb", "img_embs", "image_embs", "img_embeddings", "images"),
+    "text": ("text_emb", "txt_emb", "text_embs", "txt_embs", "text_embeddings", "texts"),
+    "metadata": ("metadata", "meta"),
+}
+_PARTS = {"image": "image features", "text": "text features", "metadata": "metadata"}
+_MISSING = {
+    "text": "; add text_emb/, or grow in the image space alone with --modality image",
+    "image": "; add img_emb/ (a folder of captions alone is a --recaptions table)",
+    "metadata": "",
+}
+_OPENED_AT_ONCE = 16  # each waits for its headers, at an address for some time
+Openable = Callable[[], FeatureShard]
+_SIGNED_BYTES = 4096  # the last bytes of a parquet or zip hold row counts, statistics, checksums
 
 
 def open_features(
@@ -88,7 +57,7 @@ def open_features(
     spaces: Sequence[str] = SPACES,
     key: str | None = None,
     extra: Sequence[str] = (),
-) -> "FeatureStream":
+) -> FeatureStream:
     """Open a features folder or file of any supported layout.
 
     Args:
@@ -103,9 +72,14 @@ def open_features(
         UserError: nothing readable there, an unfinished ``embed``, files whose row counts do not
             agree (named), a missing space or column.
     """
+
+    def stream(layout: str, shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            return FeatureStream(folder, layout, list(pool.map(lambda open: open(), shards)), about)
+
     folder = as_path(path)
     if folder.is_file():
-        return FeatureStream(folder, "arrays", [arrays_shard(folder, spaces, extra)], {})
+        return stream("arrays", [partial(arrays_shard, folder, spaces, extra)], {})
     if not folder.is_dir():
         raise UserError(f"the features {path} do not exist; check the path")
     description = _describe(folder)
@@ -116,13 +90,12 @@ def open_features(
                 f"{path} has {len(shards)} feature shards, but its features.json counts {planned}; "
                 "files are missing, write them again with `python -m infogrowth embed`"
             )
-        return FeatureStream(folder, "clip-retrieval", shards, description)
+        return stream("clip-retrieval", shards, description)
     if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
-        return FeatureStream(folder, "clip-retrieval", [], description)
+        return stream("clip-retrieval", [], description)
     if found := find_datacomp(folder, spaces, key, extra):
         shards, chosen = found
-        description = {"encoder": {"name": f"DataComp {chosen}"}}
-        return FeatureStream(folder, "DataComp", shards, description)
+        return stream("DataComp", shards, {"encoder": {"name": f"DataComp {chosen}"}})
     raise UserError(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
@@ -144,158 +117,278 @@ def _describe(path: AnyPath) -> dict[str, Any]:
     return description
 
 
-class FeatureStream:
-    """The samples of a features folder in shard order, then row order.
+def _tail(path: AnyPath) -> bytes:
+    """A file's size and last bytes (of parquet and zip files these sum up the content)."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _SIGNED_BYTES))
+        return str(size).encode() + file.read()
 
-    Attributes:
-        path: the folder or file, as given.
-        layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
-        rows: number of samples.
-        dimensions: feature width per space that is read.
-        description: features.json of a folder written by ``embed``, else what is known.
+
+# --- clip-retrieval -------------------------------------------------------------------------------
+
+
+def find_shards(directory: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> list[Openable]:
+    """The folder's clip-retrieval shards in order of their numbers; empty if it has none.
+
+    Raises:
+        UserError: a space or file is missing, or row counts do not agree, each named.
     """
-
-    def __init__(
-        self,
-        folder: AnyPath,
-        layout: str,
-        shards: Sequence[FeatureShard],
-        description: dict[str, Any],
-    ):
-        self.path, self._folder = str(folder), folder
-        self.layout, self.shards, self.description = layout, list(shards), description
-        self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
-        self.rows = self._ends[-1] if self._ends else 0
-        self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
-        for shard in self.shards:
-            for space, width in shard.dimensions.items():
-                if width != self.dimensions[space]:
-                    raise UserError(
-                        f"{shard.name} has {space} features of dimension {width}, but "
-                        f"{self.shards[0].name} has {self.dimensions[space]}; one folder holds "
-                        "one encoder's"
-                    )
-        self._signatures: list[bytes] = []
-
-    @property
-    def dimension(self) -> int:
-        """The one width of all features.
-
-        Raises:
-            UserError: image and text features differ in width, so no cosine exists between them.
-        """
-        widths = set(self.dimensions.values())
-        if not widths:
-            raise UserError(f"the features {self.path} hold no samples")
-        if len(widths) > 1:
-            listed = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
+    found = {space: _numbered(directory, _FOLDERS[space], "npy") for space in ("image", "text")}
+    have = " and ".join(_PARTS[space] for space in found if found[space])
+    if not have:
+        return []  # DataComp's metadata/ has names without numbers: it is not looked at here
+    found["metadata"] = _numbered(directory, _FOLDERS["metadata"], "parquet")
+    needed = {part: found[part] for part in (*spaces, "metadata")}
+    numbers = sorted(set().union(*needed.values()))
+    for part, files in needed.items():
+        if not files:
             raise UserError(
-                f"the features of {self.path} differ in dimension ({listed}); image and text "
-                "features must come from one dual encoder"
+                f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/)"
+                f"{_MISSING[part]}"
             )
-        return widths.pop()
+        if missing := [number for number in numbers if number not in files]:
+            raise UserError(
+                f"shard {missing[0]} of {directory} has no {_PARTS[part]} file; "
+                "every number needs one file of each kind"
+            )
+    shards = [{part: needed[part][number] for part in needed} for number in numbers]
+    return [partial(_npy_shard, files, extra) for files in shards]
 
-    @property
-    def encoder(self) -> dict[str, Any] | None:
-        """``{"name", "fingerprint", …}`` of the encoder, when the folder records it."""
-        encoder = self.description.get("encoder")
-        return encoder if isinstance(encoder, dict) else None
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many samples got no features, by reason, as ``embed`` recorded it.
+def _numbered(directory: AnyPath, names: Sequence[str], extension: str) -> dict[int, AnyPath]:
+    """Files by number: ``NAME/*{i}.extension``, or ``NAME_{i}.extension`` in the folder itself."""
+    by_number: dict[int, AnyPath] = {}
+    for name in names:
+        below: list[AnyPath] = list((directory / name).glob(f"*.{extension}"))
+        files = sorted(below or directory.glob(f"{name}*.{extension}"), key=str)
+        files = [path for path in files if TEMPORARY_MARK not in path.name]
+        for path in files:
+            match = re.search(r"(\d+)$", path.stem)
+            if match is None and len(files) > 1:
+                raise UserError(f"{path} has no shard number at the end of its name")
+            number = int(match[1]) if match else 0
+            if number in by_number:
+                raise UserError(f"{by_number[number]} and {path} both claim shard {number}")
+            by_number[number] = path
+        if files:
+            break
+    return by_number
 
-        Raises:
-            UserError: the record is damaged; the sentence names the file.
-        """
-        counts = self.description.get("skipped")
-        if counts is None:
-            return self._count_skipped()
-        numbers = counts.values() if isinstance(counts, dict) else [None]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            file = self._folder / "features.json"
-            raise UserError(f'"skipped" must be counts by reason in {file}, not {counts!r:.60}')
-        return dict(counts)
 
-    def _count_skipped(self) -> dict[str, int]:
-        path = self._folder / "skipped.jsonl"
-        if not path.is_file():
-            return {}
-        counts: Counter[str] = Counter()
-        with reading(path):
-            lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
-        for number, line in enumerate(lines, start=1):
+def _npy_shard(files: dict[str, AnyPath], extra: Sequence[str]) -> FeatureShard:
+    """``n`` rows of a space in each npy, and the parquet ``metadata`` of the same samples."""
+    spaces = {space: path for space, path in files.items() if space != "metadata"}
+
+    def sign() -> bytes:
+        parts = []
+        for space, path in spaces.items():
+            array = _open_array(path)
+            parts += [f"{space} {array.shape} {array.dtype}".encode()]
+            parts += [array[:1].tobytes() + array[-1:].tobytes()]
+        return b"".join([*parts, _tail(files["metadata"])])
+
+    arrays = {
+        space: Part(str(path), _open_array(path).shape, partial(_open_array, path))
+        for space, path in spaces.items()
+    }
+    return FeatureShard(arrays, _open_table(files["metadata"], extra), sign)
+
+
+def _open_array(path: AnyPath) -> Any:
+    """The features in a npy file, memory-mapped or (at an address) read by slices."""
+    with reading(path):
+        if isinstance(path, RemotePath):
+            array: Any = RemoteArray(path)
+        else:
             try:
-                reason = json.loads(line)["reason"]
-                reason.encode("utf-8")  # half a surrogate pair could not be written again
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"line {number} of {path} is not a skipped sample: {error}"
-                ) from error
-            counts[reason] += 1
-        return dict(counts)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except ValueError:  # an array without rows cannot be mapped
+                array = np.load(path, allow_pickle=False)
+    _check(str(path), array.shape, array.dtype)
+    return array
 
-    def batches(
-        self,
-        batch_size: int,
-        start_row: int = 0,
-        stop_row: int | None = None,
-        choose: Callable[[FeatureBatch], np.ndarray] | None = None,
-    ) -> Iterator[FeatureBatch]:
-        """Batches of ``batch_size`` samples (the last may be smaller) of the given rows, in order.
 
-        Args:
-            choose: the samples to take of a batch, as ``(n,) bool``; the batches are filled up
-                with what follows, and ``rows`` gives the samples' row numbers. None takes all.
-        """
-        stop = self.rows if stop_row is None else stop_row
-        pieces: list[FeatureBatch] = []
-        missing = batch_size
-        for piece in self._pieces(batch_size, start_row, stop):
-            if choose is not None:
-                taken = np.flatnonzero(choose(piece))
-                piece = piece if len(taken) == len(piece) else piece.take(taken)
-            while len(piece) >= missing:
-                yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
-                piece = piece.take(slice(missing, None))
-                pieces, missing = [], batch_size
-            if len(piece):
-                pieces.append(piece)
-                missing -= len(piece)
-        if pieces:
-            yield FeatureBatch.join(pieces)
+def _check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    if getattr(dtype, "kind", None) != "f" or len(shape) != 2 or shape[1] == 0:
+        raise UserError(
+            f"{name} must hold floating-point features of shape (samples, dimension), "
+            f"not {dtype} of shape {tuple(shape)}"
+        )
 
-    def row(self, number: int) -> FeatureBatch:
-        """One sample, as a batch of one."""
-        shard = bisect.bisect_right(self._ends, number)
-        return self._read(shard, number, number + 1)
 
-    def fingerprint(self, rows: int) -> str:
-        """A digest of the shards that hold the first ``rows`` samples: the same features again
-        (copied elsewhere, or with more shards added) have the same one."""
-        digest = hashlib.blake2b(digest_size=16)
-        first = 0
-        for number, shard in enumerate(self.shards):
-            if first >= rows:
-                break
-            if number == len(self._signatures):
-                self._signatures.append(shard.signature())
-            digest.update(self._signatures[number])
-            first += shard.rows
-        return digest.hexdigest()
+def _open_table(path: AnyPath, extra: Sequence[str]) -> Part:
+    """A parquet of metadata; its columns, loaded: ids, captions, the extra ones."""
+    with reading(path):
+        file = pq.ParquetFile(opened(path))
+        names, rows = file.schema_arrow.names, int(file.metadata.num_rows)
+    wanted = [_column(path, names, ID_COLUMNS), _column(path, names, CAPTION_COLUMNS)]
+    wanted += [_column(path, names, [name]) for name in extra if name in names]
 
-    def _pieces(self, size: int, start_row: int, stop_row: int) -> Iterator[FeatureBatch]:
-        """Slices of single shards, at most ``size`` samples each."""
-        first = 0
-        for number, end in enumerate(self._ends):
-            for start in range(max(start_row, first), min(stop_row, end), size):
-                yield self._read(number, start, min(start + size, stop_row, end))
-            first = end
-            self.shards[number].release()
+    def load() -> pa.Table:
+        with reading(path):
+            table = pq.ParquetFile(opened(path)).read(list(dict.fromkeys(wanted)))
+        return pa.table([table[name] for name in wanted], wanted)
 
-    def _read(self, shard: int, start: int, stop: int) -> FeatureBatch:
-        """Rows ``start … stop − 1`` of the stream, which lie in one shard."""
-        first = self._ends[shard] - self.shards[shard].rows
-        ids, captions, extra, features = self.shards[shard].read(start - first, stop - first)
-        rows = np.arange(start, stop)
-        return FeatureBatch(ids, captions, features.get("image"), features.get("text"), extra, rows)
+    return Part(str(path), (rows,), load)
+
+
+def _column(path: AnyPath, names: Sequence[str], wanted: Sequence[str]) -> str:
+    name = next((name for name in wanted if name in names), None)
+    if name is None:
+        raise UserError(
+            f"{path} has no column {wanted[0]!r} (or {', '.join(wanted[1:])}); it has "
+            f"{', '.join(names) or 'no columns'}"
+        )
+    if names.count(name) > 1:
+        raise UserError(f"{path} has {names.count(name)} columns named {name!r}; leave one of them")
+    return name
+
+
+# --- DataComp -------------------------------------------------------------------------------------
+
+
+def find_datacomp(
+    directory: AnyPath, spaces: Sequence[str], key: str | None, extra: Sequence[str]
+) -> tuple[list[Openable], str] | None:
+    """DataComp's shards in order of their names, and which of its encoders they are from.
+
+    Returns None when the folder (or its ``metadata/``) is not DataComp's.
+
+    Raises:
+        UserError: a parquet without its npz or the other way, or ``key`` missing or ambiguous.
+    """
+    for folder in (directory, directory / "metadata"):
+        archives = {path.stem: path for path in folder.glob("*.npz")}
+        tables = {path.stem: path for path in folder.glob("*.parquet")}
+        if archives:
+            break
+    else:
+        return None
+    for stem in sorted(archives.keys() ^ tables.keys()):
+        missing = "parquet" if stem in archives else "npz"
+        raise UserError(f"{folder / stem}.{missing} is missing: DataComp's files come in pairs")
+    chosen = _datacomp_key(archives[min(archives)], key)
+    members = {space: f"{chosen}_{'img' if space == 'image' else 'txt'}" for space in spaces}
+
+    stems = sorted(tables)
+    open_pair = partial(_npz_shard, members=members, extra=extra)
+    return [partial(open_pair, archives[stem], tables[stem]) for stem in stems], chosen
+
+
+def _datacomp_key(archive: AnyPath, key: str | None) -> str:
+    with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
+        members = sorted(content.files)
+    present = [k for k in ("b32", "l14") if any(m.startswith(f"{k}_") for m in members)]
+    if key is None and len(present) == 1:
+        return present[0]
+    if key is None and present:
+        raise UserError(f"{archive} has features of b32 and l14; choose with --feature-key")
+    if key not in present:
+        have = ", ".join(members) or "nothing"
+        raise UserError(f"{archive} has no features {key or 'b32_img, b32_txt'}: it holds {have}")
+    return key
+
+
+def _npz_shard(
+    archive: AnyPath, table: AnyPath, members: Mapping[str, str], extra: Sequence[str]
+) -> FeatureShard:
+    """The features of each space in a member of a npz, and the parquet of the same samples."""
+    arrays = {space: _member(archive, member) for space, member in members.items()}
+    signed = repr(members).encode()
+    return FeatureShard(
+        arrays, _open_table(table, extra), lambda: signed + _tail(archive) + _tail(table)
+    )
+
+
+def _member(archive: AnyPath, member: str) -> Part:
+    """The features in a member of a npz, their shape from its header alone."""
+
+    def load() -> np.ndarray:
+        with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
+            return content[member]
+
+    with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
+        if member not in content.files:
+            raise UserError(f"{archive} has no array {member}; see --feature-key")
+        with content.zip.open(f"{member}.npy") as file:
+            shape, _, dtype = npy_header(file)
+    _check(name := f"{archive}:{member}", shape, dtype)
+    return Part(name, shape, load)
+
+
+# --- a file of arrays ----------------------------------------------------------------------------
+
+
+def arrays_shard(path: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> FeatureShard:
+    """A single ``.npz`` or ``.pth``/``.pt`` of arrays as a shard, held in memory.
+
+    Raises:
+        UserError: another file type, unreadable, a part missing, or lengths that differ.
+    """
+    readers = {".npz": _read_npz, ".pth": _read_torch, ".pt": _read_torch}
+    if path.suffix not in readers:
+        raise UserError(f"{path} is not a features folder nor a .npz or .pth file of arrays")
+    content = readers[path.suffix](path)
+    arrays: dict[str, Part] = {}
+    lists: dict[str, list[Any]] = {}
+    for part in (*spaces, "ids", "captions"):
+        name = next((name for name in _ARRAY_NAMES[part] if name in content), None)
+        if name is None:
+            names = ", ".join(sorted(content)) or "nothing"
+            raise UserError(f"{path} has no {part!r} (one row per sample); it holds {names}")
+        value = content[name]
+        if part in spaces:
+            _check(str(path), getattr(value, "shape", ()), getattr(value, "dtype", type(value)))
+            arrays[part] = Part(f"{path}:{part}", value.shape, partial(np.asarray, value))
+        else:
+            lists[part] = list(map(text_of, _as_list(path, part, value)))
+    lists |= {n: unicode_values(_as_list(path, n, content[n])) for n in extra if n in content}
+    rows = same_rows({f"{path}:{name}": len(values) for name, values in lists.items()})
+    table = pa.table([_column_of(values) for values in lists.values()], list(lists))
+    return FeatureShard(arrays, Part(f"{path}:ids", (rows,), lambda: table), lambda: _tail(path))
+
+
+def _as_list(path: AnyPath, name: str, values: Any) -> list[Any]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list | tuple):
+        raise UserError(f"{path}: {name!r} must have one row per sample, not be a single value")
+    return list(values)
+
+
+def _column_of(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):  # of several types: as text
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _read_npz(path: AnyPath) -> dict[str, Any]:
+    plain = "cannot be read as plain arrays (ids and captions as text arrays, not Python objects)"
+    with reading(path, plain):
+        content = np.load(opened(path), allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise ValueError("it is a single array (.npy), not several with names")
+        with content:
+            return dict(content)
+
+
+def _read_torch(path: AnyPath) -> dict[str, Any]:
+    import torch
+
+    try:
+        content = torch.load(opened(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or unsafe file makes the restricted loader say
+        raise UserError(
+            f"{path} cannot be read as tensors and plain lists (weights_only); save a dictionary "
+            "of these with torch.save, without other Python objects: ids and captions as lists"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} must hold a dictionary with ids, captions, image and text")
+    arrays = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):  # of half precision or bfloat16: as float32
+            with reading(path, f"has {name!r} as a tensor that is no plain array"):
+                value = (value.float() if value.is_floating_point() else value).detach().numpy()
+        arrays[str(name)] = value
+    return arrays

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from infogrowth.annotations import Annotation
 from infogrowth.data.exports import as_column
-from infogrowth.data.feature_files import ID_COLUMNS
+from infogrowth.data.features import ID_COLUMNS
 from infogrowth.data.text import IMAGE_EXTENSIONS
 from infogrowth.errors import UserError, refusing
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -64,7 +65,7 @@ def kind_of_table(tree: Tree, name: str) -> tuple[str, list[str | None]]:
     """What a parquet file is: ``images`` (as is a damaged one), ``downloads`` or ``records``; and
     the splits that a field ``split`` of a table of images names, ``[None]`` without one."""
     try:
-        with tree.open(name) as file:
+        with tree.path(name).open("rb") as file:
             table = pq.ParquetFile(file)
             names = table.schema_arrow.names
             if _image_column(table.schema_arrow) is None:
@@ -106,7 +107,7 @@ class Table(Container):
         super().__init__(tree, name, "parquet")
         self.repeats = False
         try:
-            with tree.open(name) as file:
+            with tree.path(name).open("rb") as file:
                 self._index(pq.ParquetFile(file), split)
         except (OSError, pa.ArrowException, ValueError) as error:
             self.notes.append(unreadable(name, error))
@@ -156,10 +157,9 @@ class Table(Container):
         if isinstance(value, dict):
             path, value = value.get("path"), value.get("bytes")
             if value is None and path and image_id(path) in path:
-                try:
-                    return self._tree.read(posixpath.join(posixpath.dirname(self.name), path))
-                except FileNotFoundError:
-                    pass
+                beside = posixpath.join(posixpath.dirname(self.name), path)
+                with suppress(FileNotFoundError):
+                    return self._tree.path(beside).read_bytes()
         if not isinstance(value, bytes):
             raise BadSample("there is no image in its row")
         return value
@@ -185,7 +185,7 @@ def _row_group(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> p
 
 @lru_cache(maxsize=16)
 def _parquet(tree: Tree, name: str) -> pq.ParquetFile:
-    return pq.ParquetFile(tree.open(name))
+    return pq.ParquetFile(tree.path(name).open("rb"))
 
 
 os.register_at_fork(after_in_child=_parquet.cache_clear)  # a child would move the parent's files
@@ -286,9 +286,9 @@ Line = tuple[int, dict[str, Any], str | None]  # number, fields by lower-case na
 def _lines(tree: Tree, table: str) -> tuple[Iterable[Line], tuple[str, ...]]:
     """The lines of a table, and how its text was repaired."""
     if extension_of(table) == ".parquet":
-        with tree.open(table) as file:
+        with tree.path(table).open("rb") as file:
             return _numbered(pq.read_table(file).to_pylist()), ()
-    text, repairs = decode_text(tree.read(table))
+    text, repairs = decode_text(tree.path(table).read_bytes())
     if extension_of(table) in (".csv", ".tsv"):
         return _csv_lines(text), repairs
     if text.lstrip().startswith("["):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infogrowth.errors import UserError
-from infogrowth.remote import RemotePath, is_remote, list_remote, open_file
+from infogrowth.remote import AnyPath, RemotePath, as_path, list_remote
 
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "PaxHeader")
 _RESULT = re.compile(
@@ -69,16 +69,16 @@ class Tree:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.fspath(root)
-        self.remote = is_remote(self.root)
-        if not self.remote and not os.path.isdir(self.root):
+        self.root, self._path = os.fspath(root), as_path(root)
+        self._remote = isinstance(self._path, RemotePath)
+        if not self._remote and not self._path.is_dir():
             raise UserError(f"the image folder {root} does not exist or is not a folder")
         self._copies: str | None = None
 
     def walk(self) -> Listing:
         """Go through all folders."""
         listing = Listing()
-        remote = _scan_remote(self.root) if self.remote else None
+        remote = _scan_remote(self.root) if self._remote else None
         seen: set[tuple[int, int]] = set()
         pending = [""]
         while pending:
@@ -110,32 +110,20 @@ class Tree:
         listing.files.sort()
         return listing
 
-    def path(self, name: str) -> str:
+    def path(self, name: str) -> AnyPath:
         """Where a file of the tree lies."""
-        return os.path.join(self.root, name) if name else self.root
-
-    def open(self, name: str) -> BinaryIO:
-        """A file to read and seek in."""
-        return open_file(self.path(name))
-
-    def read(self, name: str) -> bytes:
-        """All bytes of a file."""
-        if self.remote:
-            return RemotePath(self.path(name)).read_bytes()
-        with open(self.path(name), "rb", buffering=0) as file:
-            return file.read()
+        return self._path / name if name else self._path
 
     def version(self, name: str) -> str:
         """What changes when a file's content does: its size, and the server's word if it has."""
-        if self.remote:
-            return RemotePath(self.path(name)).version()
-        return str(os.stat(self.path(name)).st_size)
+        path = self.path(name)
+        return path.version() if isinstance(path, RemotePath) else str(path.stat().st_size)
 
     def is_plain(self, name: str) -> bool:
         """Whether a file can be read in any order where it lies: local and not compressed."""
-        if self.remote:
+        if self._remote:
             return False
-        with self.open(name) as file:
+        with self.path(name).open("rb") as file:
             return decompressed(file) is None
 
     def open_copy(self, name: str) -> BinaryIO:
@@ -152,7 +140,7 @@ class Tree:
         with open(os.path.join(self._copies, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # also among threads: each has opened it by itself
             if not os.path.exists(copy):
-                with self.open(name) as file, open(copy + ".part", "wb") as part:
+                with self.path(name).open("rb") as file, open(copy + ".part", "wb") as part:
                     part.writelines(_content(decompressed(file) or file))
                 os.replace(copy + ".part", copy)
                 copies = [entry for entry in os.scandir(self._copies) if entry.name != "lock"]
@@ -162,15 +150,15 @@ class Tree:
             return open(copy, "rb")
 
 
-def _scan(folder: str, seen: set[tuple[int, int]]) -> Kinds | None:
+def _scan(folder: AnyPath, seen: set[tuple[int, int]]) -> Kinds | None:
     """What a folder holds; None if it has been seen. A broken link is reported when it is read."""
-    status = os.stat(folder)
+    status = os.stat(str(folder))
     identity = (status.st_dev, status.st_ino)
     if identity in seen:
         return None
     seen.add(identity)
     kinds: Kinds = {}
-    with os.scandir(folder) as entries:
+    with os.scandir(str(folder)) as entries:
         for entry in entries:
             file = entry.is_file() or entry.is_symlink()
             kinds[entry.name] = "folder" if entry.is_dir() else "file" if file else "other"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from infogrowth.data.features import FeatureBatch, FeatureStream, open_features
+from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
+from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import Measure, cosine, is_below
 from infogrowth.growth.decisions import Reason, validate

@@ -16,7 +16,7 @@ import numpy as np
 from infogrowth.config import nearest
 from infogrowth.errors import UserError, refusing
 from infogrowth.randomness import generator
-from infogrowth.remote import as_path, open_file
+from infogrowth.remote import as_path
 
 Mode = Literal["two_phase", "proportional", "uniform"]
 ShardMode = Literal["two_phase", "gain", "uniform"]
@@ -289,7 +289,7 @@ class GainShards:
             best = max(weights.values(), default=1.0)
             random = generator(self.seed, "shard samples", self.mode, epoch, url.rsplit("/", 1)[-1])
             taken = dict(zip(weights, random.random(len(weights)), strict=True))
-            with open_file(url) as stream:
+            with as_path(url).open("rb") as stream:
                 for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                     key = sample["__key__"]
                     if taken[key] * best < weights[key]:
@@ -313,7 +313,7 @@ def _read_gains(path: str) -> tuple[list[str], np.ndarray]:
     import pyarrow.parquet as pq
 
     with refusing(path, "the shard's table", pa.ArrowException, KeyError):
-        with open_file(path) as file:
+        with as_path(path).open("rb") as file:
             table = pq.read_table(file, columns=["key", "gain", "status"])
         table = table.filter(pa.compute.equal(table["status"], "success"))
     return table["key"].to_pylist(), table["gain"].to_numpy()

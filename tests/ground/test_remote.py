@@ -27,7 +27,7 @@ def test_files_of_a_bucket_are_listed_and_read(bucket):
     assert remote.list_remote(bucket) == ["a.bin", "b/1.bin", "b/2.bin"]
     folder = remote.as_path(bucket)
     assert (folder / "b/1.bin").read_bytes() == CONTENT
-    with remote.open_file(f"{bucket}/a.bin") as file:
+    with (folder / "a.bin").open() as file:
         file.seek(-5, os.SEEK_END)
         assert file.read() == CONTENT[-5:]
         file.seek(1000)

@@ -1,0 +1,290 @@
+"""Features of samples as one stream, shard after shard, whatever files they lie in.
+
+Rows come as they are stored; the growth engine brings them to unit length.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from infogrowth.data.text import texts_of, values_of
+from infogrowth.errors import UserError, refusing
+from infogrowth.remote import AnyPath
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Some consecutive samples: ids and captions (``""`` where missing), features as stored.
+
+    ``image`` and ``text`` are ``(n, D) float32``, not cleaned and not unit length, or None for a
+    space that was not asked for; ``extra`` holds further metadata columns, n values each; ``rows``
+    are the samples' row numbers in the stream.
+    """
+
+    ids: list[str]
+    captions: list[str]
+    image: np.ndarray | None
+    text: np.ndarray | None
+    extra: dict[str, list[Any]]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray | slice) -> "FeatureBatch":
+        """The samples at the given positions of this batch; of a slice the features are views."""
+
+        def taken(values: Any) -> Any:
+            if isinstance(values, dict):
+                return {name: taken(column) for name, column in values.items()}
+            if isinstance(values, list) and not isinstance(rows, slice):
+                return [values[n] for n in rows.tolist()]
+            return None if values is None else values[rows]
+
+        return FeatureBatch(**taken(vars(self)))
+
+    @staticmethod
+    def join(batches: Sequence["FeatureBatch"]) -> "FeatureBatch":
+        """Consecutive batches as one."""
+
+        def joined(parts: Sequence[Any]) -> Any:
+            if isinstance(parts[0], dict):
+                return {name: joined([part[name] for part in parts]) for name in parts[0]}
+            if isinstance(parts[0], list):
+                return list(itertools.chain.from_iterable(parts))
+            return None if parts[0] is None else np.concatenate(parts)
+
+        return batches[0] if len(batches) == 1 else FeatureBatch(**joined(list(map(vars, batches))))
+
+
+class Part(NamedTuple):
+    """An array or a table in a file: what errors call it, its shape, and how it is loaded."""
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[], Any]
+
+
+class FeatureShard:
+    """One file, or a few files side by side, that hold the same ``rows`` samples.
+
+    Args:
+        arrays: the features of each space, ``(rows, dimension)``.
+        table: ids, captions and further columns, in this order.
+        sign: bytes that change when the shard's content does, found without reading all of it.
+
+    Raises:
+        UserError: row counts do not agree; the files are named.
+    """
+
+    def __init__(self, arrays: Mapping[str, Part], table: Part, sign: Callable[[], bytes]) -> None:
+        self._arrays, self._table, self._sign = arrays, table, sign
+        self._loaded: tuple[pa.Table, dict[str, Any]] | None = None
+        self.name = next(iter(arrays.values())).name
+        self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
+        self.rows = same_rows({part.name: part.shape[0] for part in (*arrays.values(), table)})
+
+    def read(self, first: int, start: int, stop: int) -> FeatureBatch:
+        """Rows ``start … stop − 1`` of a stream in which this shard's rows begin at ``first``."""
+        if self._loaded is None:
+            arrays = {space: array.load() for space, array in self._arrays.items()}
+            self._loaded = self._table.load(), arrays
+        table, arrays = self._loaded
+        ids, captions, *extra = table.slice(start - first, stop - start).columns
+        features = {
+            space: array[start - first : stop - first].astype(np.float32)
+            for space, array in arrays.items()
+        }
+        return FeatureBatch(
+            texts_of(ids),
+            texts_of(captions),
+            features.get("image"),
+            features.get("text"),
+            dict(zip(table.column_names[2:], map(values_of, extra), strict=True)),
+            np.arange(start, stop),
+        )
+
+    def signature(self) -> bytes:
+        """16 bytes that identify this content, wherever it is copied to."""
+        return hashlib.blake2b(self._sign(), digest_size=16).digest()
+
+    def release(self) -> None:
+        """Forget what was loaded; called when the stream has moved on."""
+        self._loaded = None
+
+
+def same_rows(counts: Mapping[str, int]) -> int:
+    """The one number of rows that all parts of a shard, by name, must have."""
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} has {rows}" for name, rows in counts.items())
+        raise UserError(f"row counts do not agree: {listed}; the shard is damaged, write it again")
+    return next(iter(counts.values()))
+
+
+def reading(path: AnyPath, fault: str = "cannot be read") -> AbstractContextManager[None]:
+    """What numpy, zipfile or pyarrow say of a damaged file becomes one sentence that names it."""
+    return refusing(
+        str(path), "the file", ValueError, TypeError, EOFError, RuntimeError,
+        zipfile.BadZipFile, zlib.error, pa.ArrowException, fault=fault,
+    )  # fmt: skip
+
+
+class FeatureStream:
+    """The samples of a features folder in shard order, then row order.
+
+    Attributes:
+        path: the folder or file, as given.
+        layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
+        rows: number of samples.
+        dimensions: feature width per space that is read.
+        description: features.json of a folder written by ``embed``, else what is known.
+    """
+
+    def __init__(
+        self,
+        folder: AnyPath,
+        layout: str,
+        shards: Sequence[FeatureShard],
+        description: dict[str, Any],
+    ):
+        self.path, self._folder = str(folder), folder
+        self.layout, self.shards, self.description = layout, list(shards), description
+        self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
+        self.rows = self._ends[-1] if self._ends else 0
+        self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
+        for shard in self.shards:
+            for space, width in shard.dimensions.items():
+                if width != self.dimensions[space]:
+                    raise UserError(
+                        f"{shard.name} has {space} features of dimension {width}, but "
+                        f"{self.shards[0].name} has {self.dimensions[space]}; one folder holds "
+                        "one encoder's"
+                    )
+        self._signatures: list[bytes] = []
+
+    @property
+    def dimension(self) -> int:
+        """The one width of all features.
+
+        Raises:
+            UserError: image and text features differ in width, so no cosine exists between them.
+        """
+        widths = set(self.dimensions.values())
+        if not widths:
+            raise UserError(f"the features {self.path} hold no samples")
+        if len(widths) > 1:
+            listed = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
+            raise UserError(
+                f"the features of {self.path} differ in dimension ({listed}); image and text "
+                "features must come from one dual encoder"
+            )
+        return widths.pop()
+
+    @property
+    def encoder(self) -> dict[str, Any] | None:
+        """``{"name", "fingerprint", …}`` of the encoder, when the folder records it."""
+        encoder = self.description.get("encoder")
+        return encoder if isinstance(encoder, dict) else None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many samples got no features, by reason, as ``embed`` recorded it.
+
+        Raises:
+            UserError: the record is damaged; the sentence names the file.
+        """
+        counts, path = self.description.get("skipped"), self._folder / "skipped.jsonl"
+        if counts is not None:
+            numbers = counts.values() if isinstance(counts, dict) else [None]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                file = self._folder / "features.json"
+                raise UserError(f'"skipped" must be counts by reason in {file}, not {counts!r:.60}')
+            return dict(counts)
+        reasons: Counter[str] = Counter()
+        lines = []
+        if path.is_file():
+            with reading(path):
+                lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
+        for number, line in enumerate(lines, start=1):
+            try:
+                reason = json.loads(line)["reason"]
+                reason.encode("utf-8")  # half a surrogate pair could not be written again
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"line {number} of {path} is not a skipped sample: {error}"
+                ) from error
+            reasons[reason] += 1
+        return dict(reasons)
+
+    def batches(
+        self,
+        batch_size: int,
+        start_row: int = 0,
+        stop_row: int | None = None,
+        choose: Callable[[FeatureBatch], np.ndarray] | None = None,
+    ) -> Iterator[FeatureBatch]:
+        """Batches of ``batch_size`` samples (the last may be smaller) of the given rows, in order.
+
+        Args:
+            choose: the samples to take of a batch, as ``(n,) bool``; the batches are filled up
+                with what follows, and ``rows`` gives the samples' row numbers. None takes all.
+        """
+        stop = self.rows if stop_row is None else stop_row
+        pieces: list[FeatureBatch] = []
+        missing = batch_size
+        for piece in self._pieces(batch_size, start_row, stop):
+            if choose is not None:
+                taken = np.flatnonzero(choose(piece))
+                piece = piece if len(taken) == len(piece) else piece.take(taken)
+            while len(piece) >= missing:
+                yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
+                piece = piece.take(slice(missing, None))
+                pieces, missing = [], batch_size
+            if len(piece):
+                pieces.append(piece)
+                missing -= len(piece)
+        if pieces:
+            yield FeatureBatch.join(pieces)
+
+    def row(self, number: int) -> FeatureBatch:
+        """One sample, as a batch of one."""
+        shard = bisect.bisect_right(self._ends, number)
+        return self._read(shard, number, number + 1)
+
+    def fingerprint(self, rows: int) -> str:
+        """A digest of the shards that hold the first ``rows`` samples: the same features again
+        (copied elsewhere, or with more shards added) have the same one."""
+        digest = hashlib.blake2b(digest_size=16)
+        first = 0
+        for number, shard in enumerate(self.shards):
+            if first >= rows:
+                break
+            if number == len(self._signatures):
+                self._signatures.append(shard.signature())
+            digest.update(self._signatures[number])
+            first += shard.rows
+        return digest.hexdigest()
+
+    def _pieces(self, size: int, start_row: int, stop_row: int) -> Iterator[FeatureBatch]:
+        """Slices of single shards, at most ``size`` samples each."""
+        first = 0
+        for number, end in enumerate(self._ends):
+            for start in range(max(start_row, first), min(stop_row, end), size):
+                yield self._read(number, start, min(start + size, stop_row, end))
+            first = end
+            self.shards[number].release()
+
+    def _read(self, shard: int, start: int, stop: int) -> FeatureBatch:
+        """Rows ``start … stop − 1`` of the stream, which lie in one shard."""
+        return self.shards[shard].read(self._ends[shard] - self.shards[shard].rows, start, stop)
