@@ -1,8 +1,8 @@
 """The command line: ``python -m infogrowth VERB``, each verb a module of infogrowth.commands.
 
-A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options),
-``run(config)`` and, when some options are given by position, ``POSITIONAL``. The programs in
-``scripts/`` and ``train/`` go through the same entry, :func:`run_script`.
+A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options) and
+``run(config)``. The programs in ``scripts/`` and ``train/`` go through the same entry,
+:func:`run_script`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from infogrowth import __version__
-from infogrowth.config import add_flags, config_from_args
+from infogrowth.config import add_flags, load_config
 from infogrowth.errors import exit_status, sentence
 from infogrowth.remote import retry_summary
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.verb not in SHARED_WORK and not _on_rank_zero():
         return 0
     command = import_module(f"infogrowth.commands.{args.verb}")
-    return _run(command.Config, command.run, args, getattr(command, "POSITIONAL", ()))
+    return _run(command.Config, command.run, args)
 
 
 def run_script(
@@ -47,15 +47,10 @@ def run_script(
     return _run(config_class, run, _with_options(parser, config_class).parse_args(arguments))
 
 
-def _run(
-    config_class: type,
-    run: Callable[[Any], int | None],
-    args: argparse.Namespace,
-    positional: tuple[str, ...] = (),
-) -> int:
+def _run(config_class: type, run: Callable[[Any], int | None], args: argparse.Namespace) -> int:
     _configure_logging(quiet=args.quiet)
     try:
-        status = run(config_from_args(config_class, args, positional)) or 0
+        status = run(load_config(config_class, args.config, vars(args))) or 0
         if again := retry_summary():
             logging.getLogger(__name__).warning("%s", again)
         return status
@@ -79,14 +74,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for verb in asked:
         command = import_module(f"infogrowth.commands.{verb}")
         sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
-        _with_options(sub, command.Config, getattr(command, "POSITIONAL", ()))
+        _with_options(sub, command.Config)
     return parser
 
 
-def _with_options(
-    parser: argparse.ArgumentParser, config_class: type, positional: tuple[str, ...] = ()
-) -> argparse.ArgumentParser:
-    add_flags(parser, config_class, positional)
+def _with_options(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
+    add_flags(parser, config_class)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
     return parser
 

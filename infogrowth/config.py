@@ -11,7 +11,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +28,7 @@ def option(
     min: float | None = None,
     max: float | None = None,
     short: str | None = None,
+    positional: bool = False,
 ) -> Any:
     """A configuration field.
 
@@ -36,70 +37,65 @@ def option(
         help: one line for ``--help``.
         min, max: the smallest and the largest that a number may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
+        positional: the command line takes it by its position, without a flag.
     """
-    metadata = {"help": help, "min": min, "max": max, "short": short}
+    about = {"help": help, "min": min, "max": max, "short": short, "positional": positional}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
 
 
 def load_config(
     cls: type[C],
     path: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    positional: tuple[str, ...] = (),
+    flags: Mapping[str, Any] | None = None,
 ) -> C:
-    """Build ``cls`` from a YAML file and overrides; an override wins over the file.
+    """Build ``cls`` from a YAML file and parsed flags; a flag wins over the file.
 
     Args:
-        positional: the options that the command line takes by position, for the errors.
+        flags: by name, ``vars()`` of what a parser with :func:`add_flags` returned; names that are
+            no options of ``cls`` are passed over.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest valid name), a value of
             the wrong type, or a required key that nobody gave.
     """
     given = {key: (value, f"key {key!r} in {path}") for key, value in read_yaml(path).items()}
-    flags = {
-        key: (value, key.upper() if key in positional else f"--{_flag(key)}")
-        for key, value in (overrides or {}).items()
-    }
-    return build_config(cls, {**given, **flags}, positional)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if (value := (flags or {}).get(field.name, [])) != []:
+            given[field.name] = value, _on_command_line(field)
+    return build_config(cls, given)
 
 
-def build_config(
-    cls: type[C], given: dict[str, tuple[Any, str]], positional: tuple[str, ...] = ()
-) -> C:
+def build_config(cls: type[C], given: dict[str, tuple[Any, str]]) -> C:
     """Build ``cls`` from values, each with the words by which an error calls its origin.
 
     Raises:
         UserError: as :func:`load_config`.
     """
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, (_, where) in given.items():
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, (given_value, where) in given.items():
         if key not in fields:
             raise UserError(f"unknown {where}{nearest(str(key), list(fields))}")
-    hints = typing.get_type_hints(cls)
-    values = {key: _coerce(value, hints[key], where) for key, (value, where) in given.items()}
-    for key, value in values.items():
+        value = values[key] = _coerce(given_value, hints[key], where)
         low, high = (fields[key].metadata.get(end) for end in ("min", "max"))
-        if not isinstance(value, int | float):
-            continue
-        if low is not None and not value >= low:
-            raise UserError(f"{given[key][1]} must be at least {low}, not {value}")
-        if high is not None and not value <= high:
-            raise UserError(f"{given[key][1]} must be at most {high}, not {value}")
+        if low is not None and isinstance(value, int | float) and not value >= low:
+            raise UserError(f"{where} must be at least {low}, not {value}")
+        if high is not None and isinstance(value, int | float) and not value <= high:
+            raise UserError(f"{where} must be at most {high}, not {value}")
     for name, field in fields.items():
         if name not in values and _is_required(field):
-            how = f"--{_flag(name)}"
-            if name in positional:
-                how = f"{name.upper()} by its position ({' '.join(positional).upper()})"
+            how = _on_command_line(field)
+            if field.metadata.get("positional"):
+                all_of_them = [n for n, f in fields.items() if f.metadata.get("positional")]
+                how += f" by its position ({' '.join(all_of_them).upper()})"
             raise UserError(f"{name} is missing: give {how} or `{name}:` in --config")
     return cls(**values)
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = ()
-) -> argparse.ArgumentParser:
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentParser:
     """Give ``parser`` ``--config`` and a flag per field of ``cls``; values are checked later."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file")
     hints = typing.get_type_hints(cls)
@@ -107,12 +103,12 @@ def add_flags(
         hint = hints[field.name]
         many = typing.get_origin(hint) is list
         common: dict[str, Any] = {"help": _help(field, hint), "default": argparse.SUPPRESS}
-        if field.name in positional:
+        if field.metadata.get("positional"):
             parser.add_argument(field.name, nargs="*" if many else "?", **common)
             continue
         common["dest"] = field.name
         # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
-        names = list(dict.fromkeys([f"--{_flag(field.name)}", f"--{field.name}"]))
+        names = list(dict.fromkeys([_on_command_line(field), f"--{field.name}"]))
         if field.metadata.get("short"):
             names.insert(0, field.metadata["short"])
         if hint is bool:
@@ -122,13 +118,6 @@ def add_flags(
             common["nargs"] = "+" if many else None
         parser.add_argument(*names, **common)
     return parser
-
-
-def config_from_args(cls: type[C], args: argparse.Namespace, positional: tuple[str, ...] = ()) -> C:
-    """Build ``cls`` from parsed arguments; flags win over ``--config``."""
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    overrides = {k: v for k, v in vars(args).items() if k in names and v != []}
-    return load_config(cls, getattr(args, "config", None), overrides, positional)
 
 
 def read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -259,8 +248,11 @@ def nearest(name: str, valid: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+def _on_command_line(field: dataclasses.Field) -> str:
+    """What an option is called there."""
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    return f"--{field.name.replace('_', '-')}"
 
 
 def _help(field: dataclasses.Field, hint: Any) -> str:

@@ -17,7 +17,7 @@ from infogrowth.annotations import load_annotations
 from infogrowth.cli import VERBS
 from infogrowth.commands.run import Config as RunConfig
 from infogrowth.commands.run import read_stages
-from infogrowth.config import config_from_args
+from infogrowth.config import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_one_command_a_stage_is_the_same_as_the_demos_yaml():
         command = command.replace("scripts/cc3m_lmdb_writer.py", "-m infogrowth pack")
         _, _, verb, *arguments = shlex.split(command)
         module = import_module(f"infogrowth.commands.{verb}")
-        written[verb] = check(module.Config, arguments, getattr(module, "POSITIONAL", ()))
+        written[verb] = check(module.Config, arguments)
     stages = read_stages(RunConfig(pipeline=str(ROOT / "scripts/configs/demo.yaml")))
     assert written == {stage.name: stage.config for stage in stages}
 
@@ -86,7 +86,7 @@ def test_every_flag_that_the_readme_names_is_a_flag(command):
         verb = words[words.index("infogrowth") + 1]
         command_module = import_module(f"infogrowth.commands.{verb}")
         config_class, arguments = command_module.Config, words[words.index(verb) + 1 :]
-        check(config_class, arguments, getattr(command_module, "POSITIONAL", ()))
+        check(config_class, arguments)
         return
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -94,20 +94,20 @@ def test_every_flag_that_the_readme_names_is_a_flag(command):
     else:
         assert words[1] == "scripts/cc3m_lmdb_writer.py"  # run for real below
         return
-    check(config_class, arguments, ())
+    check(config_class, arguments)
 
 
-def check(config_class: type, arguments: list[str], positional: tuple[str, ...]) -> Any:
+def check(config_class: type, arguments: list[str]) -> Any:
     """Parse as the command line does, the config file included; an unknown flag or key raises."""
     import argparse
 
     from infogrowth.config import add_flags
 
-    parser = add_flags(argparse.ArgumentParser(exit_on_error=False), config_class, positional)
+    parser = add_flags(argparse.ArgumentParser(exit_on_error=False), config_class)
     args = parser.parse_args(arguments)
     if getattr(args, "config", None):
         args.config = str(ROOT / args.config)
-    return config_from_args(config_class, args)
+    return load_config(config_class, getattr(args, "config", None), vars(args))
 
 
 def test_the_cc3m_config_points_to_the_papers_file():

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from infogrowth.report.dataset import GrowthTable
 
 HELP = "compare two grown datasets: overlap, gains, what only one kept"
-POSITIONAL = ("a", "b")
 log = logging.getLogger(__name__)
 
 
@@ -27,8 +26,8 @@ log = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth compare``."""
 
-    a: str = option(help="a result JSON or a growth folder")
-    b: str = option(help="the other one")
+    a: str = option(help="a result JSON or a growth folder", positional=True)
+    b: str = option(help="the other one", positional=True)
     limit: int = option(10, "how many ids to list of what only one kept", min=0)
     output: str | None = option(None, "also write a page with images: FILE.html", short="-o")
     lmdb: str | None = option(None, "LMDB of the images for the page")

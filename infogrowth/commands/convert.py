@@ -11,7 +11,6 @@ from infogrowth.config import option
 from infogrowth.errors import UserError
 
 HELP = "write a BLIP checkpoint in the official or the Hugging Face layout"
-POSITIONAL = ("input", "output")
 logger = logging.getLogger(__name__)
 
 
@@ -19,8 +18,10 @@ logger = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth convert``."""
 
-    input: str = option(help="BLIP folder, checkpoint of ours, official .pth, or Hugging Face name")
-    output: str = option(help="a .pth file (official) or a folder (huggingface)")
+    input: str = option(
+        help="BLIP folder, checkpoint of ours, official .pth, or Hugging Face name", positional=True
+    )
+    output: str = option(help="a .pth file (official) or a folder (huggingface)", positional=True)
     to: Literal["official", "huggingface"] = option(help="the layout that is written")
     task: Literal["auto", "retrieval", "captioning"] = option(
         "auto", "which class of transformers to write for; auto: retrieval where its parts are"

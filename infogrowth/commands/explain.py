@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from infogrowth.report.galleries import Thumbnails
 
 HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
-POSITIONAL = ("growth", "id")
 log = logging.getLogger(__name__)
 
 
@@ -31,8 +30,8 @@ log = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth explain``."""
 
-    growth: str = option(help="growth folder (GROWTH_DIR)")
-    id: str = option(help="id of the sample, with or without its extension")
+    growth: str = option(help="growth folder (GROWTH_DIR)", positional=True)
+    id: str = option(help="id of the sample, with or without its extension", positional=True)
     json: bool = option(False, "print JSON: a list, as an id may have come several times")
     image: str | None = option(None, "also write the sample and its neighbors as a PNG strip")
     lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")

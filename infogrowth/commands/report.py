@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from infogrowth.report.dataset import GrowthTable
 
 HELP = "show a grown dataset (and training runs) on one self-contained HTML page"
-POSITIONAL = ("growth",)
 log = logging.getLogger(__name__)
 
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth report``."""
 
-    growth: str | None = option(None, "growth folder (GROWTH_DIR) to show")
+    growth: str | None = option(None, "growth folder (GROWTH_DIR) to show", positional=True)
     annotations: str | None = option(None, "a result JSON to show instead of a growth folder")
     lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")

@@ -32,7 +32,6 @@ from infogrowth.config import build_config, nearest, option, read_yaml
 from infogrowth.errors import UserError
 
 HELP = "run the stages of a YAML file: pack, embed, recaption, grow, select, report"
-POSITIONAL = ("pipeline",)
 log = logging.getLogger(__name__)
 
 STAGES = ("pack", "embed", "recaption", "grow", "select", "report")
@@ -68,7 +67,7 @@ SOURCES = {
 class Config:
     """Options of `run`."""
 
-    pipeline: str = option(help="the YAML file of the stages")
+    pipeline: str = option(help="the YAML file of the stages", positional=True)
     until: str | None = option(None, help="stop after this stage")
     only: list[str] = option([], help="run these stages alone, on the results of earlier runs")
 
@@ -91,7 +90,7 @@ class Stage:
             value, flag = getattr(self.config, field.name), field.name.replace("_", "-")
             if value is None or value == field.default or value == []:
                 continue
-            if field.name in getattr(self.module, "POSITIONAL", ()):
+            if field.metadata["positional"]:
                 positional.append(str(value))
             elif isinstance(value, bool):
                 options.append(f"--{flag}" if value else f"--no-{flag}")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from infogrowth.report.dataset import GrowthTable
 
 HELP = "report what other thresholds and static selections would have kept"
-POSITIONAL = ("growth",)
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth sweep``."""
 
-    growth: str = option(help="growth folder (GROWTH_DIR)")
+    growth: str = option(help="growth folder (GROWTH_DIR)", positional=True)
     min_align: list[float] = option([], "thresholds to try; by default a grid over the alignments")
     tops: list[int] = option([], "sizes of static selections; by default tenths of the kept set")
     output: str | None = option(None, "also write the plot: FILE.html or FILE.png", short="-o")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from infogrowth.config import add_flags, config_from_args, load_config, option
+from infogrowth.config import add_flags, load_config, option
 from infogrowth.errors import UserError
 
 
@@ -23,15 +23,16 @@ class Example:
     output: str = option("out", short="-o")
 
 
-def from_yaml(tmp_path, text, **overrides):
+def from_yaml(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    return load_config(Example, path, overrides)
+    return load_config(Example, path)
 
 
 def from_flags(*arguments):
     parser = add_flags(argparse.ArgumentParser(), Example)
-    return config_from_args(Example, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    return load_config(Example, args.config, vars(args))
 
 
 def test_scientific_notation_that_yaml_reads_as_text_becomes_a_number(tmp_path):
