@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infogrowth.config import option
 from infogrowth.errors import UserError
-from infogrowth.remote import retry_summary
 
 if TYPE_CHECKING:
     from infogrowth.encoders.embedding import Summary
@@ -139,5 +138,3 @@ def print_summary(output: str, result: "Summary") -> None:
         print(f"written: {output}")
     else:
         print(f"this part is written; {output} is finished once all parts are")
-    if (retried := retry_summary()) is not None:
-        print(retried)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
 from infogrowth.annotations import SPACES
-from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
+from infogrowth.data.feature_stream import FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from infogrowth.commands.grow import Config
 
 log = logging.getLogger(__name__)
-Choose = Callable[[FeatureBatch], np.ndarray]
 
 COMMIT_SECONDS = 60.0
 
@@ -81,15 +81,7 @@ class GrowSession:
             folder = on_main(self._open)
             self._before = folder.totals["pairs"]
             self._sources, self._settings = deepcopy(folder.sources), folder.settings
-            measure = self._chosen_measure()
-            # The folder's thresholds, unless others are given.
-            begun = folder.settings or {"min_align": DEFAULT_MIN_ALIGN}
-            requests = Thresholds.of_settings(begun).requests
-            given = {name: getattr(config, name) for name in requests}
-            requests |= {name: value for name, value in given.items() if value is not None}
-            self._asked = self._settings_asked(measure, Thresholds.requested(**requests))
-            self._engine = self._restored(folder, requests, device)
-            self._engine.measure = measure
+            self._engine = self._restored(folder, self._measure(), device)
         except BaseException:
             self.__exit__()
             raise
@@ -114,16 +106,13 @@ class GrowSession:
             seed_ids: only these samples of the stream; None for all.
         """
         thresholds = self._engine.thresholds
-        todo = plan_seeds(self._sources, stream, _digest(seed_ids))
-        if stream is None and not thresholds.resolved:
-            name = "min_align" if thresholds.min_align is None else "min_recaption_align"
-            raise UserError(
-                f"{name} auto is found from a clean starting set: give --seed-features or "
-                "--seed-ids, or a number"
-            )
-        for number in todo:
+        digest = None
+        if seed_ids is not None:
+            listed = "\n".join(sorted(seed_ids)).encode()
+            digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
+        for number in plan_seeds(self._sources, stream, digest):
             assert stream is not None
-            choose = None if seed_ids is None else _with_id(_found_seeds(stream, seed_ids))
+            chosen = None if seed_ids is None else _found_seeds(stream, seed_ids)
             alignments = None
             if not thresholds.resolved and thresholds.purity:
                 log.info("estimating how many captions of %s are wrong", self._features.path)
@@ -132,25 +121,20 @@ class GrowSession:
             # The thresholds come from all seeds together, so they are inserted in one step.
             size = self._config.batch_size if thresholds.resolved else stream.rows
             insert = partial(self._engine.seed, stream=alignments)
-            self._read(number, stream, "seeding", choose, size, insert)
+            self._read(number, stream, "seeding", insert, chosen, size)
 
     def grow(self) -> None:
         """Process the features' new samples, then those that pend on a recaption."""
-        stream, size = self._features, self._config.batch_size
-        todo = plan_stream(self._sources, stream, self._recaptions_digest)
+        todo = plan_stream(self._sources, self._features, self._recaptions_digest)
         if not todo:
-            log.info("nothing new in %s: all its samples are decided", stream.path)
-
+            log.info("nothing new in %s: all its samples are decided", self._features.path)
         process = partial(self._engine.process, recaptions=self._recaptions)
         for number in todo:
-            if self._sources[number].kind == "retry":
-                pending = on_main(partial(self._pending, number))
-                self._read(number, stream, "processing again", _with_id(pending), size, process)
-            else:
-                seeds = on_main(lambda: _seeded_rows(self.folder(), stream))
-                self._sources[number].skipped = stream.skipped
-                new = partial(_not_in_rows, seeds) if len(seeds) else None
-                self._read(number, stream, "growing", new, size, process)
+            source, what = self._sources[number], "processing again"
+            if source.kind == "stream":
+                source.skipped, what = self._features.skipped, "growing"
+            chosen = on_main(partial(self._chosen, number))
+            self._read(number, self._features, what, process, chosen, self._config.batch_size)
 
     # --- underneath ------------------------------------------------------------------------------
 
@@ -159,19 +143,33 @@ class GrowSession:
         number: int,
         stream: FeatureStream,
         what: str,
-        choose: Choose | None,
-        batch_size: int,
         decide: Callable[..., Decisions],
+        chosen: np.ndarray | None,
+        batch_size: int,
     ) -> None:
-        """Decide the rest of a source, batch by batch."""
+        """Decide the rest of a source, batch by batch: those of its rows that ``chosen``, (stream
+        rows,) bool, has; None takes all. Samples without id or caption are dropped."""
         source = self._sources[number]
+        choose = None if chosen is None else (lambda batch: chosen[batch.rows])
         quiet = not (is_main() and log.isEnabledFor(logging.INFO))
         with tqdm(
             desc=what, total=source.rows, initial=source.position, unit="pair",
             disable=True if quiet else None,
         ) as bar:  # fmt: skip
             for batch in stream.batches(batch_size, source.position, source.rows, choose):
-                decisions = self._decide(batch, decide)
+                captions, image = batch.captions, batch.image
+                if self._config.modality == "image" and "label" in batch.extra:
+                    labels = batch.extra["label"]
+                    captions = ["" if label is None else str(label) for label in labels]
+                names = zip(batch.ids, captions, strict=True)
+                complete = np.fromiter(map(all, names), bool, len(batch))
+                if not complete.all():
+                    assert image is not None
+                    image = np.where(complete[:, None], image, np.nan)  # what cannot be used
+                decisions = decide(batch.ids, captions, image, batch.text)
+                for row in np.flatnonzero(~complete).tolist():
+                    reason = Reason.CAPTION_MISSING if batch.ids[row] else Reason.ID_MISSING
+                    decisions.reason[row] = reason
                 self.processed += len(batch)
                 source.position = int(batch.rows[-1]) + 1
                 bar.update(source.position - bar.n)
@@ -186,21 +184,6 @@ class GrowSession:
         source.position = source.rows
         self._commit(source, stream)
 
-    def _decide(self, batch: FeatureBatch, decide: Callable[..., Decisions]) -> Decisions:
-        """What the engine decides about a batch; samples without id or caption are dropped."""
-        captions, image = batch.captions, batch.image
-        if self._config.modality == "image" and "label" in batch.extra:
-            captions = ["" if label is None else str(label) for label in batch.extra["label"]]
-        complete = np.fromiter(map(all, zip(batch.ids, captions, strict=True)), bool, len(batch))
-        if not complete.all():
-            assert image is not None
-            image = np.where(complete[:, None], image, np.nan)  # what the engine cannot use
-        decisions = decide(batch.ids, captions, image, batch.text)
-        for row in np.flatnonzero(~complete).tolist():
-            reason = Reason.CAPTION_MISSING if batch.ids[row] else Reason.ID_MISSING
-            decisions.reason[row] = reason
-        return decisions
-
     def _commit(self, source: SourceProgress, stream: FeatureStream) -> None:
         if self._ledger is None:
             return
@@ -214,17 +197,30 @@ class GrowSession:
         self._ledger.commit(self._settings, self._sources)
         self._last_commit = time.monotonic()
 
-    def _pending(self, retry: int) -> set[str]:
-        """Ids to process again: those pending, and that the table has one for."""
-        assert self._recaptions is not None
-        pending = self.folder().pending(before_source=retry)["id"].to_pylist()
-        return set(pending).intersection(self._recaptions)
+    def _chosen(self, number: int) -> np.ndarray | None:
+        """The rows of the features to read for a source, None for all: for a retry those that pend
+        and that the table has a caption for, else those that were not taken out as seeds."""
+        source, is_retry = self._sources[number], self._sources[number].kind == "retry"
+        sources = enumerate(self._sources)
+        seeds = [n for n, s in sources if s.seed_ids and s.is_of(self._features)]
+        if not (is_retry or seeds):
+            return None
+        table = self.folder().decisions(("source", "source_row", "id"))
+        decided_as = pa.array([source.retries] if is_retry else seeds, pa.int32())
+        table = table.filter(pc.is_in(table["source"], decided_as))
+        if is_retry:
+            pending = self.folder().pending(before_source=number)["id"].to_pylist()
+            wanted = set(pending).intersection(self._recaptions or ())
+            table = table.filter(pc.is_in(table["id"], pa.array(wanted, pa.string())))
+        chosen = np.full(self._features.rows, not is_retry)
+        chosen[table["source_row"].to_numpy()] = is_retry
+        return chosen
 
     def _open(self) -> GrowthFolder:
         self._ledger = GrowthLedger(self._config.growth)
         return self._ledger.folder()
 
-    def _chosen_measure(self) -> Measure:
+    def _measure(self) -> Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
         name = self._config.clean_by
         if name == "cosine":
@@ -241,16 +237,30 @@ class GrowSession:
             )
         return column
 
-    def _restored(
-        self, folder: GrowthFolder, requests: dict[str, Any], device: torch.device
-    ) -> InfoGrowth:
-        """The engine as the folder left it, or a new one."""
-        config, settings = self._config, folder.settings
+    def _restored(self, folder: GrowthFolder, measure: Measure, device: torch.device) -> InfoGrowth:
+        """The engine as the folder left it, or a new one; other settings than its own are refused.
+        What growth.json is to hold for a new one is noted."""
+        config, settings, features = self._config, folder.settings, self._features
+        # The folder's thresholds, unless others are given.
+        requests = Thresholds.of_settings(settings or {"min_align": DEFAULT_MIN_ALIGN}).requests
+        given = {name: getattr(config, name) for name in requests}
+        requests |= {name: value for name, value in given.items() if value is not None}
+        encoder = features.encoder
+        self._asked = {
+            **({"clean_by": measure.about} if measure.about else {}),
+            "k": config.k,
+            **asdict(Thresholds.requested(**requests)),
+            "modality": config.modality,
+            "index": config.index,
+            "dimension": {space: features.dimensions.get(space) for space in SPACES},
+            "encoder": encoder and {name: encoder.get(name) for name in ("name", "fingerprint")},
+            "images": features.description.get("images"),
+        }
         if settings:
             _refuse_other(folder, self._asked)
             if settings.get("index") != config.index:
                 log.info("note: the dataset was begun with index %s", settings.get("index"))
-            if bool(settings.get("encoder")) != bool(self._asked["encoder"]):
+            if bool(settings.get("encoder")) != bool(encoder):
                 log.warning(
                     "it is not known whether these features have the encoder of the dataset"
                 )
@@ -260,28 +270,17 @@ class GrowSession:
             "memory_mb": config.memory_mb,
         }
         if folder.rows == 0:
-            return InfoGrowth(config.k, modality=config.modality, **requests, **options)
-        table = pa.concat_tables(folder.kept_parts())
-        log.info("continuing with %s samples in the dataset", f"{len(table):,}")
-        ids, captions = table["id"].to_pylist(), table["caption"].to_pylist()
-        gains = np.stack([table["gain_image"].to_numpy(), table["gain_text"].to_numpy()], axis=1)
-        for space in folder.spaces:
-            options[f"{space}_features"] = folder.kept_feature_parts(space)
-        return InfoGrowth.restore(settings, ids, captions, gains, **options)
-
-    def _settings_asked(self, measure: Measure, thresholds: Thresholds) -> dict[str, Any]:
-        """The settings of this run, in the form of growth.json."""
-        features, encoder = self._features, self._features.encoder
-        return {
-            **({"clean_by": measure.about} if measure.about else {}),
-            "k": self._config.k,
-            **asdict(thresholds),
-            "modality": self._config.modality,
-            "index": self._config.index,
-            "dimension": {space: features.dimensions.get(space) for space in SPACES},
-            "encoder": encoder and {name: encoder.get(name) for name in ("name", "fingerprint")},
-            "images": features.description.get("images"),
-        }
+            engine = InfoGrowth(config.k, modality=config.modality, **requests, **options)
+        else:
+            table = pa.concat_tables(folder.kept_parts())
+            log.info("continuing with %s samples in the dataset", f"{len(table):,}")
+            ids, captions = table["id"].to_pylist(), table["caption"].to_pylist()
+            gains = np.stack([table["gain_image"], table["gain_text"]], axis=1)
+            for space in folder.spaces:
+                options[f"{space}_features"] = folder.kept_feature_parts(space)
+            engine = InfoGrowth.restore(settings, ids, captions, gains, **options)
+        engine.measure = measure
+        return engine
 
 
 class RecaptionTable(Mapping[str, Recaption]):
@@ -309,46 +308,29 @@ class RecaptionTable(Mapping[str, Recaption]):
         return len(self._rows)
 
 
-def _with_id(wanted: Collection[str]) -> Choose:
-    """Take the samples with these ids."""
-    return lambda batch: np.fromiter((i in wanted for i in batch.ids), bool, len(batch))
-
-
-def _not_in_rows(rows: np.ndarray, batch: FeatureBatch) -> np.ndarray:
-    return ~np.isin(batch.rows, rows)
-
-
-def _digest(ids: Collection[str] | None) -> str | None:
-    if ids is None:
-        return None
-    return hashlib.blake2b("\n".join(sorted(ids)).encode(), digest_size=16).hexdigest()
-
-
-def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> set[str]:
-    """The seed ids that the features have; logs how many they do not have."""
-    found: set[str] = set()
+def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> np.ndarray:
+    """(rows,) bool: the samples with these ids; logs how many of them the features do not have."""
+    found, chosen = set[str](), np.zeros(stream.rows, bool)
     for batch in stream.batches(65536):
+        chosen[batch.rows] = [name in wanted for name in batch.ids]
         found.update(name for name in batch.ids if name in wanted)
     if not found:
         raise UserError(f"none of the {len(wanted)} seed ids is in {stream.path}")
     if len(found) < len(wanted):
         missing = (len(wanted) - len(found), len(wanted), stream.path, min(set(wanted) - found))
         log.warning("%d of the %d seed ids are not in %s (for example %r)", *missing)
-    return found
-
-
-def _seeded_rows(folder: GrowthFolder, features: FeatureStream) -> np.ndarray:
-    """Rows of the features that were taken out of them as seeds, so are not processed again."""
-    seeds = [n for n, s in enumerate(folder.sources) if s.seed_ids and s.is_of(features)]
-    if not seeds:
-        return np.empty(0, np.int64)
-    table = folder.decisions(("source", "source_row"))
-    return table["source_row"].to_numpy()[np.isin(table["source"], seeds)]
+    return chosen
 
 
 def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
     """Refuse to continue with other settings; UserError names the first difference. ``index`` may
     change, it is only recorded; an encoder that is not known is no difference."""
+
+    def readable(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
     names = ("k", "modality", "dimension", "clean_by", "encoder")
     before, now = (
         {name: s.get(name) for name in names} | Thresholds.of_settings(s).requests
@@ -358,12 +340,6 @@ def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
         unknown = name == "encoder" and not (value and now[name])
         if value != now[name] and not unknown:
             raise UserError(
-                f"{folder.directory} was grown with {name} {_readable(value)}, and this run has "
-                f"{_readable(now[name])}; use the same, or another --growth folder"
+                f"{folder.directory} was grown with {name} {readable(value)}, and this run has "
+                f"{readable(now[name])}; use the same, or another --growth folder"
             )
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
-    return f"{value:g}" if isinstance(value, float) else str(value)

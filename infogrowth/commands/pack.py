@@ -27,7 +27,7 @@ from infogrowth.data.sources import Sample, Source, open_splits
 from infogrowth.data.text import image_key
 from infogrowth.errors import BadSample, UserError
 from infogrowth.files import atomic_write, remove_leftovers
-from infogrowth.remote import is_remote, retry_summary
+from infogrowth.remote import is_remote
 
 HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
 logger = logging.getLogger(__name__)
@@ -72,8 +72,6 @@ def run(config: Config) -> int:
     workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
     for split, source in sources.items():
         print(pack(source, output, split, workers, config.max_pixels), flush=True)
-    if (retried := retry_summary()) is not None:
-        print(retried)
     return 0
 
 

@@ -132,9 +132,10 @@ class InfoGrowth:
         batch = self._validate(ids, captions, image_features, text_features)
         min_align = self.thresholds.min_align
         if min_align is None or not self.thresholds.resolved:
+            name = "min_align" if min_align is None else "min_recaption_align"
             raise UserError(
-                "min_align or min_recaption_align 'auto' is chosen from a clean starting set: call "
-                "seed() first (--seed-features), or give a number."
+                f"{name} auto is found from a clean starting set: call seed() first "
+                "(--seed-features or --seed-ids), or give a number"
             )
         with self._all_or_nothing():
             decisions = self._grow(batch, min_align, recaptions, None)
