@@ -229,13 +229,7 @@ class GrowSession:
             path = reference_path(self._config.growth)
             begun = self._settings and path.is_file()
             return NegClip.load(path) if begun else draw_reference(self._features)
-        column = ScoreColumn(self._config.scores, name)
-        if self._recaptions and not column.has_recaptions:
-            raise UserError(
-                f"--recaptions with --clean-by {name} needs the column recaption_{name} in "
-                "--scores (score --recaptions)"
-            )
-        return column
+        return ScoreColumn(self._config.scores, name, recaptions=self._recaptions is not None)
 
     def _restored(self, folder: GrowthFolder, measure: Measure, device: torch.device) -> InfoGrowth:
         """The engine as the folder left it, or a new one; other settings than its own are refused.

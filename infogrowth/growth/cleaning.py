@@ -64,12 +64,13 @@ class ScoreColumn(Measure):
     Args:
         paths: parquet files, or folders of them, as `score` writes them.
         column: the score of the samples' own captions; ``recaption_COLUMN`` is that of recaptions.
+        recaptions: whether that one is needed too.
 
     Raises:
         UserError: no such file or column.
     """
 
-    def __init__(self, paths: Sequence[str], column: str):
+    def __init__(self, paths: Sequence[str], column: str, recaptions: bool = False):
         self.about = {"score": column}
         self._columns = {False: column, True: f"recaption_{column}"}
         self._values: dict[bool, dict[str, float]] = {False: {}, True: {}}
@@ -83,11 +84,11 @@ class ScoreColumn(Measure):
                     self._values[is_recaption].update(zip(ids, values, strict=True))
         if not self._values[False]:
             raise UserError(f"no file of --scores has columns id and {column}")
-
-    @property
-    def has_recaptions(self) -> bool:
-        """Whether the tables score recaptions."""
-        return bool(self._values[True])
+        if recaptions and not self._values[True]:
+            raise UserError(
+                f"--recaptions with --clean-by {column} needs the column recaption_{column} in "
+                "--scores (score --recaptions)"
+            )
 
     def __call__(
         self, image: np.ndarray, text: np.ndarray, ids: Sequence[str] = (), recaptions: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -158,20 +158,12 @@ class Decisions(Sequence[Decision]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Decision: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Decision]: ...
-    def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
+    def __getitem__(self, index: int | slice) -> Any:
         return self._records[index]
 
     @property
     def verdicts(self) -> list[Verdict]:
         return np.array(list(Verdict), object)[self.kept * (1 + self.recaptioned)].tolist()
-
-    @property
-    def reasons(self) -> list[Reason]:
-        return self.reason.tolist()
 
     def table(self, source: int, source_rows: np.ndarray) -> pa.Table:
         """The columns of :data:`SCHEMA` but ``row``, NaN as null.

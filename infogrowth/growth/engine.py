@@ -340,22 +340,23 @@ class InfoGrowth:
                     raise UserError(f"A saved dataset of {modality!r} data needs {space} features.")
                 held = 0
                 for part in [given] if hasattr(given, "shape") else given:
-                    held += growth._insert_saved(space, part) if len(part) else 0
+                    if not len(part):
+                        continue
+                    rows, invalid = unit_rows(as_matrix(part, f"The saved {space} features"))
+                    if invalid.any():
+                        raise UserError(
+                            f"The saved {space} features hold rows that are no unit rows."
+                        )
+                    if space not in growth._indexes:
+                        growth._indexes[space] = growth._new_index(space, rows.shape[1])
+                    growth._indexes[space].extend(rows)
+                    held += len(rows)
                 if held != len(ids):
                     raise UserError(
                         f"A saved dataset has {len(ids)} ids but {held} {space} features."
                     )
         growth._remember(list(ids), list(captions), gains)
         return growth
-
-    def _insert_saved(self, space: str, features: Any) -> int:
-        rows, invalid = unit_rows(as_matrix(features, f"The saved {space} features"))
-        if invalid.any():
-            raise UserError(f"The saved {space} features hold rows that are no unit rows.")
-        if space not in self._indexes:
-            self._indexes[space] = self._new_index(space, rows.shape[1])
-        self._indexes[space].extend(rows)
-        return len(rows)
 
 
 def mean_distance(distances: np.ndarray) -> np.ndarray:

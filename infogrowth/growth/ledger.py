@@ -267,11 +267,20 @@ class GrowthLedger:
     def __init__(self, directory: str | os.PathLike[str]):
         self.pending_rows = 0
         self._recorded: list[Future[_Part]] = []
-        self._lock = _take_lock(Path(directory))
+        path = Path(directory)
+        self._lock = _take_lock(path)
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._committing: Future[GrowthFolder] = Future()
         try:
-            self._committing.set_result(_recovered(Path(directory)))
+            folder = _read_folder(path)
+            for part in (path, path / "decisions", path / "kept"):
+                part.mkdir(exist_ok=True)
+                remove_leftovers(part)
+            for file in _data_files(path):  # what a killed run left beside what is committed
+                number = file.stem.rpartition("_")[2]
+                if number.isdigit() and int(number) >= folder.parts:
+                    file.unlink()
+            self._committing.set_result(folder)
         except BaseException:
             self.__exit__()
             raise
@@ -344,34 +353,16 @@ def _commit(
             atomic_write_array(before.file(before.parts, space), *(f[space] for f in features))
         with atomic_write(before.file(before.parts)) as file:
             pq.write_table(table, file, compression="zstd")
-        totals, rows = _added(before.totals, table), before.rows + len(table)
+        rows = before.rows + len(table)
+        totals = deepcopy(before.totals)
+        totals["pairs"] += len(table)
+        for counted, column in ((totals, "verdict"), (totals["reasons"], "reason")):
+            for entry in table[column].value_counts().to_pylist():
+                counted[entry["values"]] = counted.get(entry["values"], 0) + entry["counts"]
+        totals["dataset"] = totals["kept"] + totals["recaptioned"]
         after = replace(after, parts=before.parts + 1, rows=rows, totals=totals)
     after.write_manifest()
     return after
-
-
-def _recovered(directory: Path) -> GrowthFolder:
-    """What is committed; what a killed run left beside it is removed."""
-    folder = _read_folder(directory)
-    for part in (directory, directory / "decisions", directory / "kept"):
-        part.mkdir(exist_ok=True)
-        remove_leftovers(part)
-    for path in _data_files(directory):
-        number = path.stem.rpartition("_")[2]
-        if number.isdigit() and int(number) >= folder.parts:
-            path.unlink()
-    return folder
-
-
-def _added(totals: dict[str, Any], table: pa.Table) -> dict[str, Any]:
-    """The totals with a part's decisions counted in."""
-    totals = {**totals, "reasons": dict(totals["reasons"])}
-    totals["pairs"] += len(table)
-    for counted, column in ((totals, "verdict"), (totals["reasons"], "reason")):
-        for entry in table[column].value_counts().to_pylist():
-            counted[entry["values"]] = counted.get(entry["values"], 0) + entry["counts"]
-    totals["dataset"] = totals["kept"] + totals["recaptioned"]
-    return totals
 
 
 def _take_lock(directory: Path) -> int:

@@ -141,7 +141,7 @@ class GainSampler:
 
     def __len__(self) -> int:
         """How many rows the next iteration yields on this rank."""
-        return self._rank_length() - self._skip
+        return self.epoch_length(self.epoch) - self._skip
 
     def __iter__(self) -> Iterator[int]:
         return (row for row, _, _ in self.positions())
@@ -153,7 +153,7 @@ class GainSampler:
         of (seed, epoch, position), whatever the number of loader workers.
         """
         self._position, self._skip = self._skip, 0
-        padded = np.resize(self._sequence, self._rank_length() * self.world_size)
+        padded = np.resize(self._sequence, self.epoch_length(self.epoch) * self.world_size)
         return self._walk(padded[self.rank :: self.world_size], self._position, self.epoch)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class GainSampler:
                     "checkpoint; restore it, or start anew with --resume none"
                 )
         self.set_epoch(state["epoch"])
-        self._skip = min(state["consumed"] // self.world_size, self._rank_length())
+        self._skip = min(state["consumed"] // self.world_size, self.epoch_length(self.epoch))
         self._position = self._skip
 
     def _walk(self, rows: np.ndarray, start: int, epoch: int) -> Iterator[tuple[int, int, int]]:
@@ -200,16 +200,17 @@ class GainSampler:
             self._position = offset + 1
             yield int(rows[offset]), epoch, offset * self.world_size + self.rank
 
-    def _rank_length(self) -> int:
-        return math.ceil(len(self._sequence) / self.world_size)
-
     def _draw(self, epoch: int) -> np.ndarray:
         random = generator(self.seed, "sampler", self.mode, epoch)
         if self.mode == "uniform":
             return random.permutation(len(self._probability))
         if self.mode == "proportional":
             return _passes(self._probability, len(self._probability), random)
-        return _one_pass(_in_phase(self._probability, self.mode, epoch), random)
+        chance = _in_phase(self._probability, self.mode, epoch)
+        while True:  # a pass that by chance drew nothing; each phase has a sample of 0.1 or more
+            chosen = np.flatnonzero(random.random(len(chance)) < chance)
+            if len(chosen):
+                return random.permutation(chosen)
 
 
 class GainShards:
@@ -352,17 +353,6 @@ def _mean_gains(gains: np.ndarray) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(mean))[0])
         raise UserError(f"the gain of sample {row} is not finite: {gains[row].tolist()}")
     return mean
-
-
-def _one_pass(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """One Bernoulli pass in random order; a pass that by chance drew nothing is drawn again.
-
-    Every phase has a sample of probability at least 0.1, so that ends.
-    """
-    while True:
-        chosen = np.flatnonzero(random.random(len(probability)) < probability)
-        if len(chosen):
-            return random.permutation(chosen)
 
 
 def _passes(probability: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:

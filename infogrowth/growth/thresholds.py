@@ -88,15 +88,13 @@ class Thresholds:
     def requests(self) -> dict[str, Any]:
         """What `requested` was given, by name."""
 
-        def request(value: float | None, rule: str) -> float | str | None:
-            if rule == "given":
-                return value
-            return None if rule == PAPERS_RULE else rule.partition(": ")[0]
-
-        return {
-            "min_align": request(self.min_align, self.min_align_rule),
-            "min_recaption_align": request(self.min_recaption_align, self.min_recaption_align_rule),
-        }
+        asked: dict[str, Any] = {}
+        for name in ("min_align", "min_recaption_align"):
+            rule = getattr(self, f"{name}_rule")
+            asked[name] = getattr(self, name) if rule == "given" else rule.partition(": ")[0]
+        if self.min_recaption_align_rule == PAPERS_RULE:
+            asked["min_recaption_align"] = None
+        return asked
 
     @property
     def resolved(self) -> bool:
@@ -127,8 +125,20 @@ class Thresholds:
             UserError: too few seeds, no stream, or a purity that no threshold reaches.
         """
         align, align_rule, estimate = self.min_align, self.min_align_rule, self.estimate
-        if self.purity is not None:
-            align, estimate = _reaching(self.purity, image, text, stream, measure)
+        if (purity := self.purity) is not None:
+            if stream is None:
+                raise UserError(
+                    f"min_align 'auto:{purity:g}' is found from the seeds and the stream: give "
+                    "seed() the alignments of the samples to come as stream=…"
+                )
+            found = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
+            align = found.threshold(purity)
+            estimate = {"purity_aim": purity, **found.at(align)}
+            if estimate["right_lost"] > 0.5:
+                log.warning(
+                    "a purity of %g costs about %.0f %% of the right captions with this encoder",
+                    *(purity, 100 * estimate["right_lost"]),
+                )
             align_rule += ": the lowest that leaves the stream this pure, estimated from "
             align_rule += f"{estimate['seeds']} seeds and {estimate['samples']} samples"
         elif align is None:
@@ -147,26 +157,6 @@ class Thresholds:
         if rule != PAPERS_RULE:
             log.info("min_recaption_align = %.4f (%s)", recaption, rule)
         return Thresholds(align, align_rule, recaption, rule, estimate)
-
-
-def _reaching(
-    purity: float, image: np.ndarray, text: np.ndarray, stream: Any, measure: Measure
-) -> tuple[float, dict[str, Any]]:
-    """The threshold that leaves the stream this pure, and what was estimated when it was found."""
-    if stream is None:
-        raise UserError(
-            f"min_align 'auto:{purity:g}' is found from the seeds and the stream: give "
-            "seed() the alignments of the samples to come as stream=…"
-        )
-    estimate = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
-    threshold = estimate.threshold(purity)
-    found = {"purity_aim": purity, **estimate.at(threshold)}
-    if found["right_lost"] > 0.5:
-        log.warning(
-            "a purity of %g costs about %.0f %% of the right captions with this encoder",
-            *(purity, 100 * found["right_lost"]),
-        )
-    return threshold, found
 
 
 def choose_min_align(image: np.ndarray, text: np.ndarray, measure: Measure = cosine) -> float:
@@ -296,7 +286,12 @@ def estimate_stream(
         )
     if len(stream) == 0:
         raise UserError("a purity is estimated on the stream, which holds no usable samples")
-    edges = _equal_mass_edges(right, swapped)
+    # Inner edges of bins that hold equal parts of an even mixture of right and swapped ones.
+    values = np.concatenate([right, swapped])
+    weights = np.repeat([0.5 / len(right), 0.5 / len(swapped)], [len(right), len(swapped)])
+    order = np.argsort(values, kind="stable")
+    mass = np.cumsum(weights[order])
+    edges = np.unique(values[order][np.searchsorted(mass, np.arange(1, _BINS) / _BINS)])
     seeds, samples = _left_out("seeds", len(right)), _left_out("stream", len(stream))
     shares = _mixture_proportions(
         _histograms(right, edges, seeds),
@@ -346,16 +341,6 @@ def _share_from(ascending: np.ndarray, thresholds: Any) -> np.ndarray:
     values = ascending.astype(np.float32)
     below = np.searchsorted(values, np.asarray(thresholds, np.float32), side="left")
     return 1 - below / len(values)
-
-
-def _equal_mass_edges(right: np.ndarray, swapped: np.ndarray) -> np.ndarray:
-    """Inner edges of bins that hold equal parts of an even mixture of both."""
-    values = np.concatenate([right, swapped])
-    weights = np.repeat([0.5 / len(right), 0.5 / len(swapped)], [len(right), len(swapped)])
-    order = np.argsort(values, kind="stable")
-    mass = np.cumsum(weights[order])
-    at = np.searchsorted(mass, np.arange(1, _BINS) / _BINS)
-    return np.unique(values[order][at])
 
 
 def _left_out(name: str, count: int) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_seeds_of_a_labelled_dataset_are_not_filtered_and_it_can_be_restored():
     image, labels = random.normal(size=(60, 8)), [f"c{n % 7}" for n in range(60)]
     ids = [f"s{n}" for n in range(60)]
     growth = InfoGrowth(modality="image", device="cpu")
-    assert set(growth.seed(ids[:30], labels[:30], image[:30]).reasons) == {"seed"}
+    assert set(growth.seed(ids[:30], labels[:30], image[:30]).reason) == {"seed"}
     saved = growth.settings, growth.kept_ids, labels[:30], growth.kept_gains
     other = InfoGrowth.restore(*saved, growth.kept_features("image"), device="cpu")
     arguments = ids[30:], labels[30:], image[30:]

@@ -165,7 +165,7 @@ def test_unusable_features_are_rejected_with_the_reason():
     image[0, 3], image[1], text[2, 0], text[3] = np.nan, 0, np.inf, 0
     image[4], text[4] = np.nan, 0
     decisions = InfoGrowth(device="cpu").process(ids, captions, image, text)
-    assert decisions.reasons == [
+    assert decisions.reason.tolist() == [
         Reason.IMAGE_NOT_FINITE, Reason.IMAGE_ZERO, Reason.TEXT_NOT_FINITE, Reason.TEXT_ZERO,
         Reason.IMAGE_NOT_FINITE, Reason.ALIGNED,
     ]  # fmt: skip
@@ -176,7 +176,7 @@ def test_unusable_features_are_rejected_with_the_reason():
 def test_seeds_with_unusable_features_or_known_ids_are_reported_and_not_inserted():
     growth = InfoGrowth(device="cpu")
     image = np.array([[1.0, 0], [np.nan, 0], [0, 1.0]])
-    assert growth.seed(["a", "b", "a"], ["x", "y", "z"], image, -image).reasons == [
+    assert growth.seed(["a", "b", "a"], ["x", "y", "z"], image, -image).reason.tolist() == [
         Reason.SEED, Reason.IMAGE_NOT_FINITE, Reason.DUPLICATE_ID,
     ]  # fmt: skip
     assert growth.kept_ids == ["a"]
@@ -386,7 +386,7 @@ def test_columns_hold_the_same_as_the_records():
     growth = InfoGrowth(device="cpu")
     decisions = growth.process(ids, captions, image, text)
     assert decisions.verdicts == [record.verdict for record in decisions]
-    assert decisions.reasons == [record.reason for record in decisions]
+    assert decisions.reason.tolist() == [record.reason for record in decisions]
     assert decisions[-1] == decisions[79] and decisions[3:5] == [decisions[3], decisions[4]]
     assert decisions.kept.sum() == len(growth) == decisions.verdicts.count("kept")
     with pytest.raises(IndexError):
