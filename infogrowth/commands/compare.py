@@ -139,7 +139,7 @@ def page(a: "GrowthTable", b: "GrowthTable", found: dict[str, Any], lmdb: str | 
     Args:
         lmdb: of the images; None for the one that a growth folder recorded.
     """
-    from infogrowth.report.charts import NARROW, draw_gains, wide_and_narrow
+    from infogrowth.report.charts import NARROW, draw_gains, svg
     from infogrowth.report.galleries import GALLERY_SIZE, Gallery, open_thumbnails, samples
     from infogrowth.report.page import render
 
@@ -158,14 +158,11 @@ def page(a: "GrowthTable", b: "GrowthTable", found: dict[str, Any], lmdb: str | 
         for key, table, rows in (("A", a, only_a), ("B", b, only_b))
         if len(rows)
     ]
-    figure = wide_and_narrow(
-        "gains",
-        "Histograms of the mean gain of what only A, both, and only B kept.",
-        (860, 280),
-        (NARROW, 280),
-        draw_gains,
-        {"only in A": only_a.gain, "in both": both.gain, "only in B": only_b.gain},
-    )
+    gains = {"only in A": only_a.gain, "in both": both.gain, "only in B": only_b.gain}
+    figure = svg(
+        "gains", (860, 280), draw_gains, gains, narrow=(NARROW, 280),
+        description="Histograms of the mean gain of what only A, both, and only B kept.",
+    )  # fmt: skip
     return render(
         "compare.html.j2",
         found=found,

@@ -56,7 +56,16 @@ def run(config: Config) -> int:
     table = open_growth(config.growth)
     found = sweep(table, config.min_align, config.tops)
     if config.output:
-        content = _page(table.name, found) if suffix == ".html" else _plot(found)
+        from infogrowth.report.charts import NARROW, draw_sweep, png, svg
+        from infogrowth.report.page import render
+
+        if suffix == ".png":
+            content = png((760, 300), draw_sweep, found)
+        else:
+            text = "Samples kept by alignment threshold, and information kept by the top N."
+            narrow = NARROW, 820
+            chart = svg("sweep", (900, 300), draw_sweep, found, narrow=narrow, description=text)
+            content = render("sweep.html.j2", title=table.name, found=found, figure=chart)
         with atomic_write(config.output, "wb") as file:
             file.write(content)
         log.info("wrote %s", config.output)
@@ -206,18 +215,3 @@ def as_text(found: dict[str, Any]) -> str:
         for top in found["tops"]
     ]
     return "\n".join([*lines, "", *(f"* {note}" for note in found["notes"])])
-
-
-def _plot(found: dict[str, Any]) -> bytes:
-    from infogrowth.report.charts import draw_sweep, png
-
-    return png((760, 300), draw_sweep, found)
-
-
-def _page(name: str, found: dict[str, Any]) -> bytes:
-    from infogrowth.report.charts import NARROW, draw_sweep, wide_and_narrow
-    from infogrowth.report.page import render
-
-    description = "Samples kept by alignment threshold, and information kept by the top N."
-    figure = wide_and_narrow("sweep", description, (900, 300), (NARROW, 820), draw_sweep, found)
-    return render("sweep.html.j2", title=name, found=found, figure=figure)

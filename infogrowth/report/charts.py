@@ -62,13 +62,21 @@ def png(size: Size, draw: Draw, *data: Any) -> bytes:
     return buffer.getvalue()
 
 
-def svg(name: str, description: str, size: Size, draw: Draw, *data: Any) -> Markup:
+def svg(
+    name: str, size: Size, draw: Draw, *data: Any, description: str, narrow: Size | None = None
+) -> Markup:
     """The chart as an inline SVG that follows the page's theme.
 
     Args:
         name: unique on the page; makes the ids inside the SVG unique, and the same every time.
         description: for a reader who cannot see the chart.
+        narrow: the size on a phone: the chart is there twice, and the page shows one of them.
     """
+    if narrow:
+        both = '<div class="only-wide">{}</div><div class="only-narrow">{}</div>'
+        sizes = {name: size, f"{name}-narrow": narrow}
+        drawn = [svg(n, s, draw, *data, description=description) for n, s in sizes.items()]
+        return Markup(both).format(*drawn)
     buffer = io.BytesIO()
     no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
     figure = draw_figure(size, draw, *data)
@@ -91,32 +99,23 @@ def svg(name: str, description: str, size: Size, draw: Draw, *data: Any) -> Mark
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def wide_and_narrow(
-    name: str, description: str, wide: Size, narrow: Size, draw: Draw, *data: Any
-) -> Markup:
-    """The chart twice, for wide screens and for phones: the page shows one of them."""
-    both = '<div class="only-wide">{}</div><div class="only-narrow">{}</div>'
-    return Markup(both).format(
-        svg(name, description, wide, draw, *data),
-        svg(f"{name}-narrow", description, narrow, draw, *data),
-    )
-
-
 def is_narrow(figure: Figure) -> bool:
     """Whether the figure is for a phone."""
     return figure.get_figwidth() * INCH < NARROW + 100
 
 
-def compact_counts(axes: Axes, *which: str) -> None:
-    """Tick labels like 12k and 3M on the "x" or "y" axis."""
-    for name in which:
+def finish(axes: Axes, compact_counts: str = "", columns: int = 4, **settings: Any) -> None:
+    """What all charts end with: labels and limits, and the legend in one row over the plot.
+
+    Args:
+        compact_counts: "x", "y" or "xy": the axes whose ticks are counts, like 12k and 3M.
+        settings: for ``axes.set``.
+    """
+    axes.set(**settings)
+    for name in compact_counts:
         axis = axes.xaxis if name == "x" else axes.yaxis
         axis.set_major_locator(mpl.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(lambda value, _: compact(value))
-
-
-def legend_above(axes: Axes, columns: int = 4) -> None:
-    """The legend in one row over the plot, at its left edge."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns)
 
 
@@ -155,19 +154,16 @@ def draw_growth(figure: Figure, curve: pd.DataFrame, starts: list[tuple[int, str
         alpha=0.82,
         linewidth=0,
     )
-    counts.set(ylabel="samples so far", ylim=(0, seen[-1]))
     for space in ("image", "text"):
         middles, label = (seen[:-1] + seen[1:]) / 2, f"{space} gain"
         gains.plot(middles, curve[f"gain_{space}"], color=COLORS[space], label=label)
-    gains.set(ylim=(0, None), ylabel="mean gain of new", xlabel="samples seen", xlim=(0, seen[-1]))
-    compact_counts(counts, "y")
-    compact_counts(gains, "x")
+    finish(counts, "y", ylabel="samples so far", ylim=(0, seen[-1]))
+    gains.set(ylabel="mean gain of new", xlabel="samples seen")
+    finish(gains, "x", ylim=(0, None), xlim=(0, seen[-1]))
     for number, (start, _) in enumerate(starts[1:13], start=2):
         for axes in (counts, gains):
             axes.axvline(start, color=COLORS["ink"], linewidth=0.9, linestyle=(0, (1, 2)))
         note(gains, f"source {number}", (start, 1), (4, -2), va="top", color=COLORS["muted"])
-    legend_above(counts)
-    legend_above(gains)
 
 
 def draw_alignment(
@@ -194,9 +190,7 @@ def draw_alignment(
         linewidth=0,
         rwidth=0.92,
     )
-    axes.set(xlabel="alignment: cosine of image and caption", ylabel="samples")
-    compact_counts(axes, "y")
-    legend_above(axes)
+    finish(axes, "y", xlabel="alignment: cosine of image and caption", ylabel="samples")
     if min_align is not None:
         axes.axvline(min_align, color=COLORS["ink"], linewidth=1.4, linestyle=DASHED)
         text = f"threshold {min_align:.3g}"
@@ -229,10 +223,8 @@ def draw_gain(figure: Figure, gains: dict[str, np.ndarray]) -> None:
         values = values[np.isfinite(values)]
         outlined_histogram(axes, values, edges, COLORS[space], f"{space} gain", alpha=0.28)
     beyond = " (last bar: or more)" if high > top else ""
-    axes.set(ylim=(0, None), xlim=(edges[0], edges[-1]), ylabel="kept samples")
     axes.set_xlabel("gain: mean distance to the nearest kept" + beyond)
-    compact_counts(axes, "y")
-    legend_above(axes)
+    finish(axes, "y", ylim=(0, None), xlim=(edges[0], edges[-1]), ylabel="kept samples")
 
 
 def draw_gains(figure: Figure, parts: dict[str, pd.Series]) -> None:
@@ -245,9 +237,7 @@ def draw_gains(figure: Figure, parts: dict[str, pd.Series]) -> None:
         if gain.notna().any():
             values = gain.dropna().to_numpy()
             outlined_histogram(axes, values, edges, COLORS[color], name, alpha=0.25)
-    axes.set(ylim=(0, None), xlim=(0, edges[-1]), xlabel="mean gain", ylabel="samples")
-    compact_counts(axes, "y")
-    legend_above(axes)
+    finish(axes, "y", ylim=(0, None), xlim=(0, edges[-1]), xlabel="mean gain", ylabel="samples")
 
 
 def draw_visits(figure: Figure, visits: pd.DataFrame) -> None:
@@ -272,9 +262,8 @@ def draw_visits(figure: Figure, visits: pd.DataFrame) -> None:
         axes.plot(share, curves[name], color=color, linestyle=dashes, label=label)
     if count:
         _draw_phases(axes, share, curves.even.to_numpy(), curves.odd.to_numpy())
-    axes.set(xlim=(0, 100), ylim=(0, None), ylabel="visits per epoch")
     axes.set_xlabel("kept samples, least to most gain (percent)")
-    legend_above(axes)
+    finish(axes, xlim=(0, 100), ylim=(0, None), ylabel="visits per epoch")
 
 
 def _draw_phases(axes: Axes, share: np.ndarray, even: np.ndarray, odd: np.ndarray) -> None:
@@ -319,9 +308,8 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame) -> None:
     for threshold in at[rows.in_force]:
         axes.axvline(threshold, color=COLORS["ink"], linewidth=1.2, linestyle=DASHED)
         note(axes, "in force", (threshold, 0), (5, 5))
-    axes.set(ylim=(0, None), xlabel="alignment threshold (min_align)", ylabel="samples kept")
-    compact_counts(axes, "y")
-    legend_above(axes)
+    axes.set(xlabel="alignment threshold (min_align)", ylabel="samples kept")
+    finish(axes, "y", ylim=(0, None))
 
 
 def _draw_tops(axes: Axes, rows: pd.DataFrame) -> None:
@@ -330,10 +318,8 @@ def _draw_tops(axes: Axes, rows: pd.DataFrame) -> None:
     axes.plot(counts, information, color=color, marker="o", markersize=3.5, label="top N by gain")
     ends = [0, counts[-1]], [0, 100 * rows.share.iloc[-1]]
     axes.plot(*ends, color=COLORS["muted"], linestyle=DOTTED, label="at random")
-    axes.set(ylim=(0, 103), xlim=(0, None))
     axes.set(xlabel="samples selected (N)", ylabel="information kept (percent)")
-    compact_counts(axes, "x")
-    legend_above(axes)
+    finish(axes, "x", ylim=(0, 103), xlim=(0, None))
 
 
 def draw_purity(figure: Figure, estimate: StreamEstimate, min_align: float | None) -> None:
@@ -353,4 +339,4 @@ def _draw_purity_curves(
     axes.set_ylim(0, None)
     axes.set_xlim(at.min(), at.max() if at.max() > at.min() else None)
     axes.set(xlabel="alignment threshold (min_align)", ylabel="percent (estimated)")
-    legend_above(axes, columns=2)
+    finish(axes, columns=2)

@@ -7,14 +7,15 @@ ever slip through. No address in the page leads outside it.
 
 import base64
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from infogrowth.growth.thresholds import StreamEstimate
+from infogrowth.annotations import SPACES
 from infogrowth.report import dataset, formatting
 from infogrowth.report.charts import (
     NARROW,
@@ -25,15 +26,13 @@ from infogrowth.report.charts import (
     draw_purity,
     draw_visits,
     svg,
-    wide_and_narrow,
 )
 from infogrowth.report.dataset import GrowthTable
-from infogrowth.report.formatting import compact, decimal
 from infogrowth.report.galleries import Thumbnails, galleries, samples
 from infogrowth.report.projection import kept_map
 
 GROUP_IMAGES = 12
-_FILTERS = ("count", "decimal", "percent", "plain", "share", "shown", "compact")
+_FILTERS = ("count", "decimal", "known", "percent", "plain", "share", "shown", "compact")
 
 
 def render(template: str, **context: Any) -> bytes:
@@ -63,17 +62,20 @@ def dataset_context(
     duplicates = dataset.duplicate_groups(table, duplicate_distance)
     for group in duplicates["groups"]:
         group["samples"] = samples(table.rows.iloc[group["rows"][:GROUP_IMAGES]])
-    head = dataset.headline(table)
     visits = dataset.expected_visits(table.gains[table.kept])
+    curve = dataset.growth_curve(table)
+    gain = (curve.gain_image + curve.gain_text) / 2
+    fifth = max(1, len(gain) // 5)
     return {
         "table": table,
         "address": thumbnails.address,
-        "headline": head,
+        "headline": dataset.headline(table),
         "settings_line": settings_line(table),
         "notes": notes,
         "sources": list(dataset.by_source(table).itertuples()),
-        "figures": dataset_charts(table, head, visits),
-        "purity_note": purity_note(table.estimate) if table.estimate else None,
+        "figures": _figures(table, curve, visits),
+        # First against last fifth of the stream, for readers who cannot see the curve.
+        "flattening": [gain[:fifth].mean(), gain[-fifth:].mean()],
         "epoch_lengths": visits.sum(),
         "galleries": galleries(table),
         "duplicates": duplicates,
@@ -82,69 +84,29 @@ def dataset_context(
     }
 
 
-def dataset_charts(
-    table: GrowthTable, head: dict[str, Any], visits: pd.DataFrame
-) -> dict[str, Markup]:
-    """The charts of dataset.html.j2 by name; without those for which the table has no dataset."""
-    gains = dict(zip(("image", "text"), table.gains[table.kept].T, strict=True))
+def _figures(
+    table: GrowthTable, curve: pd.DataFrame, visits: pd.DataFrame
+) -> dict[str, Callable[..., Markup]]:
+    """The charts of dataset.html.j2 by name, which describes them; without those for which the
+    table has no data."""
+    gains = dict(zip(SPACES, table.gains[table.kept].T, strict=True))
     if not table.has_text:
         del gains["text"]
-    means = f"{decimal(head['gain_image'])} image and {decimal(head['gain_text'])} text"
-    charts = {
-        "gain": svg(
-            "gains",
-            f"Histogram of gains of the kept samples; means {means}.",
-            SMALL,
-            draw_gain,
-            gains,
-        ),
-        "visits": svg(
-            "visits",
-            "Expected visits per epoch of the kept samples, ordered by gain, under the uniform, "
-            "proportional and two-phase samplers.",
-            SMALL,
-            draw_visits,
-            visits,
-        ),
+    charts: dict[str, Callable[..., Markup]] = {
+        "gain": partial(svg, "gains", SMALL, draw_gain, gains),
+        "visits": partial(svg, "visits", SMALL, draw_visits, visits),
     }
     if table.neighbors is not None:
-        curve = dataset.growth_curve(table)
-        charts["growth"] = wide_and_narrow(
-            "growth",
-            "Of {seen} samples seen, {kept} were kept, {recaptioned} of them with a new caption, "
-            "and {dropped} dropped. ".format_map(head)
-            + _flattening(curve),
-            (680, 380),
-            (NARROW, 380),
-            draw_growth,
-            curve,
-            dataset.source_starts(table),
-        )
-    alignment, verdicts = table.rows.alignment, table.rows.verdict
-    if alignment.notna().any():
-        under = compact((alignment < (table.min_align or 0)).sum())
-        charts["alignment"] = svg(
-            "alignment",
-            f"Histogram of alignment; {under} samples lie under the threshold.",
-            SMALL,
-            draw_alignment,
-            alignment.to_numpy(),
-            verdicts.to_numpy(),
-            table.min_align,
-        )
+        data: tuple[Any, ...] = (curve, dataset.source_starts(table))
+        narrow = NARROW, 380
+        charts["growth"] = partial(svg, "growth", (680, 380), draw_growth, *data, narrow=narrow)
+    if table.rows.alignment.notna().any():
+        data = table.rows.alignment.to_numpy(), table.rows.verdict.to_numpy(), table.min_align
+        charts["alignment"] = partial(svg, "alignment", SMALL, draw_alignment, *data)
     if table.estimate is not None:
-        text = purity_note(table.estimate)
-        charts["purity"] = svg("purity", text, SMALL, draw_purity, table.estimate, table.min_align)
+        data = table.estimate, table.min_align
+        charts["purity"] = partial(svg, "purity", SMALL, draw_purity, *data)
     return charts
-
-
-def purity_note(estimate: StreamEstimate) -> str:
-    """What the estimate rests on, in one sentence."""
-    low, high = (f"{100 * share:.1f}" for share in estimate.noise_interval)
-    return (
-        f"Estimated from {estimate.seeds} seeds: {100 * estimate.noise:.1f} % "
-        f"of the stream's captions are wrong ({low} to {high} %)."
-    )
 
 
 def settings_line(table: GrowthTable) -> str:
@@ -161,16 +123,3 @@ def settings_line(table: GrowthTable) -> str:
     ]
     line = ", ".join(part for part in parts if part)
     return line[:1].upper() + line[1:] + "."
-
-
-def _flattening(curve: pd.DataFrame) -> str:
-    """First against last fifth of the stream, for readers who cannot see the curve."""
-    gain = (curve.gain_image + curve.gain_text) / 2
-    fifth = max(1, len(gain) // 5)
-    first, last = gain[:fifth].mean(), gain[-fifth:].mean()
-    if not np.isfinite(first + last):
-        return ""
-    return (
-        f"The mean gain went from {decimal(first)} in the first fifth of the "
-        f"stream to {decimal(last)} in the last."
-    )

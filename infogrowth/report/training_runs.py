@@ -12,14 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from infogrowth.errors import UserError, refusing
-from infogrowth.report.charts import (
-    COLORS,
-    NARROW,
-    compact_counts,
-    is_narrow,
-    legend_above,
-    wide_and_narrow,
-)
+from infogrowth.report.charts import COLORS, NARROW, finish, is_narrow, svg
 
 RUN_COLORS = ["image", "run2", "kept", "dropped", "text", "run6"]  # those of --run1 … in style.css
 DASHES = ["solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))]
@@ -161,15 +154,15 @@ def training_context(runs: list[TrainingRun]) -> dict[str, Any]:
         "recall": ("mean recall (percent)", [run.recall for run in runs]),
     }
     charts = {
-        what: wide_and_narrow(
+        what: svg(
             f"run-{what}",
-            f"{what.capitalize()} over samples seen of the runs {', '.join(names)}.",
             (480, 300),
-            (NARROW, 300),
             draw_runs,
             ylabel,
             names,
             of_runs,
+            narrow=(NARROW, 300),
+            description=f"{what.capitalize()} over samples seen of the runs {', '.join(names)}.",
         )
         for what, (ylabel, of_runs) in curves.items()
         if any(map(len, of_runs))
@@ -194,9 +187,8 @@ def draw_runs(
                 markersize=4,
                 label=_short(name),
             )
-    axes.set(xlabel="samples seen", ylabel=ylabel, xlim=(0, None))
-    compact_counts(axes, "x")
-    legend_above(axes, columns=2 if is_narrow(figure) else 4)
+    columns = 2 if is_narrow(figure) else 4
+    finish(axes, "x", columns, xlabel="samples seen", ylabel=ylabel, xlim=(0, None))
 
 
 def _short(name: str) -> str:

@@ -62,7 +62,7 @@ def test_a_chart_follows_the_theme_and_names_what_it_shows():
         axes.plot([1, 2], color=COLORS["kept"], label="a $b_1$ <i>")
         legend_above(axes)
 
-    drawn = svg("one", 'says "what" <it> shows', (200, 100), draw)
+    drawn = svg("one", (200, 100), draw, description='says "what" <it> shows')
     assert isinstance(drawn, Markup)
     assert "var(--kept)" in drawn
     assert not [color for color in COLORS.values() if color in drawn]
@@ -75,7 +75,9 @@ def test_charts_on_one_page_share_no_ids_and_every_reference_is_met():
     def draw(figure):
         figure.subplots().plot([1, 2, 3], marker="o")
 
-    page = svg("one", "d", (200, 100), draw) + svg("two", "d", (200, 100), draw)
+    page = svg("one", (200, 100), draw, description="d") + svg(
+        "two", (200, 100), draw, description="d"
+    )
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     references = set(re.findall(r'href="#([^"]+)"', page)) | set(
