@@ -5,7 +5,7 @@ import re
 import pytest
 from markupsafe import Markup
 
-from infogrowth.report.charts import COLORS, legend_above, svg
+from infogrowth.report.charts import COLORS, finish, svg
 from infogrowth.report.formatting import compact, count, decimal, percent, shown
 from infogrowth.report.page import render
 
@@ -60,7 +60,7 @@ def test_a_chart_follows_the_theme_and_names_what_it_shows():
     def draw(figure):
         axes = figure.subplots()
         axes.plot([1, 2], color=COLORS["kept"], label="a $b_1$ <i>")
-        legend_above(axes)
+        finish(axes)
 
     drawn = svg("one", (200, 100), draw, description='says "what" <it> shows')
     assert isinstance(drawn, Markup)
