@@ -30,7 +30,13 @@ from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.feature_writer import FeatureWriter
-from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches, pairs_of_source
+from infogrowth.encoders.dataset import (
+    DecodedBatch,
+    ListedPairs,
+    Pairs,
+    SourcePairs,
+    decoded_batches,
+)
 from infogrowth.encoders.embedding import Timing, computed, embed_pairs, threads_for, workers_for
 from infogrowth.encoders.loading import load_encoder
 from infogrowth.encoders.models import DualEncoder
@@ -55,20 +61,15 @@ class Config:
     json: str | None = option(None, help="write the row to this file too")
 
 
-class MadeUpPairs:
+class MadeUpImages:
     """A few hundred different JPEGs in memory, over and over: what a photograph costs to decode."""
 
     def __init__(self, side: int) -> None:
         random = generator(0, "benchmark")
         self._jpegs = [_photograph(random, side) for _ in range(_DIFFERENT_IMAGES)]
-        letters = random.integers(97, 123, (2000, 5))
-        words = ["".join(map(chr, word)) for word in letters.tolist()]
-        self._captions = [
-            " ".join(words[i] for i in random.integers(0, 2000, 10)) for _ in range(997)
-        ]
 
-    def read(self, row: int) -> tuple[str, bytes]:
-        return self._captions[row % len(self._captions)], self._jpegs[row % len(self._jpegs)]
+    def find(self, name: str) -> bytes:
+        return self._jpegs[int(name) % len(self._jpegs)]
 
 
 def run(config: Config) -> int:
@@ -77,7 +78,7 @@ def run(config: Config) -> int:
         name = random_base(models) if config.encoder == "base" else config.encoder
         encoder = load_encoder(name, device)
         pairs = (
-            pairs_of_source(config.source)
+            SourcePairs(config.source)
             if config.source
             else made_up_pairs(config.pairs, config.side)
         )
@@ -85,7 +86,7 @@ def run(config: Config) -> int:
         decoding = decoding_rate(pairs, encoder, config.batch_size, workers)
         model = model_rate(pairs, encoder, config.batch_size, device)
         identity = {"encoder": {"fingerprint": encoder.fingerprint}}
-        destination = FeatureWriter(output, identity, {}, len(pairs), _SHARD)
+        destination = FeatureWriter(output, identity, {}, len(pairs.ids), _SHARD)
         result = embed_pairs(pairs, encoder, destination, device, config.batch_size, workers)
         together = result.pairs / result.seconds
         row: dict[str, Any] = {
@@ -116,9 +117,9 @@ def _bound(decoding: float, model: float, device: torch.device, workers: int) ->
     return 1 / (1 / decoding + 1 / model)
 
 
-def decoding_rate(table: PairTable, encoder: DualEncoder, batch_size: int, workers: int) -> float:
+def decoding_rate(table: Pairs, encoder: DualEncoder, batch_size: int, workers: int) -> float:
     """Pairs per second through decoding, preprocessing and tokenizing alone."""
-    whole = [(0, range(len(table)))]
+    whole = [(0, range(len(table.ids)))]
     batches = decoded_batches(
         table, encoder.preprocess, encoder.tokenize, whole, batch_size, workers
     )
@@ -128,11 +129,9 @@ def decoding_rate(table: PairTable, encoder: DualEncoder, batch_size: int, worke
     return pairs / (time.perf_counter() - started)
 
 
-def model_rate(
-    table: PairTable, encoder: DualEncoder, batch_size: int, device: torch.device
-) -> float:
+def model_rate(table: Pairs, encoder: DualEncoder, batch_size: int, device: torch.device) -> float:
     """Images and texts through the encoder, already decoded, as many as half of the dataset."""
-    first = [(0, range(min(2 * batch_size, len(table))))]
+    first = [(0, range(min(2 * batch_size, len(table.ids))))]
     parts = decoded_batches(table, encoder.preprocess, encoder.tokenize, first, batch_size, 0)
     decoded = list(parts)
 
@@ -142,15 +141,20 @@ def model_rate(
         return len(batch.rows)
 
     compute(decoded[0])  # kernels are chosen and memory is taken on the first call
-    repeated = decoded * max(1, len(table) // (2 * batch_size * len(decoded)))
+    repeated = decoded * max(1, len(table.ids) // (2 * batch_size * len(decoded)))
     started = time.perf_counter()
     pairs = sum(n for _, n in computed(repeated, compute, threads_for(device), Timing()))
     return pairs / (time.perf_counter() - started)
 
 
-def made_up_pairs(count: int, side: int) -> PairTable:
+def made_up_pairs(count: int, side: int) -> Pairs:
     """``count`` pairs of photographs of ``side`` pixels."""
-    return PairTable([f"{i:09d}" for i in range(count)], MadeUpPairs(side).read)
+    random = generator(1, "benchmark")
+    letters = random.integers(97, 123, (2000, 5))
+    words = ["".join(map(chr, word)) for word in letters.tolist()]
+    captions = [" ".join(words[i] for i in random.integers(0, 2000, 10)) for _ in range(997)]
+    entries = [(f"{i:09d}", captions[i % len(captions)], None) for i in range(count)]
+    return ListedPairs(entries, MadeUpImages(side))
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:

@@ -445,7 +445,7 @@ def embedding(machine: Machine) -> Iterator[Row]:
         benchmark.decoded_batches(pairs, encoder.preprocess, encoder.tokenize, whole, batch_size, 0)
     )
     images, texts = encoder.encode_images(batch.images), encoder.encode_tokens(batch.tokens)
-    model = encoder._features.model
+    model = encoder._model
     with torch.inference_mode():
         tokens = {name: tensor.to(machine.device) for name, tensor in batch.tokens.items()}
         exact_images = model.encode_image(encoder._pixels(batch.images))[1]

@@ -65,28 +65,30 @@ def run(config: Config) -> int:
         raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
     from infogrowth import distributed
     from infogrowth.data.feature_writer import FeatureWriter
-    from infogrowth.encoders.dataset import pairs_of_lmdb, pairs_of_source
+    from infogrowth.encoders.dataset import Pairs, SourcePairs, pairs_of_lmdb
     from infogrowth.encoders.embedding import embed_pairs
     from infogrowth.encoders.loading import load_encoder
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
+        pairs: Pairs
         if config.source is not None:
-            table = pairs_of_source(config.source)
+            pairs = SourcePairs(config.source)
         else:
-            table = pairs_of_lmdb(str(config.lmdb), str(config.annotations))
-        if not len(table):
+            pairs = pairs_of_lmdb(str(config.lmdb), str(config.annotations))
+        if not pairs.ids:
             raise UserError(f"{config.annotations or config.source} holds no samples to embed")
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = load_encoder(config.encoder, device, config.vocabulary)
-        identity = {"kind": "features", "encoder": encoder_identity(encoder), **table.origin}
-        captions: Sequence[str | None] = table.captions or [None] * len(table)
+        identity = {"kind": "features", "encoder": encoder_identity(encoder), **pairs.origin}
+        rows = len(pairs.ids)
+        captions: Sequence[str | None] = pairs.captions or [None] * rows
         output = FeatureWriter(
-            config.output, identity, COMPARED, len(table), automatic(config.shard_size, None), part,
-            samples=list(zip(table.ids, captions, strict=True)),
+            config.output, identity, COMPARED, rows, automatic(config.shard_size, None), part,
+            samples=list(zip(pairs.ids, captions, strict=True)),
         )  # fmt: skip
         batch_size = automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type])
         workers = automatic(config.workers, None)
-        result = embed_pairs(table, encoder, output, device, batch_size, workers)
+        result = embed_pairs(pairs, encoder, output, device, batch_size, workers)
         if distributed.is_main():
             print_summary(config.output, result)
     return 0

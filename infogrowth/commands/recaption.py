@@ -20,7 +20,7 @@ from infogrowth.growth.thresholds import Thresholds
 if TYPE_CHECKING:
     import torch
 
-    from infogrowth.encoders.dataset import PairTable
+    from infogrowth.encoders.dataset import Pairs
     from infogrowth.encoders.models import Captioner, DualEncoder
     from infogrowth.encoders.pending import PendingRecaptions, Seeds
 
@@ -88,7 +88,7 @@ def run(config: Config) -> int:
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         about, pending = _pending(config)
-        table = _table(config, about, pending)
+        pairs = _pairs(config, about, pending)
         captioner = None
         with distributed.main_first():  # rank 0 downloads, the others find the files
             encoder = _encoder(config, about, device)
@@ -105,19 +105,19 @@ def run(config: Config) -> int:
             "kind": "recaptions",
             "encoder": encoder_identity(encoder),
             "captioner": captioner and {n: getattr(captioner, n) for n in ("name", "fingerprint")},
-            **table.origin,
+            **pairs.origin,
             **checked,
             "min_align": pending and pending.min_align,
         }
         compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
         size = automatic(config.shard_size, None)
-        output = FeatureWriter(config.output, identity, compared, len(table), size, part)
+        output = FeatureWriter(config.output, identity, compared, len(pairs.ids), size, part)
         batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
         extra: dict[str, list[Any]] = {}
         if captioner is not None and pending is not None:
             extra = {"original_caption": pending.captions, "original_alignment": pending.alignments}
         workers = automatic(config.workers, None) if captioner is not None else 0
-        result = embed_pairs(table, encoder, output, device, batch_size, workers, captioner, extra)
+        result = embed_pairs(pairs, encoder, output, device, batch_size, workers, captioner, extra)
         if distributed.is_main():
             if pending is not None:
                 under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"
@@ -128,11 +128,9 @@ def run(config: Config) -> int:
     return 0
 
 
-def _table(
-    config: Config, about: dict[str, Any], pending: "PendingRecaptions | None"
-) -> "PairTable":
+def _pairs(config: Config, about: dict[str, Any], pending: "PendingRecaptions | None") -> "Pairs":
     """Captions from a file (of all in it, if no samples are known), or the pending images."""
-    from infogrowth.encoders.dataset import captions_of_file, list_digest, pairs_by_id
+    from infogrowth.encoders.dataset import captions_of_file, pairs_by_id
 
     if config.captions is not None:
         return captions_of_file(config.captions, None if pending is None else pending.ids)
@@ -142,8 +140,7 @@ def _table(
         raise UserError(
             f"{config.features or config.growth} does not record where its images are: give --lmdb"
         )
-    origin = {"images": images, "samples": list_digest(pending.ids)}
-    return pairs_by_id(images, pending.ids, pending.captions, origin)
+    return pairs_by_id(images, pending.ids, pending.captions)
 
 
 def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":

@@ -15,11 +15,9 @@ from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.models import (
     CaptionTokenizer,
     DualEncoder,
-    Generation,
     Preprocess,
     Tokenize,
     Tokens,
-    UnitFeatures,
     fingerprint,
     half_on_cuda,
     half_products,
@@ -85,19 +83,16 @@ class BlipEncoder(_Blip, DualEncoder):
     def __init__(
         self, path: Path, name: str, device: torch.device, vocabulary: str | None = None
     ) -> None:
-        super().__init__(path, name, device, vocabulary)
+        _Blip.__init__(self, path, name, device, vocabulary)
         self.dimension = self._model.config.embed_dim
         self.fingerprint = self._fingerprint(_READING)
-        self._features = UnitFeatures(self._model, self.device)
+        DualEncoder.__init__(self, self._model, device)
 
-    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels_BCHW = self._pixels(images_BCHW)
-        return self._features(lambda model: model.encode_image(pixels_BCHW)[1])
+    def image_features(self, model: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(normalized(images_BCHW))[1]
 
-    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
-        on_device = moved(tokens, self.device)
-        ids, mask = on_device["input_ids"], on_device["attention_mask"]
-        return self._features(lambda model: model.encode_text(ids, mask)[1])
+    def text_features(self, model: Any, tokens: Tokens) -> torch.Tensor:
+        return model.encode_text(tokens["input_ids"], tokens["attention_mask"])[1]
 
 
 class BlipMatcher(_Blip):
@@ -131,13 +126,15 @@ class BlipDescriber(_Blip):
         name: str,
         device: torch.device,
         vocabulary: str | None,
-        generation: Generation,
+        prompt: str,
+        beams: int,
+        max_tokens: int,
     ) -> None:
         super().__init__(path, name, device, vocabulary)
         self._options = {
-            "prompt": generation.prompt,
-            "beams": generation.beams,
-            "max_length": min(generation.max_tokens, self._model.config.text_positions),
+            "prompt": prompt,
+            "beams": beams,
+            "max_length": min(max_tokens, self._model.config.text_positions),
             "min_length": 0,
         }
         self.fingerprint = self._fingerprint(self._options)

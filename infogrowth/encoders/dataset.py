@@ -5,9 +5,9 @@ batches whoever computes them, so they are the same to the bit.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,40 +18,62 @@ from infogrowth.annotations import as_id
 from infogrowth.data.image_stores import ImageStore, open_images
 from infogrowth.data.images import decode_image
 from infogrowth.data.loading import check_shared_memory
-from infogrowth.data.sources import Source, open_source
+from infogrowth.data.sources import open_source
 from infogrowth.data.text import NO_CAPTION, first_caption, image_key
 from infogrowth.encoders.models import Preprocess, Tokenize, Tokens
 from infogrowth.errors import BadSample, UserError
 from infogrowth.files import read_json
 
-ReadPair = Callable[[int], tuple[str, bytes | None]]
-"""Caption and encoded image of a row, None for captions without images; raises BadSample with a
-reason when the pair is not to be had. Picklable, opened anew in each worker process."""
+Entry = tuple[str, str, str | None]  # id, caption, and what is wrong
 
 
-@dataclass(frozen=True)
-class PairTable:
-    """Pairs to be embedded, row by row.
+class Pairs(ABC):
+    """Pairs to be embedded, row by row; picklable, opened anew in each worker process.
 
     Attributes:
         ids: the samples' names.
-        read: gives a row's pair.
+        captions: those of the rows, where they are at hand without reading every row.
         has_images: False for captions without images.
         origin: where it all comes from, for features.json.
-        captions: those of the rows, where they are at hand without reading every row.
     """
 
     ids: Sequence[str]
-    read: ReadPair
-    has_images: bool = True
-    origin: Mapping[str, Any] = field(default_factory=dict)
     captions: Sequence[str] | None = None
+    has_images = True
+    origin: Mapping[str, Any]
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @abstractmethod
+    def read(self, row: int) -> tuple[str, bytes | None]:
+        """Caption and encoded image of a row; raises BadSample with a reason when the pair is not
+        to be had."""
 
 
-def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
+class ListedPairs(Pairs):
+    """Pairs of a list, with images from a store, or without any.
+
+    Args:
+        entries: id and caption of each row, and what is wrong with it, if anything is.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        images: ImageStore | None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._entries, self._images, self.origin = entries, images, origin or {}
+        self.ids = [name for name, *_ in entries]
+        self.captions = [caption for _, caption, _ in entries]
+        self.has_images = images is not None
+
+    def read(self, row: int) -> tuple[str, bytes | None]:
+        name, caption, problem = self._entries[row]
+        if problem:
+            raise BadSample(problem)
+        return caption, None if self._images is None else self._images.find(name)
+
+
+def pairs_of_lmdb(lmdb: str, annotations: str) -> ListedPairs:
     """The samples of an annotation JSON, in its order, with images from an LMDB (or a folder).
 
     An entry with several captions is embedded with the first one that is not blank: a pair is one
@@ -64,22 +86,21 @@ def pairs_of_lmdb(lmdb: str, annotations: str) -> PairTable:
     with open(annotations, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     origin = {"images": lmdb, "annotations": annotations, "samples": digest}
-    return _listed(entries, open_images(lmdb), origin)
+    return ListedPairs(entries, open_images(lmdb), origin)
 
 
-def pairs_by_id(
-    path: str, ids: Sequence[str], captions: Sequence[str], origin: Mapping[str, Any] = {}
-) -> PairTable:
+def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> ListedPairs:
     """Images of some ids, with these captions, from whatever ``embed`` took them from.
 
     Raises:
         UserError: there is neither an LMDB, nor a download, nor a folder of images.
     """
     entries = [(name, caption, None) for name, caption in zip(ids, captions, strict=True)]
-    return _listed(entries, open_images(path, ids), origin)
+    images = open_images(path, ids)
+    return ListedPairs(entries, images, {"images": path, "samples": list_digest(ids)})
 
 
-def captions_of_file(path: str, wanted: Sequence[str] | None) -> PairTable:
+def captions_of_file(path: str, wanted: Sequence[str] | None) -> ListedPairs:
     """Captions made elsewhere, ``[{"image", "caption"}]``, without images.
 
     Args:
@@ -99,10 +120,7 @@ def captions_of_file(path: str, wanted: Sequence[str] | None) -> PairTable:
         keys = [(name, image_key(name)) for name in wanted]
         entries = [(name, *found[key][1:]) for name, key in keys if key in found]
     digest = list_digest(f"{name}\t{caption}" for name, caption, _ in entries)
-    return _listed(entries, None, {"captions": path, "samples": digest})
-
-
-Entry = tuple[str, str, str | None]  # id, caption, and what is wrong
+    return ListedPairs(entries, None, {"captions": path, "samples": digest})
 
 
 def _entries(path: str, what: str) -> Iterator[Entry]:
@@ -120,24 +138,7 @@ def _entries(path: str, what: str) -> Iterator[Entry]:
             yield name, caption or "", None if caption else NO_CAPTION
 
 
-def _listed(
-    entries: Sequence[Entry], images: ImageStore | None, origin: Mapping[str, Any]
-) -> PairTable:
-    read = partial(_read_listed, entries, images)
-    captions = [caption for _, caption, _ in entries]
-    return PairTable([name for name, *_ in entries], read, images is not None, origin, captions)
-
-
-def _read_listed(
-    entries: Sequence[Entry], images: ImageStore | None, row: int
-) -> tuple[str, bytes | None]:
-    name, caption, problem = entries[row]
-    if problem:
-        raise BadSample(problem)
-    return caption, None if images is None else images.find(name)
-
-
-def pairs_of_source(path: str) -> PairTable:
+class SourcePairs(Pairs):
     """Every sample of a download, in the order of its shards and keys.
 
     What could not even be listed (a damaged tar, an unfinished shard) is a row with a problem, so
@@ -146,27 +147,28 @@ def pairs_of_source(path: str) -> PairTable:
     Raises:
         UserError: no such folder, or no pairs in a known layout.
     """
-    source = open_source(path)
-    ids = [*source.ids, *(name for name, _ in source.notes)]
-    versions = source.versions()
-    shards = {container.name for container in source.containers if container.kind != "folder"}
-    origin = {
-        "images": path,
-        "annotations": None,
-        "layout": source.layout,
-        "containers": {name: version for name, version in versions.items() if name in shards},
-        "samples": list_digest([*ids, *(f"{name} {size}" for name, size in versions.items())]),
-    }
-    return PairTable(ids, partial(_read_source, source), origin=origin)
 
+    def __init__(self, path: str) -> None:
+        source = self._source = open_source(path)
+        self.ids = [*source.ids, *(name for name, _ in source.notes)]
+        versions = source.versions()
+        shards = {container.name for container in source.containers if container.kind != "folder"}
+        sizes = (f"{name} {size}" for name, size in versions.items())
+        self.origin = {
+            "images": path,
+            "annotations": None,
+            "layout": source.layout,
+            "containers": {name: version for name, version in versions.items() if name in shards},
+            "samples": list_digest([*self.ids, *sizes]),
+        }
 
-def _read_source(source: Source, row: int) -> tuple[str, bytes | None]:
-    if row >= len(source):
-        raise BadSample(source.notes[row - len(source)][1])
-    sample = source.read(row)
-    if sample.problem:
-        raise BadSample(sample.problem)
-    return first_caption(sample.caption) or "", sample.data
+    def read(self, row: int) -> tuple[str, bytes | None]:
+        if row >= len(self._source):
+            raise BadSample(self._source.notes[row - len(self._source)][1])
+        sample = self._source.read(row)
+        if sample.problem:
+            raise BadSample(sample.problem)
+        return first_caption(sample.caption) or "", sample.data
 
 
 def list_digest(lines: Iterable[str]) -> str:
@@ -197,7 +199,7 @@ class DecodedBatch(NamedTuple):
 class _Decoder(Dataset):
     """Batches by ``(shard, rows)``, for a DataLoader whose workers decode and tokenize them."""
 
-    read: ReadPair
+    pairs: Pairs
     preprocess: Preprocess | None
     tokenize: Tokenize | None
 
@@ -207,7 +209,7 @@ class _Decoder(Dataset):
         images, skipped = [], {}
         for row in rows:
             try:
-                caption, data = self.read(row)
+                caption, data = self.pairs.read(row)
                 if self.preprocess is not None and data is not None:
                     images.append(self.preprocess(decode_image(data)))
                 captions[row] = caption
@@ -222,7 +224,7 @@ class _Decoder(Dataset):
 
 
 def decoded_batches(
-    table: PairTable,
+    pairs: Pairs,
     preprocess: Preprocess | None,
     tokenize: Tokenize | None,
     shards: Iterable[tuple[int, Sequence[int]]],
@@ -249,7 +251,7 @@ def decoded_batches(
         for start in range(0, max(len(rows), 1), batch_size)
     )
     loader = DataLoader(
-        _Decoder(table.read, preprocess, tokenize),
+        _Decoder(pairs, preprocess, tokenize),
         sampler=batches,  # type: ignore[arg-type]  # not sized
         batch_size=None,  # one item is one batch already, to be left as it is
         collate_fn=_as_it_is,

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
 from infogrowth.threads import Item, Result, run_ahead
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from infogrowth import distributed
 from infogrowth.data.feature_writer import FeatureWriter, write_shard
-from infogrowth.encoders.dataset import DecodedBatch, PairTable, decoded_batches
+from infogrowth.encoders.dataset import DecodedBatch, Pairs, decoded_batches
 from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 EMPTY_CAPTION = "the captioner gave no words"
 _MAX_WORKERS = 16
 
-# Captions of a batch ("" where there are no words), its image features (or None), the text features
-# of the captions with words (or None).
-Features = tuple[list[str], torch.Tensor | None, torch.Tensor | None]
+# Captions of a batch ("" where there are no words), its image features (or None if none are
+# wanted), the text features of the captions with words.
+Features = tuple[list[str], torch.Tensor | None, torch.Tensor]
 
 
 class Timing(dict[str, float]):
@@ -70,7 +70,7 @@ class Summary:
 
 
 def embed_pairs(
-    table: PairTable,
+    pairs: Pairs,
     encoder: DualEncoder,
     output: FeatureWriter,
     device: torch.device,
@@ -91,17 +91,18 @@ def embed_pairs(
         captioner: whose captions take the place of the dataset's.
         extra: more metadata columns, one value per row.
     """
-    writes_images = table.has_images and captioner is None
+    with_images = pairs.has_images and captioner is None
+    nothing = torch.zeros(0, encoder.dimension)
 
     def compute(batch: DecodedBatch) -> Features:
         if captioner is not None:
             captions = captions_of(batch, captioner)
             with_words = [caption for caption in captions if caption]
-            return captions, None, encoder.encode_texts(with_words) if with_words else None
+            return captions, None, encoder.encode_texts(with_words) if with_words else nothing
         if batch.tokens is None:
-            return [], None, None
+            return [], nothing if with_images else None, nothing
         text = encoder.encode_tokens(batch.tokens)
-        if not writes_images:
+        if not with_images:
             return batch.captions, None, text
         if not isinstance(batch.images, torch.Tensor):
             raise UserError(
@@ -111,23 +112,25 @@ def embed_pairs(
         return batch.captions, encoder.encode_images(batch.images), text
 
     batches = decoded_batches(
-        table,
-        (captioner or encoder).preprocess if table.has_images else None,
+        pairs,
+        (captioner or encoder).preprocess if pairs.has_images else None,
         encoder.tokenize if captioner is None else None,
         output.claim(),
         batch_size,
         workers_for(device) if workers is None else workers,
         pinned=device.type == "cuda",
     )
-    timing, started = Timing(), time.perf_counter()
-    results = computed(batches, compute, threads_for(device), timing)
-    pairs = _write_shards(
-        table.ids, output, results, timing, encoder.dimension, writes_images, extra
-    )
+
+    timing, started, written = Timing(), time.perf_counter(), 0
+    results = _shown(computed(batches, compute, threads_for(device), timing), output)
+    for _, parts in groupby(results, lambda result: result[0].shard):
+        shard = list(parts)
+        with timing.of("writing"):
+            written += _write(shard, output, pairs.ids, extra)
     seconds = time.perf_counter() - started
     description = output.finish()
-    totals = distributed.all_gather_objects((pairs, seconds))
-    return Summary(sum(p for p, _ in totals), max(s for _, s in totals), timing, description)
+    totals = distributed.all_gather_objects((written, seconds))
+    return Summary(sum(w for w, _ in totals), max(s for _, s in totals), timing, description)
 
 
 def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
@@ -139,53 +142,45 @@ def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
     return captioner.caption([torch.as_tensor(image) for image in batch.images])
 
 
-def _write_shards(
-    ids: Sequence[str],
-    output: FeatureWriter,
-    results: Iterator[tuple[DecodedBatch, Features]],
-    timing: Timing,
-    dimension: int,
-    with_images: bool,
-    extra: Mapping[str, Sequence[Any]],
-) -> int:
-    """Gather batches into shards and write each when it is full; returns how many samples."""
-
-    def joined(parts: list[torch.Tensor | None]) -> np.ndarray:
-        rows = [part for part in parts if part is not None]
-        return torch.cat(rows).numpy() if rows else np.zeros((0, dimension), np.float32)
-
-    pairs, shard = 0, list[tuple[DecodedBatch, Features]]()
+def _shown(
+    results: Iterator[tuple[DecodedBatch, Features]], output: FeatureWriter
+) -> Iterator[tuple[DecodedBatch, Features]]:
+    """The results, with a progress bar."""
     rows = sum(len(output.shards[number]) for number in output.pending)
     quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
     share = rows // distributed.world_size()  # rank 0's, likely
     with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
         for batch, features in results:
-            shard.append((batch, features))
             bar.update(len(batch.rows) + len(batch.skipped))
-            seen = sum(len(batch.rows) + len(batch.skipped) for batch, _ in shard)
-            if seen < len(output.shards[batch.shard]):
-                continue
-            captions: dict[int, str] = {}
-            skipped: dict[int, str] = {}
-            for part, (written, _, _) in shard:
-                skipped |= part.skipped
-                captions |= zip(part.rows, written, strict=True)
-            skipped |= {row: EMPTY_CAPTION for row, caption in captions.items() if not caption}
-            captions = {row: caption for row, caption in captions.items() if caption}
-            with timing.of("writing"):
-                write_shard(
-                    output.directory,
-                    output.name(batch.shard),
-                    [ids[row] for row in captions],
-                    list(captions.values()),
-                    joined([image for _, (_, image, _) in shard]) if with_images else None,
-                    joined([text for _, (_, _, text) in shard]),
-                    {k: [column[r] for r in captions] for k, column in extra.items()},
-                    [_skipped(ids[row], why) for row, why in sorted(skipped.items())],
-                )
-            pairs += len(captions)
-            shard = []
-    return pairs
+            yield batch, features
+
+
+def _write(
+    shard: Sequence[tuple[DecodedBatch, Features]],
+    output: FeatureWriter,
+    ids: Sequence[str],
+    extra: Mapping[str, Sequence[Any]],
+) -> int:
+    """Write the batches of one shard; returns how many samples."""
+    captions: dict[int, str] = {}
+    skipped: dict[int, str] = {}
+    for batch, (texts, _, _) in shard:
+        skipped |= batch.skipped
+        captions |= zip(batch.rows, texts, strict=True)
+    skipped |= {row: EMPTY_CAPTION for row, caption in captions.items() if not caption}
+    captions = {row: caption for row, caption in captions.items() if caption}
+    images = [image for _, (_, image, _) in shard if image is not None]
+    write_shard(
+        output.directory,
+        output.name(shard[0][0].shard),
+        [ids[row] for row in captions],
+        list(captions.values()),
+        torch.cat(images).numpy() if images else None,
+        torch.cat([text for _, (_, _, text) in shard]).numpy(),
+        {name: [column[row] for row in captions] for name, column in extra.items()},
+        [_skipped(ids[row], why) for row, why in sorted(skipped.items())],
+    )
+    return len(captions)
 
 
 def computed(

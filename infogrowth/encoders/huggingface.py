@@ -13,14 +13,11 @@ from infogrowth.encoders.models import (
     TOKENIZING,
     CaptionTokenizer,
     DualEncoder,
-    Generation,
     Preprocess,
     Tokenize,
     Tokens,
-    UnitFeatures,
     fingerprint,
     halving,
-    moved,
 )
 from infogrowth.errors import UserError, shorten
 
@@ -64,16 +61,14 @@ class HuggingFaceDualEncoder(DualEncoder):
         )
         settings = {"image_processor": _comparable(processor), "text_length": length}
         self.fingerprint = _fingerprint(model, tokenizer, settings)
-        self._features = UnitFeatures(model.float(), device)
+        super().__init__(model.float(), device)
         self.dimension = self.encode_texts(["a"]).shape[1]
 
-    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels = images_BCHW.to(self._features.device, non_blocking=True)
-        return self._features(lambda model: _pooled(model.get_image_features(pixel_values=pixels)))
+    def image_features(self, model: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return _pooled(model.get_image_features(pixel_values=images_BCHW))
 
-    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
-        on_device = moved(tokens, self._features.device)
-        return self._features(lambda model: _pooled(model.get_text_features(**on_device)))
+    def text_features(self, model: Any, tokens: Tokens) -> torch.Tensor:
+        return _pooled(model.get_text_features(**tokens))
 
 
 class ProcessorTransform:
@@ -107,7 +102,13 @@ class HuggingFaceCaptioner:
     """
 
     def __init__(
-        self, folder: Path, name: str, device: torch.device, generation: Generation
+        self,
+        folder: Path,
+        name: str,
+        device: torch.device,
+        prompt: str,
+        beams: int,
+        max_tokens: int,
     ) -> None:
         self.name = name
         self.preprocess: Preprocess = ToPixels()
@@ -115,11 +116,11 @@ class HuggingFaceCaptioner:
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = _load_model("AutoModelForImageTextToText", folder, name)
         self._load_processor(folder)
-        self._prompt = generation.prompt
+        self._prompt = prompt
         self._options = {
             "do_sample": False,
-            "num_beams": generation.beams,
-            "max_new_tokens": generation.max_tokens,
+            "num_beams": beams,
+            "max_new_tokens": max_tokens,
         }
         self.fingerprint = _fingerprint(
             model, self._tokenizer, {"prompt": self._prompt, **self._options}

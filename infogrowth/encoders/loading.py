@@ -6,13 +6,13 @@ One captioner needs no model of its own: the nearest caption of a list that is t
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from infogrowth.encoders.huggingface import HuggingFaceCaptioner, HuggingFaceDualEncoder
-from infogrowth.encoders.models import Captioner, DualEncoder, Generation, fingerprint
+from infogrowth.encoders.models import Captioner, DualEncoder, fingerprint
 from infogrowth.errors import UserError, refusing
 from infogrowth.files import read_json
 
@@ -73,14 +73,20 @@ def load_captioner(
     vocabulary: str | None = None,
     encoder: DualEncoder | None = None,
     min_margin: float = 0.0,
-    **generation: Any,
+    prompt: str = "",
+    beams: int = 3,
+    max_tokens: int = 30,
 ) -> Captioner:
     """The captioner called ``name``: a BLIP with a text decoder, a Hugging Face image-to-text
     model (names as for :func:`load_encoder`), or ``nearest:FILE``, which picks from a list.
 
     Args:
         encoder, min_margin: by which, and how clearly, ``nearest:FILE`` picks.
-        generation: how the others write, see :class:`infogrowth.encoders.models.Generation`.
+        prompt: what a chat model is asked (empty: for a sentence), or the words that another
+            model's caption continues and that are removed from it. BLIP's official captioning
+            weights were tuned with "a picture of ", pretrained ones without.
+        beams: hypotheses kept by beam search; there is no sampling.
+        max_tokens: longest caption (for BLIP the prompt included).
     """
     if name.startswith(_NEAREST):
         assert encoder is not None
@@ -89,8 +95,8 @@ def load_captioner(
     if _is_blip(path):
         from infogrowth.encoders.blip import BlipDescriber
 
-        return BlipDescriber(path, name, device, vocabulary, Generation(**generation))
-    return HuggingFaceCaptioner(path, name, device, Generation(**generation))
+        return BlipDescriber(path, name, device, vocabulary, prompt, beams, max_tokens)
+    return HuggingFaceCaptioner(path, name, device, prompt, beams, max_tokens)
 
 
 def find_model(name: str, what: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the commands ask of a model (two protocols), and how every model is run and identified.
+"""What the commands ask of a model (encode pairs, or caption), how it is run and identified.
 
 Shape letters: B batch, C channels, H height, W width, D feature dimension.
 """
@@ -6,8 +6,8 @@ Shape letters: B batch, C channels, H height, W width, D feature dimension.
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -28,12 +28,19 @@ Tokenize = Callable[[list[str]], Tokens]
 Result = TypeVar("Result")
 
 
-@runtime_checkable
-class DualEncoder(Protocol):
+class DualEncoder(ABC):
     """An image encoder and a text encoder that share one feature space.
 
-    Implementations are in evaluation mode (no dropout), never augment, and give one sample the
-    same feature wherever it stands in the dataset. They are called from several threads.
+    It is in evaluation mode (no dropout), never augments, and gives one sample the same feature
+    wherever it stands in the dataset. It is called from several threads.
+
+    On CUDA it computes in float16 (its rounding is that of the feature files); a batch in which
+    float16 overflowed is computed again in float32, so that a sample is never lost to the
+    precision. On a CPU everything is float32.
+
+    Args:
+        model: any; its parameters will not be trained any more.
+        device: where it runs.
     """
 
     name: str
@@ -47,34 +54,42 @@ class DualEncoder(Protocol):
     preprocess: Preprocess
     tokenize: Tokenize
 
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self._model = model.eval().requires_grad_(False).to(device)
+        on_cuda = device.type == "cuda"
+        self._fast = half_products(copy.deepcopy(self._model)) if on_cuda else self._model
+
+    @abstractmethod
+    def image_features(self, model: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Preprocessed images through ``model`` to ``(B, D)``, of any length, all on the device."""
+
+    @abstractmethod
+    def text_features(self, model: Any, tokens: Tokens) -> torch.Tensor:
+        """Tokenized captions through ``model`` to ``(B, D)``, of any length, all on the device."""
+
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """A stack of preprocessed images to ``(B, D) float32`` unit rows, on the CPU."""
-        ...
+        """A stack of preprocessed images to ``(B, D) float32`` unit rows, on the CPU; a zero or
+        non-finite row stays what it is."""
+        images_BCHW = images_BCHW.to(self.device, non_blocking=True)
+        return self._unit_rows(lambda model: self.image_features(model, images_BCHW))
 
     def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
-        """Tokenized captions to ``(B, D) float32`` unit rows, on the CPU."""
-        ...
+        """Tokenized captions, likewise."""
+        on_device = moved(tokens, self.device)
+        return self._unit_rows(lambda model: self.text_features(model, on_device))
 
     def encode_texts(self, captions: list[str]) -> torch.Tensor:
-        """Captions to ``(B, D) float32`` unit rows, on the CPU."""
+        """Captions, likewise."""
         return self.encode_tokens(self.tokenize(captions))
 
-
-@dataclass(frozen=True)
-class Generation:
-    """How a captioner writes: beam search without sampling.
-
-    Attributes:
-        prompt: what a chat model is asked (empty: for a sentence), or the words that another
-            model's caption continues and that are removed from it. BLIP's official captioning
-            weights were tuned with "a picture of ", pretrained ones without.
-        beams: hypotheses kept by beam search.
-        max_tokens: longest caption (for BLIP the prompt included).
-    """
-
-    prompt: str = ""
-    beams: int = 3
-    max_tokens: int = 30
+    def _unit_rows(self, compute: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            with half_on_cuda(self.device):
+                rows = functional.normalize(compute(self._fast).float(), dim=-1).cpu()
+            if self._fast is not self._model and not torch.isfinite(rows).all():
+                rows = functional.normalize(compute(self._model).float(), dim=-1).cpu()
+            return rows
 
 
 @runtime_checkable
@@ -112,42 +127,6 @@ def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-class UnitFeatures:
-    """A model that gives features, normalised to length one, on its device.
-
-    On CUDA it computes in float16 (its rounding is that of the feature files); a batch in which
-    float16 overflowed is computed again in float32, so that a sample is never lost to the
-    precision. On a CPU everything is float32.
-
-    Args:
-        model: any; its parameters will not be trained any more.
-        device: where it runs.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.device = device
-        self.model = model.eval().requires_grad_(False).to(device)
-        on_cuda = device.type == "cuda"
-        self._fast = half_products(copy.deepcopy(self.model)) if on_cuda else self.model
-
-    def __call__(self, compute: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """``(B, D) float32`` unit rows on the CPU; a zero or non-finite row stays what it is.
-
-        Args:
-            compute: runs the model that it is given, to ``(B, D)``.
-        """
-        with torch.inference_mode():
-            with half_on_cuda(self.device):
-                rows = _unit_rows(compute(self._fast))
-            if self._fast is not self.model and not torch.isfinite(rows).all():
-                rows = _unit_rows(compute(self.model))
-            return rows
-
-
-def _unit_rows(features_BD: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(features_BD.float(), dim=-1).cpu()
 
 
 def half_products(model: nn.Module) -> nn.Module:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from infogrowth.encoders.dataset import PairTable, decoded_batches
+from infogrowth.encoders.dataset import ListedPairs, decoded_batches
 from infogrowth.encoders.embedding import threads_for, workers_for
 from infogrowth.encoders.loading import load_captioner, load_encoder
-from infogrowth.encoders.models import UnitFeatures, half_products, halving
+from infogrowth.encoders.models import DualEncoder, half_products, halving
 from infogrowth.errors import UserError
 
 CPU = torch.device("cpu")
@@ -36,12 +36,18 @@ def test_half_weights_give_the_bits_that_autocast_gives(folder, request, pil_ima
 
 
 def test_a_batch_that_overflows_in_half_precision_is_computed_again():
+    class Encoder(DualEncoder):
+        def image_features(self, model, images_BCHW):
+            return model(images_BCHW)
+
+        text_features = image_features
+
     exact = nn.Linear(3, 2)
-    features = UnitFeatures(exact, CPU)
-    features._fast = lambda rows: torch.full((len(rows), 2), torch.inf)  # what float16 would give
+    encoder = Encoder(exact, CPU)
+    encoder._fast = lambda rows: torch.full((len(rows), 2), torch.inf)  # what float16 would give
     rows = torch.randn(4, 3)
     expected = nn.functional.normalize(exact(rows), dim=-1)
-    torch.testing.assert_close(features(lambda model: model(rows)), expected)
+    torch.testing.assert_close(encoder.encode_images(rows), expected)
 
 
 def test_a_batch_for_which_memory_is_short_is_computed_by_halves():
@@ -91,16 +97,19 @@ def test_decoding_workers_are_a_ranks_share_of_its_own_node(monkeypatch):
     assert threads_for(cuda) == 2
 
 
-class Unreadable:
-    """Pairs whose store is gone."""
+ENTRIES = [("0", "a cat", None), ("1", "a cat", None)]
 
-    def read(self, row):
-        raise UserError(f"cannot read the LMDB x (row {row})")
+
+class Unreadable:
+    """A store that is gone."""
+
+    def find(self, name):
+        raise UserError(f"cannot read the LMDB x (row {name})")
 
 
 def test_an_error_in_a_decoding_worker_is_one_sentence(blip_folder):
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = PairTable(["a", "b"], Unreadable().read)
+    table = ListedPairs(ENTRIES, Unreadable())
     for workers in (0, 1):
         batches = decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers)
         with pytest.raises(UserError) as raised:
@@ -109,15 +118,15 @@ def test_an_error_in_a_decoding_worker_is_one_sentence(blip_folder):
 
 
 def test_full_shared_memory_is_one_sentence_of_the_worker(blip_folder, pil_images, monkeypatch):
-    class Pairs:
-        def read(self, row):
+    class Images:
+        def find(self, name):
             buffer = io.BytesIO()
-            pil_images[row].save(buffer, "PNG")
-            return "a cat", buffer.getvalue()
+            pil_images[int(name)].save(buffer, "PNG")
+            return buffer.getvalue()
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: (64 << 20, 64 << 20, 0))
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = PairTable(["a", "b"], Pairs().read)
+    table = ListedPairs(ENTRIES, Images())
     with pytest.raises(UserError, match="shm"):
         next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers=1))
     assert len(next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, 0)).rows) == 2
