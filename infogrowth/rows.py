@@ -96,6 +96,13 @@ def unit_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, problems
 
 
+def unit_pairs(image: Any, text: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image and text features (N, D) at unit length, as :func:`unit_rows` brings them there, and of
+    which samples both can be used (N,) bool."""
+    (image, image_problems), (text, text_problems) = unit_rows(image), unit_rows(text)
+    return image, text, (image_problems == 0) & (text_problems == 0)
+
+
 def _unit_rows_at_once(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     problems = np.zeros(len(matrix), np.int8)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from infogrowth.annotations import SPACES
 from infogrowth.data.feature_stream import FeatureStream
 from infogrowth.distributed import is_main, on_main
-from infogrowth.encoders.pending import stream_alignments
 from infogrowth.errors import UserError
 from infogrowth.growth.cleaning import (
     Measure,
@@ -33,6 +32,7 @@ from infogrowth.growth.cleaning import (
     cosine,
     draw_reference,
     reference_path,
+    stream_alignments,
 )
 from infogrowth.growth.decisions import Decisions, Reason, Recaption
 from infogrowth.growth.engine import InfoGrowth

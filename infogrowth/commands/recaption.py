@@ -1,9 +1,17 @@
-"""`infogrowth recaption`: new captions, and their features, for samples whose own do not fit."""
+"""`infogrowth recaption`: new captions, and their features, for samples whose own do not fit.
 
-from dataclasses import dataclass
+Which samples want one: those that growth drops, or would drop, for their alignment.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import pyarrow.compute as pc
+
+from infogrowth import distributed
 from infogrowth.annotations import read_ids
 from infogrowth.commands.embed import (
     COMPARED,
@@ -13,18 +21,28 @@ from infogrowth.commands.embed import (
     print_summary,
 )
 from infogrowth.config import option
+from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
+from infogrowth.data.feature_writer import FeatureWriter
+from infogrowth.data.features import open_features
+from infogrowth.encoders.dataset import Pairs, captions_of_file, decoded_batches, pairs_by_id
+from infogrowth.encoders.embedding import captions_of, embed_pairs
+from infogrowth.encoders.loading import load_captioner, load_encoder
+from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
+from infogrowth.growth.cleaning import is_below, stream_alignments
+from infogrowth.growth.decisions import Reason
+from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.thresholds import Thresholds
+from infogrowth.rows import row_products, unit_pairs
 
 if TYPE_CHECKING:
     import torch
 
-    from infogrowth.encoders.dataset import Pairs
-    from infogrowth.encoders.models import Captioner, DualEncoder
-    from infogrowth.encoders.pending import PendingRecaptions, Seeds
-
 HELP = "write new captions and their features for badly aligned samples"
+
+_ROWS = 16_384  # examined at once
+_CHECKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -81,11 +99,6 @@ def run(config: Config) -> int:
     """Recaption; under the launcher each rank takes the next shard when it is free."""
     part = parse_part(config.part)
     _refuse_nonsense(config)
-    from infogrowth import distributed
-    from infogrowth.data.feature_writer import FeatureWriter
-    from infogrowth.encoders.embedding import embed_pairs
-    from infogrowth.encoders.loading import load_captioner
-
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         about, pending = _pending(config)
         pairs = _pairs(config, about, pending)
@@ -128,10 +141,8 @@ def run(config: Config) -> int:
     return 0
 
 
-def _pairs(config: Config, about: dict[str, Any], pending: "PendingRecaptions | None") -> "Pairs":
+def _pairs(config: Config, about: dict[str, Any], pending: "_Pending | None") -> Pairs:
     """Captions from a file (of all in it, if no samples are known), or the pending images."""
-    from infogrowth.encoders.dataset import captions_of_file, pairs_by_id
-
     if config.captions is not None:
         return captions_of_file(config.captions, None if pending is None else pending.ids)
     assert pending is not None
@@ -143,10 +154,8 @@ def _pairs(config: Config, about: dict[str, Any], pending: "PendingRecaptions | 
     return pairs_by_id(images, pending.ids, pending.captions)
 
 
-def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":
+def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> DualEncoder:
     """The encoder of the images: a caption's feature must lie in their space."""
-    from infogrowth.encoders.loading import load_encoder
-
     known = about.get("encoder") or {}
     name = config.encoder or known.get("name")
     if name is None:
@@ -163,54 +172,155 @@ def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "
     return encoder
 
 
-def _pending(config: Config) -> "tuple[dict[str, Any], PendingRecaptions | None]":
-    """What the features or growth folder records of its encoder and images, and the samples that
-    want a caption: none where only a file of captions was given."""
-    from infogrowth.encoders import pending
-    from infogrowth.growth.ledger import read_growth
+@dataclass
+class _Pending:
+    """Samples that want a caption, in the order in which growth sees them.
 
+    Attributes:
+        min_align: alignment under which they lie, None when all samples were asked for.
+        alignments: of each with the caption that it has.
+        examined: how many samples were looked at.
+    """
+
+    min_align: float | None
+    ids: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    alignments: list[float] = field(default_factory=list)
+    examined: int = 0
+
+
+def _pending(config: Config) -> tuple[dict[str, Any], _Pending | None]:
+    """What is known of the features, and the samples that want a caption; none where only a file
+    of captions was given."""
     if config.growth is not None:
-        return read_growth(config.growth).settings, pending.pending_in_growth(config.growth)
+        growth = read_growth(config.growth)
+        ids, captions, alignments = (column.to_pylist() for column in growth.pending().columns)
+        min_align = float(growth.settings["min_align"])
+        found = _Pending(min_align, ids, captions, alignments, growth.totals["pairs"])
+        return growth.settings, found
     if config.features is None:
         return {}, None
-    features = pending.open_pairs(config.features)
+    features = _open_pairs(config.features)
     if config.all:
-        return features.description, pending.pending_in_features(features, None)
+        return features.description, _badly_aligned(features, None)
     thresholds = Thresholds.requested(config.min_align)
-    ids = read_ids(config.seed_ids) if config.seed_ids else frozenset()
+    seed_ids = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if not thresholds.resolved:
         seeds = _seeds(config)
         assert seeds is not None and seeds.text is not None
-        stream = pending.stream_alignments(features, ids) if thresholds.purity else None
+        stream = stream_alignments(features, seed_ids) if thresholds.purity else None
         thresholds = thresholds.resolve(seeds.image, seeds.text, stream)  # the rules of growth
-    found = pending.pending_in_features(features, thresholds.min_align, ids)
-    return features.description, found
+    return features.description, _badly_aligned(features, thresholds.min_align, seed_ids)
 
 
-def _seeds(config: Config) -> "Seeds | None":
+def _badly_aligned(
+    features: FeatureStream, min_align: float | None, seeds: Collection[str] = ()
+) -> _Pending:
+    """Samples with an alignment under ``min_align`` (None: all of them).
+
+    The alignment is computed and compared exactly as growth does it. Seeds are never filtered, so
+    they need none; nor do samples whose features are unusable.
+    """
+    found = _Pending(min_align)
+    for batch in features.batches(_ROWS):
+        image, text, wanted = unit_pairs(batch.image, batch.text)
+        alignment = row_products(image, text)
+        if min_align is not None:
+            wanted = wanted & is_below(alignment, min_align)
+        rows = [row for row in np.flatnonzero(wanted).tolist() if batch.ids[row] not in seeds]
+        found.ids += [batch.ids[row] for row in rows]
+        found.captions += [batch.captions[row] for row in rows]
+        found.alignments += alignment[rows].tolist()
+        found.examined += len(batch)
+    return found
+
+
+@dataclass(frozen=True)
+class _Seeds:
+    """Seeds with their true captions and usable features.
+
+    Attributes:
+        image, text: (N, D) float32 unit rows; ``text`` is None where only alignments are known.
+        alignment: (N,) of each with its own caption.
+        images: where their images are, if that is recorded.
+    """
+
+    ids: list[str]
+    image: np.ndarray
+    text: np.ndarray | None
+    alignment: np.ndarray
+    images: str | None
+
+
+def _seeds(config: Config) -> _Seeds | None:
     """The seeds that the run knows of, as growth would find them; None if it knows of none."""
-    from infogrowth.encoders.pending import seeds_of_features, seeds_of_growth
-
     if config.growth is not None:
-        return seeds_of_growth(config.growth)
+        growth = read_growth(config.growth)
+        names: list[str] = []
+        alignment: list[float] = []
+        for table in growth.decision_parts(("id", "reason", "original_alignment")):
+            seeds = table.filter(pc.equal(table["reason"], Reason.SEED))
+            names += seeds["id"].to_pylist()
+            alignment += seeds["original_alignment"].to_pylist()
+        if not names:
+            return None
+        image = growth.kept_features("image", len(names))
+        return _Seeds(names, image, None, np.array(alignment), growth.settings.get("images"))
     folder = config.seed_features or config.features
     if folder is None or (config.seed_ids is None and config.seed_features is None):
         return None
     ids = read_ids(config.seed_ids) if config.seed_ids else None
-    return seeds_of_features(folder, ids, config.seed_ids or folder)
+    stream = _open_pairs(folder)
+    batches = list(
+        stream.batches(
+            _ROWS, choose=lambda b: np.array([ids is None or i in ids for i in b.ids], bool)
+        )
+    )
+    if not batches:
+        raise UserError(f"no sample of the features is in {config.seed_ids or folder}")
+    joined = FeatureBatch.join(batches)
+    image, text, usable = unit_pairs(joined.image, joined.text)
+    names = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
+    image, text = image[usable], text[usable]
+    return _Seeds(names, image, text, row_products(image, text), stream.description.get("images"))
 
 
 def _seed_check(
-    config: Config, about: dict[str, Any], captioner: "Captioner", encoder: "DualEncoder"
+    config: Config, about: dict[str, Any], captioner: Captioner, encoder: DualEncoder
 ) -> dict[str, int] | None:
-    """How the captioner's captions align where the true caption is known; None without seeds."""
-    from infogrowth.encoders.pending import check_captioner
+    """How often the captioner's caption aligns better than the true one, on evenly spaced seeds;
+    None without seeds.
 
+    A captioner that often beats the truth picks what the encoder likes: alignment says little
+    about its captions.
+    """
     seeds = _seeds(config) if config.seed_check > 0 else None
     images = config.lmdb or (seeds and seeds.images) or about.get("images")
     if seeds is None or images is None:
         return None
-    return check_captioner(seeds, images, captioner, encoder, config.seed_check)
+    count = min(config.seed_check, len(seeds.ids))
+    rows = np.unique(np.linspace(0, len(seeds.ids) - 1, count).astype(int))
+    pairs = pairs_by_id(images, [seeds.ids[row] for row in rows.tolist()], [""] * len(rows))
+    whole = [(0, range(len(rows)))]
+    check = {"seeds": 0, "captioned": 0, "better_than_true": 0}
+    for batch in decoded_batches(pairs, captioner.preprocess, None, whole, _CHECKED_AT_ONCE, 0):
+        captions = captions_of(batch, captioner)
+        check["seeds"] += len(captions)
+        written = [number for number, caption in enumerate(captions) if caption]
+        if written:
+            own = rows[np.array(batch.rows)[written]]
+            text = encoder.encode_texts([captions[number] for number in written]).numpy()
+            better = row_products(seeds.image[own], text) > seeds.alignment[own]
+            check["captioned"] += len(written)
+            check["better_than_true"] += int(better.sum())
+    return check
+
+
+def _open_pairs(path: str) -> FeatureStream:
+    """Features of image and text that lie in one space."""
+    features = open_features(path)
+    _ = features.dimension  # raises where image and text differ
+    return features
 
 
 def _print_seed_check(check: dict[str, int]) -> None:

@@ -24,7 +24,7 @@ from infogrowth.growth.cleaning import (
     reference_path,
 )
 from infogrowth.growth.decisions import Recaption
-from infogrowth.rows import row_products, unit_rows
+from infogrowth.rows import row_products, unit_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +115,7 @@ def _of_features(score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score
     """A score of unit rows."""
 
     def scored(batch: FeatureBatch) -> np.ndarray:
-        assert batch.image is not None and batch.text is not None
-        (image, image_faults), (text, text_faults) = unit_rows(batch.image), unit_rows(batch.text)
-        usable = (image_faults == 0) & (text_faults == 0)
+        image, text, usable = unit_pairs(batch.image, batch.text)
         values = np.full(len(batch), np.nan)
         values[usable] = score(image[usable], text[usable])
         return values

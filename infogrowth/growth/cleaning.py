@@ -23,13 +23,14 @@ from infogrowth.errors import UserError, refusing
 from infogrowth.files import atomic_write
 from infogrowth.growth.decisions import Decisions, Reason, Recaption, one_row
 from infogrowth.randomness import generator
-from infogrowth.rows import Problem, as_matrix, row_products, unit_rows
+from infogrowth.rows import Problem, as_matrix, row_products, unit_pairs, unit_rows
 
 LABEL_BLOCK_ROWS = 512  # samples looked up together; within the block pairs are compared directly
 _ROUNDING = 1e-9  # far above what a float64 matrix product of unit rows can be off
 REFERENCE_ROWS = 4096
 TEMPERATURE = 0.07
 _BLOCK_ROWS = 256
+_ALIGNED_ROWS, _ALIGNED_BLOCKS = 16_384, 64  # about a million say enough about a stream
 _TOGETHER = 16  # rows of the reference that are neighbors in the features: fewer reads
 
 
@@ -189,12 +190,32 @@ def draw_reference(
         next(features.batches(_TOGETHER, start, min(start + _TOGETHER, features.rows)))
         for start in starts
     ]
-    image, image_faults = unit_rows(np.concatenate([part.image for part in parts]))
-    text, text_faults = unit_rows(np.concatenate([part.text for part in parts]))
-    usable = (image_faults == 0) & (text_faults == 0)
+    image, text, usable = unit_pairs(
+        *(np.concatenate([getattr(part, space) for part in parts]) for space in ("image", "text"))
+    )
     if not usable.any():
         raise UserError(f"no pair of {features.path} has usable features")
     return NegClip(image[usable][:rows], text[usable][:rows], temperature)
+
+
+def stream_alignments(
+    features: Any, seed_ids: Collection[str] = (), measure: Measure = cosine
+) -> np.ndarray:
+    """Alignments of a FeatureStream's samples, without seeds, on which its purity is estimated.
+
+    Of more than a million rows evenly spaced blocks are read: a choice that depends on nothing
+    but the number of rows, and sees the beginning of the stream as well as its end.
+    """
+    blocks = -(-features.rows // _ALIGNED_ROWS)
+    chosen = np.unique(np.linspace(0, blocks - 1, min(blocks, _ALIGNED_BLOCKS)).round().astype(int))
+    parts = [np.empty(0)]
+    for start in (chosen * _ALIGNED_ROWS).tolist():
+        stop = min(start + _ALIGNED_ROWS, features.rows)
+        for batch in features.batches(_ALIGNED_ROWS, start, stop):
+            image, text, usable = unit_pairs(batch.image, batch.text)
+            usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
+            parts.append(measure(image, text)[usable])
+    return np.concatenate(parts)
 
 
 def reference_path(growth: str | os.PathLike[str]) -> Path:
