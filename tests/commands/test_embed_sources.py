@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from drawn_images import jpeg
+from layouts import LAYOUTS, add_member, write_webdataset
 from PIL import Image
 
 from infogrowth.blip.checkpoint import save_folder
@@ -17,22 +19,13 @@ from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
 from infogrowth.encoders.loading import load_encoder
-from infogrowth.randomness import generator
 
 WORDS = ["a", "the", "red", "green", "blue", "cat", "dog", "boat", "on", "sea"]
 SHORT = ["--device", "cpu", "--quiet"]
 
 
-def _jpeg(number):
-    random = generator(number, "source test picture")
-    colors = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    colors.resize((40 + number, 45), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 PAIRS = {
-    f"{number:09d}": (_jpeg(number), f"{WORDS[number]} {WORDS[-number - 1]}") for number in range(7)
+    f"{number:09d}": (jpeg(number), f"{WORDS[number]} {WORDS[number - 1]}") for number in range(9)
 }
 
 
@@ -49,56 +42,16 @@ def model(tmp_path_factory):
 
 def _tar(path, pairs):
     with tarfile.open(path, "w") as archive:
-        for key, (jpeg, caption) in reversed(pairs.items()):  # in the order of completion
-            metadata = json.dumps({"caption": caption, "key": key}).encode()
-            for suffix, data in (("json", metadata), ("jpg", jpeg), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+        for key, (data, caption) in pairs.items():
+            add_member(archive, f"{key}.txt", caption.encode())
+            add_member(archive, f"{key}.jpg", data)
 
 
-def _halves():
-    items = list(PAIRS.items())
-    return enumerate([dict(items[:4]), dict(items[4:])])
-
-
-def _webdataset(folder):
-    for shard, pairs in _halves():
-        _tar(folder / f"{shard:05d}.tar", pairs)
-        (folder / f"{shard:05d}_stats.json").write_text("{}")
-
-
-def _files(folder):
-    for shard, pairs in _halves():
-        (folder / f"{shard:05d}").mkdir()
-        for key, (jpeg, caption) in pairs.items():
-            (folder / f"{shard:05d}" / f"{key}.jpg").write_bytes(jpeg)
-            (folder / f"{shard:05d}" / f"{key}.txt").write_text(caption)
-
-
-def _parquet(folder):
-    for shard, pairs in _halves():
-        columns = {
-            "key": list(pairs),
-            "caption": [caption for _, caption in pairs.values()],
-            "status": ["success"] * len(pairs),
-            "jpg": [jpeg for jpeg, _ in pairs.values()],
-        }
-        pq.write_table(pa.table(columns), folder / f"{shard:05d}.parquet")
-
-
-def _flat(folder):
-    for key, (jpeg, caption) in PAIRS.items():
-        (folder / f"{key}.jpg").write_bytes(jpeg)
-        (folder / f"{key}.json").write_text(json.dumps({"caption": caption}))
-
-
-def _imagefolder(folder):
-    (folder / "train").mkdir()
-    with open(folder / "train" / "metadata.jsonl", "w") as lines:
-        for key, (jpeg, caption) in PAIRS.items():
-            (folder / "train" / f"{key}.jpg").write_bytes(jpeg)
-            lines.write(json.dumps({"file_name": f"{key}.jpg", "text": caption}) + "\n")
+def write_tars(folder):
+    write_webdataset(folder, PAIRS)
+    for path in folder.iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
 
 
 def _embed(source, model, output):
@@ -107,17 +60,16 @@ def _embed(source, model, output):
     )
 
 
-@pytest.mark.parametrize("write", [_webdataset, _files, _parquet, _flat, _imagefolder])
-def test_every_layout_gives_the_features_of_its_pairs(write, model, tmp_path):
-    (tmp_path / "source").mkdir()
-    write(tmp_path / "source")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_features_of_its_pairs(layout, model, tmp_path):
+    LAYOUTS[layout](tmp_path / "source", PAIRS)
     assert _embed(tmp_path / "source", model, tmp_path / "features") == 0
     batch = next(open_features(tmp_path / "features").batches(100))
     assert batch.ids == list(PAIRS)
     assert batch.captions == [caption for _, caption in PAIRS.values()]
     encoder = load_encoder(str(model))
-    for row, (jpeg, caption) in enumerate(PAIRS.values()):
-        image = encoder.preprocess(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    for row, (data, caption) in enumerate(PAIRS.values()):
+        image = encoder.preprocess(Image.open(io.BytesIO(data)).convert("RGB"))
         expected = encoder.encode_images(image[None])[0].numpy()
         np.testing.assert_allclose(batch.image[row], expected, atol=5e-4)
         np.testing.assert_allclose(
@@ -127,8 +79,7 @@ def test_every_layout_gives_the_features_of_its_pairs(write, model, tmp_path):
 
 def test_a_source_that_grew_costs_only_what_is_new_unless_a_shard_changed(model, tmp_path, capsys):
     source = tmp_path / "source"
-    source.mkdir()
-    _webdataset(source)
+    write_tars(source)
     later = source / "00001.tar"
     later.rename(tmp_path / "later.tar")
     assert _embed(source, model, tmp_path / "features") == 0
@@ -141,22 +92,22 @@ def test_a_source_that_grew_costs_only_what_is_new_unless_a_shard_changed(model,
     assert _embed(source, model, tmp_path / "whole") == 0
     whole = next(open_features(tmp_path / "whole").batches(100))
     np.testing.assert_allclose(batch.image, whole.image, atol=5e-3)
-    _tar(later, {key: (_jpeg(50), "a cat" * 9000) for key in list(PAIRS)[4:]})
+    _tar(later, {key: (jpeg(50), "a cat" * 9000) for key in list(PAIRS)[6:]})
     assert _embed(source, model, tmp_path / "features") == 2
     assert "00001.tar" in capsys.readouterr().err
 
 
 def test_a_tar_that_breaks_off_is_survived_and_counted(model, tmp_path):
     source = tmp_path / "source"
-    source.mkdir()
-    _webdataset(source)
+    write_tars(source)
+    _tar(source / "00001.tar", {key: PAIRS[key] for key in reversed(list(PAIRS)[6:])})
     with tarfile.open(source / "00001.tar") as archive:
-        break_at = archive.getmember("000000004.jpg").offset_data + 100
+        break_at = archive.getmember("000000006.jpg").offset_data + 100
     whole = (source / "00001.tar").read_bytes()
     (source / "00001.tar").write_bytes(whole[:break_at])
     assert _embed(source, model, tmp_path / "features") == 0
     ids = next(open_features(tmp_path / "features").batches(100)).ids
-    assert ids == [key for key in PAIRS if key != "000000004"]
+    assert ids == [key for key in PAIRS if key != "000000006"]
     description = json.loads((tmp_path / "features" / "features.json").read_text())
     assert description["layout"] == "webdataset"
     assert description["pairs"] == len(ids)
@@ -168,12 +119,11 @@ def test_a_tar_that_breaks_off_is_survived_and_counted(model, tmp_path):
 def test_failed_downloads_and_bad_images_are_counted(model, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    good = list(PAIRS.items())
-    (jpeg, caption) = good[0][1]
+    data, caption = PAIRS["000000000"]
     _tar(
         source / "00000.tar",
-        {"000000000": (jpeg, caption), "000000001": (jpeg[:200], "the boat"),
-         "000000003": (jpeg, " ")},
+        {"000000000": (data, caption), "000000001": (data[:200], "the boat"),
+         "000000003": (data, " ")},
     )  # fmt: skip
     rows = {
         "key": ["000000000", "000000001", "000000002", "000000003"],
@@ -190,16 +140,15 @@ def test_failed_downloads_and_bad_images_are_counted(model, tmp_path):
     assert skipped["000000003"] == "the caption is missing or empty"
 
 
-@pytest.mark.parametrize("write", [_webdataset, _imagefolder])
-def test_recaption_finds_the_images_of_a_source(write, model, tmp_path):
+@pytest.mark.parametrize("layout", ["webdataset", "imagefolder below train"])
+def test_recaption_finds_the_images_of_a_source(layout, model, tmp_path):
     source = tmp_path / "source"
-    source.mkdir()
-    write(source)
+    LAYOUTS[layout](source, PAIRS)
     assert _embed(source, model, tmp_path / "features") == 0
     arguments = ["recaption", "--features", str(tmp_path / "features"), "--all", "--captioner",
                  str(model), "--output", str(tmp_path / "table"), "--beams", "1",
                  "--max-tokens", "4", *SHORT]  # fmt: skip
     assert main(arguments) == 0
     description = json.loads((tmp_path / "table" / "features.json").read_text())
-    assert description["rows"] == 7
+    assert description["rows"] == 9
     assert set(description["skipped"]) <= {"the captioner gave no words"}

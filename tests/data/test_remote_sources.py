@@ -15,43 +15,6 @@ from infogrowth.data.sources import open_source
 from infogrowth.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def server():
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def upload(server, monkeypatch, request):
-    """Puts a folder into a bucket; returns its address."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem()
-
-    def put(folder):
-        bucket = f"bucket{abs(hash(request.node.name)) % 10**9}"
-        if not files.exists(bucket):
-            files.mkdir(bucket)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                files.pipe(f"{bucket}/set/{path.relative_to(folder)}", path.read_bytes())
-        return f"s3://{bucket}/set"
-
-    yield put
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 @pytest.fixture
 def pairs(jpegs):
     return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
