@@ -140,22 +140,15 @@ def page(a: "GrowthTable", b: "GrowthTable", found: dict[str, Any], lmdb: str | 
         lmdb: of the images; None for the one that a growth folder recorded.
     """
     from infogrowth.report.charts import NARROW, draw_gains, svg
-    from infogrowth.report.galleries import GALLERY_SIZE, Gallery, open_thumbnails, samples
+    from infogrowth.report.galleries import GALLERY_SIZE, gallery, open_thumbnails
     from infogrowth.report.page import render
 
     recorded = a.settings.get("images") or b.settings.get("images")
     thumbnails, missing = open_thumbnails(lmdb, recorded)
     both, _, only_a, only_b = match(a, b)
     galleries = [
-        Gallery(
-            f"only-{key.lower()}",
-            f"Only in {key}",
-            f"Samples of {table.name} that the other does not have, most novel first.",
-            len(rows),
-            samples(by_gain(rows).head(GALLERY_SIZE).set_index("row")),
-            largest_first=True,
-        )
-        for key, table, rows in (("A", a, only_a), ("B", b, only_b))
+        gallery(f"only-{key}", rows, by_gain(rows).head(GALLERY_SIZE).set_index("row"))
+        for key, rows in (("a", only_a), ("b", only_b))
         if len(rows)
     ]
     gains = {"only in A": only_a.gain, "in both": both.gain, "only in B": only_b.gain}

@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from infogrowth.report.dataset import GrowthTable
 
 GALLERY_SIZE = 60
 THUMBNAIL_SIDE = 128  # pixels, the longer side
-SORT_KEYS = {"gain": "gain", "gain_image": "image gain", "gain_text": "text gain"}
 
 
 class Thumbnails:
@@ -78,18 +76,19 @@ def open_thumbnails(given: str | None, recorded: str | None) -> tuple[Thumbnails
         return Thumbnails(None), f"No images: {recorded} is gone; give the LMDB with --lmdb DIR."
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Samples of one kind, as rows of the table, with what to sort them by (column -> label)."""
+def gallery(
+    key: str, rows: pd.DataFrame, shown: pd.DataFrame, skipped: int = 0, neighbors: bool = False
+) -> dict[str, Any]:
+    """Samples of one kind for galleries.html.j2, which knows the words for each ``key``.
 
-    key: str
-    title: str
-    explanation: str
-    total: int  # of which `samples` are the first
-    samples: list[Any]
-    sort_keys: dict[str, str] = field(default_factory=lambda: SORT_KEYS)
-    largest_first: bool = False
-    with_neighbors: bool = False
+    Args:
+        rows: all of them.
+        shown: those to show.
+        skipped: how many samples were not considered.
+        neighbors: show the nearest images beside each.
+    """
+    about = {"key": key, "total": len(rows), "skipped": skipped, "with_neighbors": neighbors}
+    return {**about, "samples": samples(shown)}
 
 
 def samples(rows: pd.DataFrame) -> list[Any]:
@@ -97,7 +96,7 @@ def samples(rows: pd.DataFrame) -> list[Any]:
     return list(rows.itertuples(name="Sample"))
 
 
-def galleries(table: GrowthTable) -> list[Gallery]:
+def galleries(table: GrowthTable) -> list[dict[str, Any]]:
     """The galleries that have something to show, in reading order."""
     rows, size = table.rows, GALLERY_SIZE
     dropped = rows[~table.kept & rows.alignment.notna()].sort_values("alignment", kind="stable")
@@ -108,45 +107,11 @@ def galleries(table: GrowthTable) -> list[Gallery]:
     early = min(len(by_gain) // 10, 1000)  # when everything is new
     later = np.sort(by_gain.index)[early:]
     novel = by_gain[by_gain.index.isin(later)].iloc[::-1]
-    with_alignment = {**SORT_KEYS, "alignment": "alignment"}
-    left_out = f" The first {early:,} kept samples are left out: then everything is new."
+    with_neighbors = table.neighbors is not None
     made = [
-        Gallery(
-            "dropped",
-            "Dropped as noise",
-            "Image and caption do not agree: the worst, and the closest calls just under the "
-            "threshold.",
-            len(dropped),
-            samples(pd.concat([worst, others.tail(size // 3)])),
-            {"alignment": "alignment", "gain": "gain"},
-        ),
-        Gallery(
-            "recaptioned",
-            "Recaptioned",
-            "The old caption did not fit, the new one does: the biggest improvements.",
-            len(recaptioned),
-            samples(recaptioned.head(size)),
-            {"improvement": "improvement", "alignment": "new alignment", "gain": "gain"},
-            largest_first=True,
-        ),
-        Gallery(
-            "redundant",
-            "Most redundant",
-            "Kept with the smallest gain: the dataset knew them already. Beside each, the nearest "
-            "images that were there before it.",
-            len(by_gain),
-            samples(by_gain.head(2 * size // 3)),
-            with_alignment,
-            with_neighbors=table.neighbors is not None,
-        ),
-        Gallery(
-            "novel",
-            "Most novel",
-            "Kept with the largest gain: nothing like them was there." + left_out * bool(early),
-            len(novel),
-            samples(novel.head(size)),
-            with_alignment,
-            largest_first=True,
-        ),
+        gallery("dropped", dropped, pd.concat([worst, others.tail(size // 3)])),
+        gallery("recaptioned", recaptioned, recaptioned.head(size)),
+        gallery("redundant", by_gain, by_gain.head(2 * size // 3), neighbors=with_neighbors),
+        gallery("novel", novel, novel.head(size), skipped=early),
     ]
-    return [gallery for gallery in made if gallery.samples]
+    return [found for found in made if found["samples"]]
