@@ -44,11 +44,15 @@ def run_script(
     ``run``'s own docstring becomes the program's ``--help`` text.
     """
     parser = argparse.ArgumentParser(description=run.__doc__)
-    return _run(config_class, run, _with_options(parser, config_class).parse_args(arguments))
+    return _run(config_class, run, add_flags(parser, config_class).parse_args(arguments))
 
 
 def _run(config_class: type, run: Callable[[Any], int | None], args: argparse.Namespace) -> int:
-    _configure_logging(quiet=args.quiet)
+    # Messages go to stderr, from rank 0 only unless they are warnings.
+    level = logging.WARNING if args.quiet or not _on_rank_zero() else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    for library in ("httpx", "aiobotocore", "botocore", "werkzeug"):  # chatty at INFO
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         status = run(load_config(config_class, args.config, vars(args))) or 0
         if again := retry_summary():
@@ -74,24 +78,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for verb in asked:
         command = import_module(f"infogrowth.commands.{verb}")
         sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
-        _with_options(sub, command.Config)
+        add_flags(sub, command.Config)
     return parser
-
-
-def _with_options(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
-    add_flags(parser, config_class)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
-    return parser
-
-
-def _configure_logging(quiet: bool) -> None:
-    """Messages to stderr, from rank 0 only unless they are warnings."""
-    silent = quiet or not _on_rank_zero()
-    logging.basicConfig(
-        level=logging.WARNING if silent else logging.INFO, format="%(message)s", force=True
-    )
-    for library in ("httpx", "aiobotocore", "botocore", "werkzeug"):  # chatty at INFO
-        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _on_rank_zero() -> bool:

@@ -86,7 +86,8 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]]) -> C:
         if high is not None and isinstance(value, int | float) and not value <= high:
             raise UserError(f"{where} must be at most {high}, not {value}")
     for name, field in fields.items():
-        if name not in values and _is_required(field):
+        missing = dataclasses.MISSING
+        if name not in values and field.default is missing and field.default_factory is missing:
             how = _on_command_line(field)
             if field.metadata.get("positional"):
                 all_of_them = [n for n, f in fields.items() if f.metadata.get("positional")]
@@ -96,7 +97,8 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]]) -> C:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentParser:
-    """Give ``parser`` ``--config`` and a flag per field of ``cls``; values are checked later."""
+    """Give ``parser`` a flag per field of ``cls``, ``--config`` and ``--quiet``; values are checked
+    later."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -117,6 +119,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentPa
             common["metavar"] = field.name.upper().rsplit("_", 1)[-1]
             common["nargs"] = "+" if many else None
         parser.add_argument(*names, **common)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, warnings only")
     return parser
 
 
@@ -235,11 +238,6 @@ _SCALARS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     float: ("a number", _as_float),
     str: ("text", _as_text),
 }
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    missing = dataclasses.MISSING
-    return field.default is missing and field.default_factory is missing
 
 
 def nearest(name: str, valid: list[str]) -> str:

@@ -3,20 +3,17 @@
 import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from infogrowth.config import option
 from infogrowth.data.text import image_key
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
+from infogrowth.report.dataset import GrowthTable, open_dataset
 from infogrowth.report.formatting import decimal, known, percent, shown
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from infogrowth.report.dataset import GrowthTable
 
 HELP = "compare two grown datasets: overlap, gains, what only one kept"
 log = logging.getLogger(__name__)
@@ -36,8 +33,6 @@ class Config:
 
 def run(config: Config) -> int:
     """Print the comparison; write the page if asked to."""
-    from infogrowth.report.dataset import open_dataset
-
     if config.output and not config.output.endswith(".html"):
         raise UserError(f"--output {config.output} must end in .html")
     a, b = open_dataset(config.a), open_dataset(config.b)
@@ -51,8 +46,8 @@ def run(config: Config) -> int:
 
 
 def match(
-    a: "GrowthTable", b: "GrowthTable"
-) -> tuple["pd.DataFrame", "pd.DataFrame", "pd.DataFrame", "pd.DataFrame"]:
+    a: GrowthTable, b: GrowthTable
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows of kept samples by id, with or without an extension; the first of equal ids counts.
 
     Returns:
@@ -64,7 +59,7 @@ def match(
     return kept_a.loc[in_both], kept_b.loc[in_both], kept_a.drop(in_both), only_b
 
 
-def compare(a: "GrowthTable", b: "GrowthTable", limit: int = 10) -> dict[str, Any]:
+def compare(a: GrowthTable, b: GrowthTable, limit: int = 10) -> dict[str, Any]:
     """Compare what A and B kept; ``limit`` ids are listed per part.
 
     Returns:
@@ -91,19 +86,19 @@ def compare(a: "GrowthTable", b: "GrowthTable", limit: int = 10) -> dict[str, An
     }
 
 
-def by_gain(rows: "pd.DataFrame") -> "pd.DataFrame":
+def by_gain(rows: pd.DataFrame) -> pd.DataFrame:
     """The largest mean gain first, ties in stream order."""
     return rows.iloc[np.argsort(-np.nan_to_num(rows.gain), kind="stable")]
 
 
-def _by_key(table: "GrowthTable") -> "pd.DataFrame":
+def _by_key(table: GrowthTable) -> pd.DataFrame:
     rows = table.rows.assign(**dict(zip(("gain_image", "gain_text"), table.gains.T, strict=True)))
     rows = rows[table.kept].reset_index(names="row")
     rows = rows.set_index(rows.id.map(image_key))
     return rows[~rows.index.duplicated()]
 
 
-def _part(rows: "pd.DataFrame", limit: int) -> dict[str, Any]:
+def _part(rows: pd.DataFrame, limit: int) -> dict[str, Any]:
     means = {name: known(rows[name].mean(skipna=False)) for name in ("gain_image", "gain_text")}
     return {"count": len(rows), **means, "most_novel": by_gain(rows).id.head(limit).tolist()}
 
@@ -133,18 +128,18 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(a: "GrowthTable", b: "GrowthTable", found: dict[str, Any], lmdb: str | None) -> bytes:
+def page(a: GrowthTable, b: GrowthTable, found: dict[str, Any], lmdb: str | None) -> bytes:
     """The comparison with the most novel samples that only one of the two kept.
 
     Args:
         lmdb: of the images; None for the one that a growth folder recorded.
     """
     from infogrowth.report.charts import NARROW, draw_gains, svg
-    from infogrowth.report.galleries import GALLERY_SIZE, gallery, open_thumbnails
+    from infogrowth.report.galleries import GALLERY_SIZE, Thumbnails, gallery
     from infogrowth.report.page import render
 
     recorded = a.settings.get("images") or b.settings.get("images")
-    thumbnails, missing = open_thumbnails(lmdb, recorded)
+    thumbnails = Thumbnails(lmdb, recorded)
     both, _, only_a, only_b = match(a, b)
     galleries = [
         gallery(f"only-{key}", rows, by_gain(rows).head(GALLERY_SIZE).set_index("row"))
@@ -159,7 +154,7 @@ def page(a: "GrowthTable", b: "GrowthTable", found: dict[str, Any], lmdb: str | 
     return render(
         "compare.html.j2",
         found=found,
-        notes=[missing] if missing else [],
+        note=thumbnails.note,
         galleries=galleries,
         figure=figure,
         address=thumbnails.address,

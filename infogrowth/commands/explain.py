@@ -14,12 +14,12 @@ from infogrowth.data.text import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 from infogrowth.growth.decisions import Decision
+from infogrowth.report.dataset import GrowthTable, expected_visits, open_growth, ranks_in_percent
 from infogrowth.report.formatting import decimal, percent, shown
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-    from infogrowth.report.dataset import GrowthTable
     from infogrowth.report.galleries import Thumbnails
 
 HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
@@ -39,14 +39,13 @@ class Config:
 
 def run(config: Config) -> int:
     """Print the explanation; exit status 2 when there is no such sample."""
-    from infogrowth.report.dataset import open_growth
-    from infogrowth.report.galleries import open_thumbnails
+    from infogrowth.report.galleries import Thumbnails
 
     table = open_growth(config.growth)
     found = explain(table, config.id)
     if config.image is not None:
-        thumbnails, note = open_thumbnails(config.lmdb, table.settings.get("images"))
-        if note:
+        thumbnails = Thumbnails(config.lmdb, table.settings.get("images"))
+        if note := thumbnails.note:
             raise UserError(note[:1].lower() + note[1:].rstrip("."))
         with atomic_write(config.image, "wb") as file:
             image_strip(found[-1], thumbnails).save(file, "PNG")
@@ -58,7 +57,7 @@ def run(config: Config) -> int:
     return 0
 
 
-def explain(table: "GrowthTable", sample_id: str) -> list[dict[str, Any]]:
+def explain(table: GrowthTable, sample_id: str) -> list[dict[str, Any]]:
     """Every decision about ``sample_id``, which may have come more than once, in stream order.
 
     The id is found with or without its extension, as everywhere.
@@ -72,8 +71,6 @@ def explain(table: "GrowthTable", sample_id: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no such sample, with the nearest ids.
     """
-    from infogrowth.report.dataset import expected_visits, ranks_in_percent
-
     rows, kept = table.rows, table.rows[table.kept]
     ways: list[Callable[[str], str]] = [str, strip_extension, image_key]
     matches = (rows[rows.id.map(way) == way(sample_id)] for way in ways)
@@ -93,9 +90,9 @@ def explain(table: "GrowthTable", sample_id: str) -> list[dict[str, Any]]:
     for row, sample in found.to_dict("index").items():
         near = {f"{space}_neighbors": table.near(row, space) for space in ("image", "text")}
         decision = {
-            field.name: near[field.name] if field.name in near else _plain(sample[field.name])
-            for field in fields(Decision)
+            field.name: near.get(field.name, sample.get(field.name)) for field in fields(Decision)
         }
+        decision = {name: None if v != v or v == "" else v for name, v in decision.items()}
         about = {"row": row, "source": sample["source"], "why": _why(decision, table.min_align)}
         about |= {
             "min_align": table.min_align,
@@ -134,10 +131,10 @@ def as_text(found: dict[str, Any]) -> str:
     for space in ("image", "text"):
         if neighbors := found[f"{space}_neighbors"]:
             lines += ["", f"nearest in {space} space when it arrived (cosine distance)"]
-            lines += [
-                f"  {decimal(near['distance'])}  {shown(near['id'])}  {_shortened(near['caption'])}"
-                for near in neighbors
-            ]
+            for near in neighbors:
+                text = shown(near["caption"])
+                text = text if len(text) <= 90 else text[:89] + "…"
+                lines.append(f"  {decimal(near['distance'])}  {shown(near['id'])}  {text}")
     return "\n".join(lines)
 
 
@@ -194,16 +191,6 @@ def _why(decision: dict[str, Any], min_align: float | None) -> str:
                 "and neither does the new caption."
             )
     return f"{decision['verdict'].capitalize()}: {decision['reason'] or ''}."
-
-
-def _plain(value: Any) -> Any:
-    """A value of the table; None for what is unknown."""
-    return None if value != value or value == "" else value
-
-
-def _shortened(text: str, limit: int = 90) -> str:
-    text = shown(text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":

@@ -2,16 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from infogrowth.annotations import load_annotations
 from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
-
-if TYPE_CHECKING:
-    from infogrowth.evaluation.truth import CaptionScore
-    from infogrowth.report.dataset import GrowthTable
 
 HELP = "show a grown dataset (and training runs) on one self-contained HTML page"
 log = logging.getLogger(__name__)
@@ -78,8 +74,9 @@ def _check(config: Config) -> None:
 
 
 def _dataset(config: Config) -> dict[str, Any]:
+    from infogrowth.evaluation.truth import score_captions
     from infogrowth.report.dataset import open_annotations, open_growth
-    from infogrowth.report.galleries import open_thumbnails
+    from infogrowth.report.galleries import Thumbnails
     from infogrowth.report.page import dataset_context
     from infogrowth.report.projection import ATLAS_COMMAND, write_atlas
 
@@ -88,22 +85,19 @@ def _dataset(config: Config) -> dict[str, Any]:
     )
     if not len(table.rows):
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
-    thumbnails, note = open_thumbnails(config.lmdb, table.settings.get("images"))
+    thumbnails = Thumbnails(config.lmdb, table.settings.get("images"))
     if path := config.atlas:
         write_atlas(path, table, thumbnails)
         log.info("wrote %s; look at it with: %s", path, ATLAS_COMMAND.format(path=path))
     distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
-    context = dataset_context(table, thumbnails, [note] if note else [], distance)
-    truth = _score(config.truth, table) if config.truth else None
-    return {"title": table.name, **context, "truth": truth}
-
-
-def _score(path: str, table: "GrowthTable") -> "CaptionScore":
-    """Captions before and after, where the right ones are known."""
-    from infogrowth.evaluation.truth import score_captions
-
-    captions = {entry["image"]: entry["caption"] for entry in load_annotations(path)}
-    right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
-    if not table.rows.id[table.rows.reason != "seed"].isin(list(right)).any():
-        raise UserError(f"{path} knows none of the samples of {table.name}; are the ids the same?")
-    return score_captions(table.rows, right)
+    context = dataset_context(table, thumbnails, distance)
+    context |= {"title": table.name, "truth": None}
+    if config.truth:  # captions before and after, where the right ones are known
+        captions = {entry["image"]: entry["caption"] for entry in load_annotations(config.truth)}
+        right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
+        if not table.rows.id[table.rows.reason != "seed"].isin(list(right)).any():
+            raise UserError(
+                f"{config.truth} knows none of the samples of {table.name}; are the ids the same?"
+            )
+        context["truth"] = score_captions(table.rows, right)
+    return context

@@ -12,21 +12,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 from infogrowth.growth.decisions import Reason
 from infogrowth.growth.sampling import normalized_gains, select_top
+from infogrowth.report.dataset import GrowthTable, open_growth
 from infogrowth.report.formatting import decimal, known, percent
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from infogrowth.report.dataset import GrowthTable
 
 HELP = "report what other thresholds and static selections would have kept"
 log = logging.getLogger(__name__)
@@ -45,8 +42,6 @@ class Config:
 
 def run(config: Config) -> int:
     """Print the tables, or JSON; write the plot if asked to."""
-    from infogrowth.report.dataset import open_growth
-
     suffix = Path(config.output).suffix.lower() if config.output else None
     if suffix not in (None, ".html", ".png"):
         raise UserError(f"--output {config.output} must end in .html or .png")
@@ -74,7 +69,7 @@ def run(config: Config) -> int:
 
 
 def sweep(
-    table: "GrowthTable", thresholds: Sequence[float] = (), tops: Sequence[int] = ()
+    table: GrowthTable, thresholds: Sequence[float] = (), tops: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Evaluate ``thresholds`` and ``tops``; both have sensible defaults when empty.
 
@@ -107,7 +102,7 @@ def sweep(
     return {"thresholds": rows, "tops": top_rows, "notes": notes}
 
 
-def _threshold_row(table: "GrowthTable", threshold: float, had_recaptions: bool) -> dict[str, Any]:
+def _threshold_row(table: GrowthTable, threshold: float, had_recaptions: bool) -> dict[str, Any]:
     """Which rows pass, decided in float32 like the engine; an id counts once."""
     rows, in_force, limit = table.rows, table.min_align, np.float32(threshold)
     original = rows.original_alignment.astype(np.float32)
@@ -134,7 +129,7 @@ def _threshold_row(table: "GrowthTable", threshold: float, had_recaptions: bool)
     }
 
 
-def _once_per_id(rows: "pd.DataFrame", passes: "pd.Series") -> "pd.Series":
+def _once_per_id(rows: pd.DataFrame, passes: pd.Series) -> pd.Series:
     """The rows that would be kept: the first passing one of each id."""
     return passes & ~rows.index.isin(rows.index[passes][rows.id[passes].duplicated()])
 
@@ -161,7 +156,7 @@ def _top_rows(gains: np.ndarray, tops: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _notes(table: "GrowthTable", exact: bool, had_recaptions: bool) -> list[str]:
+def _notes(table: GrowthTable, exact: bool, had_recaptions: bool) -> list[str]:
     notes = [
         "Kept counts by threshold come from the recorded alignments; nothing is embedded again."
     ]

@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from infogrowth.annotations import SPACES
 from infogrowth.errors import UserError
-from infogrowth.neighbors.base import no_neighbors
 from infogrowth.rows import Problem, as_matrix, unit_rows
 
 
@@ -144,6 +143,8 @@ class Decisions(Sequence[Decision]):
     dataset_ids: list[str] = field(repr=False)
 
     def __post_init__(self) -> None:
+        from infogrowth.neighbors.base import no_neighbors  # torch comes with it: slow to import
+
         count = len(self.ids)
         self.original_captions = self.captions
         self.usable = np.array([reason is None for reason in self.reason], bool)

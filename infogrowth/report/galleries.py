@@ -22,12 +22,32 @@ class Thumbnails:
     """The samples' images, small and encoded anew: no metadata, and nothing a crafted file carries.
 
     Args:
-        path: the LMDB of the images, or None when nobody knows it: then no sample has one.
+        given: the LMDB of the images, from the user.
+        recorded: the one that a growth folder recorded, where none is given.
+
+    Attributes:
+        note: a sentence for the reader when there are no images.
+
+    Raises:
+        UserError: what the user gave is no LMDB.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None):
-        self._store = LmdbImages(path) if path is not None else None
+    def __init__(
+        self, given: str | os.PathLike[str] | None = None, recorded: str | None = None
+    ) -> None:
+        self._store: LmdbImages | None = None
         self._addresses: dict[str, str | None] = {}
+        self.note: str | None = None
+        path = recorded if given is None else given
+        if path is None:
+            self.note = "No images: no LMDB is recorded; give it with --lmdb DIR."
+            return
+        try:
+            self._store = LmdbImages(path)
+        except UserError:
+            if given is not None:
+                raise
+            self.note = f"No images: {recorded} is gone; give the LMDB with --lmdb DIR."
 
     def image(self, sample_id: str, side: int = THUMBNAIL_SIDE) -> Image.Image | None:
         """The image, at most ``side`` pixels wide and high; None if missing or unreadable."""
@@ -55,25 +75,6 @@ class Thumbnails:
             code = base64.b64encode(content or b"").decode("ascii")
             self._addresses[sample_id] = f"data:image/webp;base64,{code}" if content else None
         return self._addresses[sample_id]
-
-
-def open_thumbnails(given: str | None, recorded: str | None) -> tuple[Thumbnails, str | None]:
-    """Images from the path that the user gave, else from the one the growth folder recorded.
-
-    Returns:
-        the thumbnails, and a sentence for the reader when there are none.
-
-    Raises:
-        UserError: the path that the user gave does not hold an LMDB.
-    """
-    if given is not None:
-        return Thumbnails(given), None
-    if recorded is None:
-        return Thumbnails(None), "No images: no LMDB is recorded; give it with --lmdb DIR."
-    try:
-        return Thumbnails(recorded), None
-    except UserError:
-        return Thumbnails(None), f"No images: {recorded} is gone; give the LMDB with --lmdb DIR."
 
 
 def gallery(

@@ -53,10 +53,7 @@ def render(template: str, **context: Any) -> bytes:
 
 
 def dataset_context(
-    table: GrowthTable,
-    thumbnails: Thumbnails,
-    notes: list[str],
-    duplicate_distance: float | None = None,
+    table: GrowthTable, thumbnails: Thumbnails, duplicate_distance: float | None = None
 ) -> dict[str, Any]:
     """Everything that dataset.html.j2 shows."""
     duplicates = dataset.duplicate_groups(table, duplicate_distance)
@@ -71,7 +68,7 @@ def dataset_context(
         "address": thumbnails.address,
         "headline": dataset.headline(table),
         "settings_line": settings_line(table),
-        "notes": notes,
+        "note": thumbnails.note,
         "sources": list(dataset.by_source(table).itertuples()),
         "figures": _figures(table, curve, visits),
         # First against last fifth of the stream, for readers who cannot see the curve.
