@@ -174,39 +174,30 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """``value`` as ``hint``, or a UserError that names what would have fitted."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _coerce_union(value, arguments, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        close = nearest(str(value), [str(a) for a in arguments])
-        raise UserError(f"{where} must be one of {', '.join(map(str, arguments))}{close}")
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        return [_coerce(item, arguments[0], where) for item in items]
-    name, convert = _SCALARS[hint]
-    try:
-        return convert(value)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{where} must be {name}, not {value!r}") from error
-
-
-def _coerce_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
-    if value is None or (value in ("none", "null") and type(None) in alternatives):
-        if type(None) in alternatives:
-            return None
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    alternatives = typing.get_args(hint) if is_union else (hint,)
+    if type(None) in alternatives and (value is None or value in ("none", "null")):
+        return None
+    if is_union and value is None:
         raise UserError(f"{where} has no value")
-    # Text last, so that "0.4" for `float | str` is a number.
-    ordered = [a for a in alternatives if a not in (type(None), str)]
-    ordered += [a for a in alternatives if a is str]
-    errors = []
-    for alternative in ordered:
-        try:
-            return _coerce(value, alternative, where)
-        except UserError as error:
-            errors.append(str(error).removeprefix(f"{where} must be "))
-    raise UserError(f"{where} must be {' or '.join(errors)}")
+    wanted = []
+    for kind in sorted(alternatives, key=lambda a: a is str):  # "0.4" is a number for float | str
+        arguments = typing.get_args(kind)
+        if typing.get_origin(kind) is list:
+            items = value if isinstance(value, list) else [value]
+            return [_coerce(item, arguments[0], where) for item in items]
+        if typing.get_origin(kind) is Literal:
+            if value in arguments:
+                return value
+            close = nearest(str(value), [str(a) for a in arguments])
+            wanted.append(f"one of {', '.join(map(str, arguments))}{close}")
+        elif kind in _SCALARS:
+            name, convert = _SCALARS[kind]
+            try:
+                return convert(value)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                wanted.append(f"{name}, not {value!r}")
+    raise UserError(f"{where} must be {' or '.join(wanted)}")
 
 
 def _as_bool(value: Any) -> bool:

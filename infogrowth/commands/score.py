@@ -85,7 +85,11 @@ def run(config: Config) -> int:
             if name == "itm":
                 scores[name], models[name] = _itm(config, features, device)
             elif name == "negclip":
-                negclip = _negclip(config, features)
+                if config.growth:
+                    negclip = NegClip.load(reference_path(config.growth))
+                else:
+                    size = config.reference_rows
+                    negclip = draw_reference(features, config.temperature, size)
                 scores[name], models[name] = _of_features(negclip), negclip.digest()
             else:
                 scores[name] = _of_features(row_products)
@@ -121,12 +125,6 @@ def _of_features(score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score
         return values
 
     return scored
-
-
-def _negclip(config: Config, features: FeatureStream) -> NegClip:
-    if config.growth:
-        return NegClip.load(reference_path(config.growth))
-    return draw_reference(features, config.temperature, config.reference_rows)
 
 
 def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tuple[Score, str]:

@@ -118,11 +118,10 @@ class GainSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_mode(mode, get_args(Mode))
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is not one of {world_size} ranks")
         self.mode, self.seed, self.rank, self.world_size = mode, seed, rank, world_size
-        self._probability = _probability(gains, mode)
+        self._probability = _probability(gains, mode, get_args(Mode))
         self.epoch = 0
         self._skip = 0  # positions of this rank that the next iteration leaves out (resume)
         self._position = 0  # positions of this rank yielded so far in this epoch
@@ -243,19 +242,27 @@ class GainShards:
     """
 
     def __init__(self, location: str | Path, mode: ShardMode = "two_phase", seed: int = 0) -> None:
-        _check_mode(mode, get_args(ShardMode))
+        import pyarrow as pa  # slow to import, and not needed for training from an annotation file
+        import pyarrow.parquet as pq
+
         self.mode, self.seed = mode, seed
         folder = as_path(location)
         stems = sorted(path.stem for path in folder.glob("*.tar"))
         if not stems:
             raise UserError(f"there are no .tar shards in {location}")
         self.urls = [str(folder / f"{stem}.tar") for stem in stems]
-        keys, gains = zip(
-            *(_read_gains(str(folder / f"{stem}.parquet")) for stem in stems), strict=True
-        )
-        probability = _probability(np.concatenate(gains), mode)
+        self._keys: dict[str, list[str]] = {}
+        gains = []
+        for url, stem in zip(self.urls, stems, strict=True):
+            path = folder / f"{stem}.parquet"
+            with refusing(path, "the shard's table", pa.ArrowException, KeyError):
+                with path.open("rb") as file:
+                    table = pq.read_table(file, columns=["key", "gain", "status"])
+                table = table.filter(pa.compute.equal(table["status"], "success"))
+            self._keys[url] = table["key"].to_pylist()
+            gains.append(table["gain"].to_numpy())
+        probability = _probability(np.concatenate(gains), mode, get_args(ShardMode))
         parts = np.split(probability, np.cumsum([len(part) for part in gains])[:-1])
-        self._keys = dict(zip(self.urls, keys, strict=True))
         self._probability = dict(zip(self.urls, parts, strict=True))
 
     def sample_weights(self, url: str, epoch: int = 0) -> dict[str, float]:
@@ -308,26 +315,11 @@ class GainShards:
         return {url: _in_phase(p, self.mode, epoch) for url, p in self._probability.items()}
 
 
-def _read_gains(path: str) -> tuple[list[str], np.ndarray]:
-    """Keys and mean gains (N,) of the samples in a shard."""
-    import pyarrow as pa  # slow to import, and not needed for training from an annotation file
-    import pyarrow.parquet as pq
-
-    with refusing(path, "the shard's table", pa.ArrowException, KeyError):
-        with as_path(path).open("rb") as file:
-            table = pq.read_table(file, columns=["key", "gain", "status"])
-        table = table.filter(pa.compute.equal(table["status"], "success"))
-    return table["key"].to_pylist(), table["gain"].to_numpy()
-
-
-def _check_mode(mode: str, modes: tuple[str, ...]) -> None:
+def _probability(gains: np.ndarray, mode: str, modes: tuple[str, ...]) -> np.ndarray:
+    """Each sample's chance (N,) in an even epoch; `uniform` needs no gain, so it also samples what
+    has none. Refuses a mode that is none of ``modes``."""
     if mode not in modes:
         raise UserError(f"unknown sampler mode {mode!r}{nearest(str(mode), list(modes))}")
-
-
-def _probability(gains: np.ndarray, mode: str) -> np.ndarray:
-    """Each sample's chance (N,) in an even epoch; `uniform` needs no gain, so it also samples what
-    has none."""
     if mode != "uniform":
         return normalized_gains(gains)
     if len(gains) == 0:
