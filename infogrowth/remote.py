@@ -67,11 +67,20 @@ class RemotePath:
     def is_dir(self) -> bool:
         return (self._found("info") or {}).get("type") == "directory"
 
+    def kinds(self) -> dict[str, str]:
+        """What lies right below, "folder" or "file" by name; empty where there is nothing."""
+        own = _system(str(self))[1].rstrip("/")
+        entries = self._found("ls", detail=True) or ()
+        found = {entry["name"].rstrip("/"): entry["type"] for entry in entries}
+        return {
+            path.rsplit("/", 1)[-1]: "folder" if kind == "directory" else "file"
+            for path, kind in found.items()
+            if path != own
+        }
+
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
         """What lies right below and has a name that fits, sorted."""
-        paths = sorted(self._found("ls", detail=False) or ())
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
-        return (self / name for name in names if fnmatchcase(name, pattern))
+        return (self / name for name in sorted(self.kinds()) if fnmatchcase(name, pattern))
 
     def _found(self, method: str, **options: Any) -> Any:
         """What a method of the file system returns; None where there is nothing. (Those that say
@@ -115,20 +124,6 @@ def as_path(path: str | os.PathLike[str] | RemotePath) -> AnyPath:
 def opened(path: AnyPath) -> Any:
     """What numpy, pyarrow and zipfile open: a path as it is, a file at an address as a stream."""
     return path.open() if isinstance(path, RemotePath) else path
-
-
-def list_remote(address: str) -> list[str]:
-    """Names of all files below ``address``, relative to it, ``/`` between their parts, sorted.
-
-    Raises:
-        UserError: there is nothing, it cannot be read, or its protocol's package is missing.
-    """
-    prefix = _system(address)[1].rstrip("/") + "/"
-    found = _ask(address, "find")
-    names = sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
-    if not names:
-        raise UserError(f"there are no files at {address}; check the address")
-    return names
 
 
 def retry_summary() -> str | None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infogrowth.errors import UserError
-from infogrowth.remote import AnyPath, RemotePath, as_path, list_remote
+from infogrowth.remote import AnyPath, RemotePath, as_path
 
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "PaxHeader")
 _RESULT = re.compile(
@@ -78,13 +78,12 @@ class Tree:
     def walk(self) -> Listing:
         """Go through all folders."""
         listing = Listing()
-        remote = _scan_remote(self.root) if self._remote else None
         seen: set[tuple[int, int]] = set()
         pending = [""]
         while pending:
             folder = pending.pop()
             try:
-                kinds = _scan(self.path(folder), seen) if remote is None else remote[folder]
+                kinds = _scan(self.path(folder), seen)
             except OSError as error:
                 listing.notes.append((folder, f"the folder cannot be read: {error.strerror}"))
                 continue
@@ -152,31 +151,19 @@ class Tree:
 
 def _scan(folder: AnyPath, seen: set[tuple[int, int]]) -> Kinds | None:
     """What a folder holds; None if it has been seen. A broken link is reported when it is read."""
-    status = os.stat(str(folder))
+    if isinstance(folder, RemotePath):
+        return folder.kinds()
+    status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in seen:
         return None
     seen.add(identity)
     kinds: Kinds = {}
-    with os.scandir(str(folder)) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             file = entry.is_file() or entry.is_symlink()
             kinds[entry.name] = "folder" if entry.is_dir() else "file" if file else "other"
     return kinds
-
-
-def _scan_remote(address: str) -> dict[str, Kinds]:
-    """What each folder below an address holds."""
-    folders: dict[str, Kinds] = {"": {}}
-    for name in list_remote(address):
-        folder, _, last = name.rpartition("/")
-        kind = "file"
-        while folder not in folders:
-            folders[folder] = {last: kind}
-            folder, _, last = folder.rpartition("/")
-            kind = "folder"
-        folders[folder][last] = kind
-    return folders
 
 
 def _content(file: BinaryIO) -> Iterator[bytes]:

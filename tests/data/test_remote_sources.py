@@ -75,7 +75,7 @@ def test_reads_that_fail_are_tried_again_and_counted(tmp_path, pairs, upload, mo
 def test_an_address_that_gives_nothing_is_one_sentence(tmp_path, upload, pairs):
     write_files(tmp_path / "in", pairs)
     address = upload(tmp_path / "in")
-    with pytest.raises(UserError, match="no files at"):
+    with pytest.raises(UserError, match="nowhere holds no"):
         open_source(f"{address}/nowhere")
 
 

@@ -24,8 +24,10 @@ def bucket(upload, tmp_path):
 
 def test_files_of_a_bucket_are_listed_and_read(bucket):
     assert remote.is_remote(bucket)
-    assert remote.list_remote(bucket) == ["a.bin", "b/1.bin", "b/2.bin"]
     folder = remote.as_path(bucket)
+    assert folder.kinds() == {"a.bin": "file", "b": "folder"}
+    assert list(map(str, (folder / "b").glob("1*"))) == [f"{bucket}/b/1.bin"]
+    assert (folder.is_dir(), folder.is_file(), (folder / "a.bin").is_file()) == (True, False, True)
     assert (folder / "b/1.bin").read_bytes() == CONTENT
     with (folder / "a.bin").open() as file:
         file.seek(-5, os.SEEK_END)
@@ -38,8 +40,8 @@ def test_files_of_a_bucket_are_listed_and_read(bucket):
     assert len(version) > 10
     with pytest.raises(UserError, match="exist"):
         (folder / "c.bin").read_bytes()
-    with pytest.raises(UserError, match="no files"):
-        remote.list_remote("s3://bucket/other")
+    nothing = remote.as_path("s3://bucket/other")
+    assert (nothing.kinds(), nothing.is_dir(), nothing.is_file()) == ({}, False, False)
 
 
 def test_reads_that_fail_are_tried_again_and_counted(monkeypatch):
@@ -82,7 +84,7 @@ def test_reads_that_fail_are_tried_again_and_counted(monkeypatch):
 @pytest.mark.parametrize("address", ["nosuch://bucket/x", "dask://x"])
 def test_an_address_of_no_known_kind_is_refused(address):
     with pytest.raises(UserError, match=address.partition(":")[0]):
-        remote.list_remote(address)
+        remote.as_path(address).kinds()
 
 
 @pytest.mark.parametrize("path", ["folder/file", "/a/b", "C:\\x", "a:b", 7])
