@@ -69,7 +69,7 @@ def test_reads_that_fail_are_tried_again_and_counted(tmp_path, pairs, upload, mo
     assert main(["pack", "--image_root", address, "--output_root", str(tmp_path / "out"),
                  "--quiet"]) == 0  # fmt: skip
     assert len(json.loads((tmp_path / "out" / "cc3m_train.json").read_text())) == 12
-    assert "tried again (24" in capsys.readouterr().out
+    assert "24 reads were tried again" in capsys.readouterr().err
 
 
 def test_an_address_that_gives_nothing_is_one_sentence(tmp_path, upload, pairs):
