@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from infogrowth.config import option
 from infogrowth.data.text import image_key, strip_extension
@@ -16,11 +18,7 @@ from infogrowth.files import atomic_write
 from infogrowth.growth.decisions import Decision
 from infogrowth.report.dataset import GrowthTable, expected_visits, open_growth, ranks_in_percent
 from infogrowth.report.formatting import decimal, percent, shown
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
-
-    from infogrowth.report.galleries import Thumbnails
+from infogrowth.report.galleries import Thumbnails
 
 HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
 log = logging.getLogger(__name__)
@@ -39,8 +37,6 @@ class Config:
 
 def run(config: Config) -> int:
     """Print the explanation; exit status 2 when there is no such sample."""
-    from infogrowth.report.galleries import Thumbnails
-
     table = open_growth(config.growth)
     found = explain(table, config.id)
     if config.image is not None:
@@ -138,10 +134,8 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def image_strip(found: dict[str, Any], thumbnails: "Thumbnails", side: int = 224) -> "Image.Image":
+def image_strip(found: dict[str, Any], thumbnails: Thumbnails, side: int = 224) -> Image.Image:
     """The sample and its nearest images in a row, with captions and distances under them."""
-    from PIL import Image, ImageDraw, ImageOps
-
     entries = [(found["id"], found["verdict"], found["caption"] or "")]
     entries += [
         (near["id"], f"distance {near['distance']:.3f}", near["caption"])
@@ -193,16 +187,15 @@ def _why(decision: dict[str, Any], min_align: float | None) -> str:
     return f"{decision['verdict'].capitalize()}: {decision['reason'] or ''}."
 
 
-def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that matplotlib brings along, so that it is there on every machine."""
     from matplotlib import get_data_path
-    from PIL import ImageFont
 
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), size)
 
 
 def _wrapped(
-    draw: "ImageDraw.ImageDraw", text: str, font: "ImageFont.FreeTypeFont", width: int
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int
 ) -> list[str]:
     """``text`` in lines of at most ``width`` pixels, words broken where they are too long."""
     lines = [""]

@@ -38,24 +38,6 @@ class Config:
 
 def run(config: Config) -> int:
     """Write the page; logs where it is and how large."""
-    # Drawing libraries take a second to load: only once it is clear that there is work to do.
-    _check(config)
-    from infogrowth.report.page import render
-    from infogrowth.report.training_runs import read_runs, training_context
-
-    context: dict[str, Any] = {"title": "Training", "table": None, "training": None}
-    if config.growth or config.annotations:
-        context |= _dataset(config)
-    if config.training:
-        context |= training_context(read_runs(config.training))
-    page = render("report.html.j2", **context | ({"title": config.title} if config.title else {}))
-    with atomic_write(config.output, "wb") as file:
-        file.write(page)
-    log.info("wrote %s (%.1f MB)", config.output, len(page) / 1e6)
-    return 0
-
-
-def _check(config: Config) -> None:
     if config.growth and config.annotations:
         raise UserError("give a growth folder or --annotations FILE.json, not both")
     if not (config.growth or config.annotations or config.training):
@@ -71,6 +53,20 @@ def _check(config: Config) -> None:
     distance = config.duplicate_distance
     if distance != "auto" and not 0 <= distance <= 2:
         raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2, or auto")
+    # Drawing libraries take a second to load: only once it is clear that there is work to do.
+    from infogrowth.report.page import render
+    from infogrowth.report.training_runs import read_runs, training_context
+
+    context: dict[str, Any] = {"title": "Training", "table": None, "training": None}
+    if config.growth or config.annotations:
+        context |= _dataset(config)
+    if config.training:
+        context |= training_context(read_runs(config.training))
+    page = render("report.html.j2", **context | ({"title": config.title} if config.title else {}))
+    with atomic_write(config.output, "wb") as file:
+        file.write(page)
+    log.info("wrote %s (%.1f MB)", config.output, len(page) / 1e6)
+    return 0
 
 
 def _dataset(config: Config) -> dict[str, Any]:

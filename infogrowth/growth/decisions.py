@@ -253,8 +253,25 @@ def validate(
         raise UserError(f"There are {len(names)} ids but {len(texts)} captions.")
     if features.get("text", ()) is None:
         raise UserError("text_features are missing; images alone need modality='image'.")
-    reason = np.full(len(names), None)
-    rows = {s: _unit_features(given, s, reason, dimension) for s, given in features.items()}
+    reason, rows = np.full(len(names), None), {}
+    for space, given in features.items():
+        if len(names) == 0 and len(given) == 0:
+            rows[space] = np.empty((0, dimension or 1), np.float32)
+            continue
+        matrix = as_matrix(given, f"{space}_features")
+        if len(matrix) != len(names):
+            raise UserError(
+                f"There are {len(names)} ids but {len(matrix)} rows of {space}_features."
+            )
+        if dimension is not None and matrix.shape[1] != dimension:
+            raise UserError(
+                f"{space}_features have {matrix.shape[1]} columns, but the dataset has "
+                f"{dimension}; use the encoder that it was begun with."
+            )
+        rows[space], problems = unit_rows(matrix)
+        for row in np.flatnonzero(problems).tolist():
+            if reason[row] is None:  # of two unusable features the image's counts
+                reason[row] = Reason[f"{space.upper()}_{Problem(problems[row]).name}"]
     widths = [unit.shape[1] for unit in rows.values()]
     if len(names) and len(set(widths)) > 1:
         raise UserError(
@@ -262,27 +279,6 @@ def validate(
             "encoder.".format(*widths)
         )
     return Decisions(names, texts, rows, reason, [] if dataset_ids is None else dataset_ids)
-
-
-def _unit_features(
-    features: Any, space: str, reason: np.ndarray, dimension: int | None
-) -> np.ndarray:
-    """The features as unit rows; why one is unusable is entered in `reason`."""
-    if len(reason) == 0 and len(features) == 0:
-        return np.empty((0, dimension or 1), np.float32)
-    matrix = as_matrix(features, f"{space}_features")
-    if len(matrix) != len(reason):
-        raise UserError(f"There are {len(reason)} ids but {len(matrix)} rows of {space}_features.")
-    if dimension is not None and matrix.shape[1] != dimension:
-        raise UserError(
-            f"{space}_features have {matrix.shape[1]} columns, but the dataset has {dimension}; "
-            "use the encoder that it was begun with."
-        )
-    rows, problems = unit_rows(matrix)
-    for row in np.flatnonzero(problems).tolist():
-        if reason[row] is None:  # of two unusable features the image's counts
-            reason[row] = Reason[f"{space.upper()}_{Problem(problems[row]).name}"]
-    return rows
 
 
 def one_row(feature: Any) -> Any:

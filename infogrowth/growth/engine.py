@@ -160,8 +160,14 @@ class InfoGrowth:
                 self._indexes[space] = self._new_index(space, features.shape[1])
         batch.neighbors |= {space: no_neighbors(len(batch), self.k) for space in self.spaces}
         if self.modality == "image":
+            # Single-modal data: a sample joins if its label agrees with its nearest kept neighbors.
             for rows in batch.blocks(LABEL_BLOCK_ROWS):
-                self._grow_labels(batch, rows, min_align, passed or Reason.LABEL_AGREES)
+                self._look_up("image", batch, rows, np.full(rows.stop - rows.start, len(self)))
+                dataset = self._captions, self._class_counts, self._known
+                agreed = passed or Reason.LABEL_AGREES
+                joins = clean_labels(batch, rows, min_align, agreed, *dataset)
+                self._indexes["image"].extend(batch.features["image"][rows][joins])
+                self._keep(batch, rows, joins)
             return batch
         recaption_align = self.thresholds.min_recaption_align
         assert recaption_align is not None
@@ -180,14 +186,6 @@ class InfoGrowth:
                 self._look_up(space, batch, rows, visible)
             self._keep(batch, rows, joins)
         return batch
-
-    def _grow_labels(self, batch: Decisions, rows: slice, min_align: float, passed: Reason) -> None:
-        """Single-modal data: a sample joins if its label agrees with its nearest kept neighbors."""
-        self._look_up("image", batch, rows, np.full(rows.stop - rows.start, len(self)))
-        dataset = self._captions, self._class_counts, self._known
-        joins = clean_labels(batch, rows, min_align, passed, *dataset)
-        self._indexes["image"].extend(batch.features["image"][rows][joins])
-        self._keep(batch, rows, joins)
 
     def _look_up(self, space: str, batch: Decisions, rows: slice, visible: np.ndarray) -> None:
         """Enter the nearest samples among the first `visible` (n,) of the dataset in `batch`."""

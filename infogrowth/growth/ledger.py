@@ -248,6 +248,10 @@ def _read(path: Path) -> dict[str, Any]:
     return content if len(content) > 1 else {}
 
 
+# The decisions as a table, and the features of the samples that joined.
+_Part = tuple[pa.Table, dict[str, np.ndarray]]
+
+
 class GrowthLedger:
     """A growth folder opened for writing; a context manager that holds the folder's lock.
 
@@ -304,7 +308,13 @@ class GrowthLedger:
             source: the number of the source.
             rows: (N,) the samples' rows in the source's features.
         """
-        self._recorded.append(self._thread.submit(_part, source, decisions, rows))
+
+        def part() -> _Part:
+            kept = slice(None) if decisions.kept.all() else decisions.kept  # spares copies
+            features = {space: features[kept] for space, features in decisions.features.items()}
+            return decisions.table(source, rows), features
+
+        self._recorded.append(self._thread.submit(part))
         self.pending_rows += len(decisions)
 
     def commit(self, settings: dict[str, Any], sources: Sequence[SourceProgress]) -> None:
@@ -320,16 +330,6 @@ class GrowthLedger:
         given = {"format": FORMAT, **deepcopy(settings)}, deepcopy(list(sources)), self._recorded
         self._committing = self._thread.submit(_commit, before, *given)
         self._recorded, self.pending_rows = [], 0
-
-
-_Part = tuple[pa.Table, dict[str, np.ndarray]]
-
-
-def _part(source: int, decisions: Decisions, rows: np.ndarray) -> _Part:
-    """The decisions as a table, and the features of the samples that joined."""
-    kept = slice(None) if decisions.kept.all() else decisions.kept  # spares copies
-    features = {space: features[kept] for space, features in decisions.features.items()}
-    return decisions.table(source, rows), features
 
 
 def _commit(

@@ -260,22 +260,18 @@ def draw_visits(figure: Figure, visits: pd.DataFrame) -> None:
     for name, (color, dashes) in styles.items():
         label = name.replace("_", "-")
         axes.plot(share, curves[name], color=color, linestyle=dashes, label=label)
-    if count:
-        _draw_phases(axes, share, curves.even.to_numpy(), curves.odd.to_numpy())
-    axes.set_xlabel("kept samples, least to most gain (percent)")
-    finish(axes, xlim=(0, 100), ylim=(0, None), ylabel="visits per epoch")
-
-
-def _draw_phases(axes: Axes, share: np.ndarray, even: np.ndarray, odd: np.ndarray) -> None:
-    """The even and the odd epochs of two-phase, named where they are farthest apart."""
+    # The even and the odd epochs of two-phase, named where they are farthest apart.
+    even, odd = curves.even.to_numpy(), curves.odd.to_numpy()
     inner = np.flatnonzero((share > 8) & (share < 80))
-    at = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
-    for name, values, other in (("even", even, odd), ("odd", odd, even)):
+    middle = inner[np.abs(even - odd)[inner].argmax()] if len(inner) else len(share) // 2
+    for name, values, other in (("even", even, odd), ("odd", odd, even)) if count else ():
         axes.plot(share, values, color=COLORS["recaptioned"], linewidth=1.1, linestyle=(0, (4, 2)))
-        above = values[at] >= other[at]
+        above = values[middle] >= other[middle]
         style = {"va": "bottom" if above else "top", "ha": "center", "color": COLORS["muted"]}
         offset = (0, 3 if above else -3)
-        note(axes, name, (share[at], values[at]), offset, xycoords="data", **style)
+        note(axes, name, (share[middle], values[middle]), offset, xycoords="data", **style)
+    axes.set_xlabel("kept samples, least to most gain (percent)")
+    finish(axes, xlim=(0, 100), ylim=(0, None), ylabel="visits per epoch")
 
 
 def draw_sweep(figure: Figure, found: dict[str, Any]) -> None:

@@ -90,19 +90,16 @@ def kept_map(table: GrowthTable, thumbnails: Thumbnails) -> dict[str, Any] | Non
     ]
     # Tab walks from the top left to the bottom right.
     landmarks.sort(key=lambda mark: (mark["top"] // 10, mark["left"]))
+    # A path whose round line ends are the dots: ten bytes each, so thousands are cheap.
+    dots = [np.unique(positions[level == value], axis=0).tolist() for value in range(MAP_LEVELS)]
     return {
         "points": len(kept),
         "explained": 100 * explained,
-        "paths": [_dots(positions[level == value]) for value in range(MAP_LEVELS)],
+        "paths": ["".join(f"M{x} {y}h0" for x, y in of_level) for of_level in dots],
         "low": low,
         "high": high,
         "landmarks": landmarks,
     }
-
-
-def _dots(positions: np.ndarray) -> str:
-    """A path whose round line ends are the dots: ten bytes each, so thousands are cheap."""
-    return "".join(f"M{x} {y}h0" for x, y in np.unique(positions, axis=0).tolist())
 
 
 def spread_out(points: np.ndarray, size: tuple[float, float], grid: int = 24) -> list[int]:

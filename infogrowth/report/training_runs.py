@@ -179,19 +179,16 @@ def draw_runs(
     axes = figure.subplots()
     for number, (name, curve) in enumerate(zip(names, curves, strict=True)):
         if len(curve):
+            label = name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
+            if label.startswith("_"):  # matplotlib would leave it out of the legend
+                label = f"\N{ZERO WIDTH SPACE}{label}"
             axes.plot(
                 curve,
                 color=COLORS[RUN_COLORS[number % len(RUN_COLORS)]],
                 linestyle=DASHES[number // len(RUN_COLORS) % len(DASHES)],
                 marker="o" if len(curve) <= 30 else "",
                 markersize=4,
-                label=_short(name),
+                label=label,
             )
     columns = 2 if is_narrow(figure) else 4
     finish(axes, "x", columns, xlabel="samples seen", ylabel=ylabel, xlim=(0, None))
-
-
-def _short(name: str) -> str:
-    # matplotlib leaves labels that begin with an underscore out of the legend
-    name = name if len(name) <= 24 else name[:11] + "…" + name[-12:]
-    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
