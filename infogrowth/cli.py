@@ -1,7 +1,7 @@
 """The command line: ``python -m infogrowth VERB``, each verb a module of infogrowth.commands.
 
-A command module has ``HELP`` (one line), ``Config`` (a frozen dataclass of options) and
-``run(config)``. The programs in ``scripts/`` and ``train/`` go through the same entry,
+A command module has ``Config`` (a frozen dataclass of options) and ``run(config)``; the first line
+of its docstring is its help. The programs in ``scripts/`` and ``train/`` go through the same entry,
 :func:`run_script`.
 """
 
@@ -77,7 +77,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     asked = [verb for verb in VERBS if verb in arguments[:1]] or VERBS
     for verb in asked:
         command = import_module(f"infogrowth.commands.{verb}")
-        sub = verbs.add_parser(verb, help=command.HELP, description=command.HELP)
+        _, _, summary = (command.__doc__ or "").partition("\n")[0].rstrip(".").partition(": ")
+        sub = verbs.add_parser(verb, help=summary, description=summary)
         add_flags(sub, command.Config)
     return parser
 

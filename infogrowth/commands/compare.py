@@ -1,4 +1,4 @@
-"""`infogrowth compare`: what two grown datasets both kept, what only one kept, how new that was."""
+"""`infogrowth compare`: compare two grown datasets: overlap, gains, what only one kept."""
 
 import json
 import logging
@@ -15,7 +15,6 @@ from infogrowth.files import atomic_write
 from infogrowth.report.dataset import GrowthTable, open_dataset
 from infogrowth.report.formatting import decimal, known, percent, shown
 
-HELP = "compare two grown datasets: overlap, gains, what only one kept"
 log = logging.getLogger(__name__)
 
 

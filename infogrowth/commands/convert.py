@@ -1,4 +1,4 @@
-"""``infogrowth convert``: a BLIP's weights from any layout to the official or Hugging Face's."""
+"""`infogrowth convert`: write a BLIP checkpoint in the official or the Hugging Face layout."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from infogrowth.config import option
 from infogrowth.errors import UserError
 
-HELP = "write a BLIP checkpoint in the official or the Hugging Face layout"
 logger = logging.getLogger(__name__)
 
 

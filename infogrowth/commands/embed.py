@@ -1,4 +1,4 @@
-"""`infogrowth embed`: image and text features of a dataset, as clip-retrieval shards."""
+"""`infogrowth embed`: compute image and text features of all pairs."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from infogrowth.encoders.embedding import Summary
     from infogrowth.encoders.models import DualEncoder
 
-HELP = "compute image and text features of all pairs"
 
 COMPARED = {
     "kind": "command",

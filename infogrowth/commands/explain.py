@@ -1,5 +1,4 @@
-"""`infogrowth explain`: why one sample was kept, recaptioned or dropped, in words, numbers and
-images."""
+"""`infogrowth explain`: report why a sample was kept, recaptioned or dropped, and its neighbors."""
 
 import difflib
 import json
@@ -20,7 +19,6 @@ from infogrowth.report.dataset import GrowthTable, expected_visits, open_growth,
 from infogrowth.report.formatting import decimal, percent, shown
 from infogrowth.report.galleries import Thumbnails
 
-HELP = "report why a sample was kept, recaptioned or dropped, with its nearest neighbors"
 log = logging.getLogger(__name__)
 
 

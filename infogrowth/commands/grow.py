@@ -1,4 +1,4 @@
-"""`infogrowth grow`: let a dataset grow by new samples, and write what it has become."""
+"""`infogrowth grow`: grow a clean, diverse dataset out of features: clean, gain, grow."""
 
 import logging
 import time
@@ -26,7 +26,6 @@ from infogrowth.growth.thresholds import (
     Thresholds,
 )
 
-HELP = "grow a clean, diverse dataset out of features: clean, gain, grow"
 log = logging.getLogger(__name__)
 
 _REASONS_TO_KEEP = {Reason.ALIGNED, Reason.RECAPTIONED, Reason.LABEL_AGREES}

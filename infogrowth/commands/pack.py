@@ -1,8 +1,9 @@
-"""`infogrowth pack`, and scripts/cc3m_lmdb_writer.py: downloaded pairs into LMDBs and annotations.
+"""`infogrowth pack`: pack downloaded image-caption pairs into an LMDB and an annotation JSON.
 
-Verified, resumable, every loss recorded. No log is kept: the samples are gone through in the same
-order every time, and one whose very bytes are in the LMDB has been verified by an earlier run. So
-a killed run that is started again ends with the same files as one that was never killed.
+scripts/cc3m_lmdb_writer.py is the same. Verified, resumable, every loss recorded. No log is kept:
+the samples are gone through in the same order every time, and one whose very bytes are in the LMDB
+has been verified by an earlier run. So a killed run that is started again ends with the same files
+as one that was never killed.
 """
 
 import json
@@ -29,7 +30,6 @@ from infogrowth.errors import BadSample, UserError
 from infogrowth.files import atomic_write, remove_leftovers
 from infogrowth.remote import is_remote
 
-HELP = "pack downloaded image-caption pairs into an LMDB and an annotation JSON"
 logger = logging.getLogger(__name__)
 
 _AHEAD = 16  # samples per thread that are read and decoded before their turn

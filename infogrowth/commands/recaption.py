@@ -1,4 +1,4 @@
-"""`infogrowth recaption`: new captions, and their features, for samples whose own do not fit.
+"""`infogrowth recaption`: write new captions and their features for badly aligned samples.
 
 Which samples want one: those that growth drops, or would drop, for their alignment.
 """
@@ -39,7 +39,6 @@ from infogrowth.rows import row_products, unit_pairs
 if TYPE_CHECKING:
     import torch
 
-HELP = "write new captions and their features for badly aligned samples"
 
 _ROWS = 16_384  # examined at once
 _CHECKED_AT_ONCE = 16

@@ -1,4 +1,4 @@
-"""``infogrowth report``: a grown dataset, or training runs, as one HTML file to look at."""
+"""`infogrowth report`: show a grown dataset (and training runs) on one self-contained HTML page."""
 
 import logging
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from infogrowth.config import option
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 
-HELP = "show a grown dataset (and training runs) on one self-contained HTML page"
 log = logging.getLogger(__name__)
 
 

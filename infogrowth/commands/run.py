@@ -1,4 +1,4 @@
-"""`infogrowth run`: pack, embed, recaption, grow, select and report, from one YAML in one process.
+"""`infogrowth run`: run the stages of a YAML file: pack, embed, recaption, grow, select, report.
 
     output: output/cc3m               # folder of all results
     seed_ids: seeds.json              # SHARED keys go to every stage that has an option of the name
@@ -31,7 +31,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from infogrowth.config import build_config, nearest, option, read_yaml
 from infogrowth.errors import UserError
 
-HELP = "run the stages of a YAML file: pack, embed, recaption, grow, select, report"
 log = logging.getLogger(__name__)
 
 STAGES = ("pack", "embed", "recaption", "grow", "select", "report")

@@ -1,4 +1,4 @@
-"""`infogrowth score`: other measures than the cosine of how well captions fit, as a table by id."""
+"""`infogrowth score`: score pairs by cosine, negCLIP (normalised) and BLIP's matching head."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -29,7 +29,6 @@ from infogrowth.rows import row_products, unit_pairs
 if TYPE_CHECKING:
     import torch
 
-HELP = "score pairs by cosine, normalised cosine (negCLIP) and BLIP's matching head (ITM)"
 log = logging.getLogger(__name__)
 
 PART_ROWS = 16_384  # rows per parquet file; what an interrupted run has to do again at most

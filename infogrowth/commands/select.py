@@ -1,4 +1,4 @@
-"""`infogrowth select`: a smaller dataset, chosen by gain, by a condition, or by both."""
+"""`infogrowth select`: select by gain (the top N, or at random), by a condition in SQL, or both."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,6 @@ from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
 from infogrowth.growth.sampling import normalized_gains, select_bernoulli, select_top
 
-HELP = "select by gain (the top N, or at random), by a condition in SQL, or both"
 log = logging.getLogger(__name__)
 
 # Columns of where a sample comes from and why it was kept, for tables and shards.

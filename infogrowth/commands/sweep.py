@@ -1,4 +1,4 @@
-"""`infogrowth sweep`: what other thresholds would have kept, from the recorded decisions alone.
+"""`infogrowth sweep`: report what other thresholds and static selections would have kept.
 
 The counts of a threshold are exact as far as the record goes: a sample is kept when its own
 caption reaches the threshold, recaptioned when only its new one does. What is not on record
@@ -25,7 +25,6 @@ from infogrowth.growth.sampling import normalized_gains, select_top
 from infogrowth.report.dataset import GrowthTable, open_growth
 from infogrowth.report.formatting import decimal, known, percent
 
-HELP = "report what other thresholds and static selections would have kept"
 log = logging.getLogger(__name__)
 
 
