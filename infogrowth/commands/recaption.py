@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from infogrowth import distributed
 from infogrowth.annotations import read_ids
 from infogrowth.commands.embed import (
     COMPARED,
@@ -22,12 +21,7 @@ from infogrowth.commands.embed import (
 )
 from infogrowth.config import option
 from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
-from infogrowth.data.feature_writer import FeatureWriter
 from infogrowth.data.features import open_features
-from infogrowth.encoders.dataset import Pairs, captions_of_file, decoded_batches, pairs_by_id
-from infogrowth.encoders.embedding import captions_of, embed_pairs
-from infogrowth.encoders.loading import load_captioner, load_encoder
-from infogrowth.encoders.models import Captioner, DualEncoder
 from infogrowth.errors import UserError
 from infogrowth.files import read_json
 from infogrowth.growth.cleaning import is_below, stream_alignments
@@ -38,6 +32,9 @@ from infogrowth.rows import row_products, unit_pairs
 
 if TYPE_CHECKING:
     import torch
+
+    from infogrowth.encoders.dataset import Pairs
+    from infogrowth.encoders.models import Captioner, DualEncoder
 
 
 _ROWS = 16_384  # examined at once
@@ -98,6 +95,12 @@ def run(config: Config) -> int:
     """Recaption; under the launcher each rank takes the next shard when it is free."""
     part = parse_part(config.part)
     _refuse_nonsense(config)
+    # torch is slow to import: bad input is refused first.
+    from infogrowth import distributed
+    from infogrowth.data.feature_writer import FeatureWriter
+    from infogrowth.encoders.embedding import embed_pairs
+    from infogrowth.encoders.loading import load_captioner
+
     with distributed.process_group(config.device, collectives_on="cpu") as device:
         about, pending = _pending(config)
         pairs = _pairs(config, about, pending)
@@ -140,8 +143,10 @@ def run(config: Config) -> int:
     return 0
 
 
-def _pairs(config: Config, about: dict[str, Any], pending: "_Pending | None") -> Pairs:
+def _pairs(config: Config, about: dict[str, Any], pending: "_Pending | None") -> "Pairs":
     """Captions from a file (of all in it, if no samples are known), or the pending images."""
+    from infogrowth.encoders.dataset import captions_of_file, pairs_by_id
+
     if config.captions is not None:
         return captions_of_file(config.captions, None if pending is None else pending.ids)
     assert pending is not None
@@ -153,8 +158,10 @@ def _pairs(config: Config, about: dict[str, Any], pending: "_Pending | None") ->
     return pairs_by_id(images, pending.ids, pending.captions)
 
 
-def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> DualEncoder:
+def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":
     """The encoder of the images: a caption's feature must lie in their space."""
+    from infogrowth.encoders.loading import load_encoder
+
     known = about.get("encoder") or {}
     name = config.encoder or known.get("name")
     if name is None:
@@ -285,7 +292,7 @@ def _seeds(config: Config) -> _Seeds | None:
 
 
 def _seed_check(
-    config: Config, about: dict[str, Any], captioner: Captioner, encoder: DualEncoder
+    config: Config, about: dict[str, Any], captioner: "Captioner", encoder: "DualEncoder"
 ) -> dict[str, int] | None:
     """How often the captioner's caption aligns better than the true one, on evenly spaced seeds;
     None without seeds.
@@ -293,6 +300,9 @@ def _seed_check(
     A captioner that often beats the truth picks what the encoder likes: alignment says little
     about its captions.
     """
+    from infogrowth.encoders.dataset import decoded_batches, pairs_by_id
+    from infogrowth.encoders.embedding import captions_of
+
     seeds = _seeds(config) if config.seed_check > 0 else None
     images = config.lmdb or (seeds and seeds.images) or about.get("images")
     if seeds is None or images is None:
