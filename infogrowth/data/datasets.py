@@ -261,7 +261,12 @@ def read_captioned_images(
         UserError: unreadable, none of the three forms, no split given where the file holds
             several, or no captions at all.
     """
-    file, split = _split_of(os.fspath(path), split)
+    file = os.fspath(path)
+    stem, _, named = file.rpartition(":")
+    if stem and named in _SPLITS and not os.path.exists(file):
+        file, split = stem, named
+    elif split is not None and split not in _SPLITS:
+        raise UserError(f"the split of {file} must be train, val or test, not {split!r}")
     content = read_json(file, "the caption file")
     found: dict[str, CaptionedImage] = {}
     reasons: list[str] = []
@@ -282,15 +287,6 @@ def read_captioned_images(
     if reasons:
         logger.warning("%s: entries left out: %d, the first: %s", file, len(reasons), reasons[0])
     return list(found.values())
-
-
-def _split_of(path: str, split: str | None) -> tuple[str, str | None]:
-    file, colon, named = path.rpartition(":")
-    if colon and named in _SPLITS and not os.path.exists(path):
-        return file, named
-    if split is not None and split not in _SPLITS:
-        raise UserError(f"the split of {path} must be train, val or test, not {split!r}")
-    return path, split
 
 
 def _entries(content: Any, split: str | None, file: str) -> Iterator[tuple[Any, Any, Any]]:

@@ -101,7 +101,13 @@ def write_export(
         save_annotations(path, samples, legacy_strings)
     elif kind == ".jsonl":
         with atomic_write(path, "w") as file:
-            file.writelines(_metadata_line(sample, extension) for sample in samples)
+            for sample in samples:
+                name = sample["image"]
+                name += "" if _HAS_EXTENSION.search(name) else extension
+                entry: dict[str, Any] = {"file_name": name, "text": sample["caption"]}
+                if "gains" in sample:
+                    entry["gain"] = sum(sample["gains"]) / 2
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     elif kind == ".npy":
         names = [sample["image"] for sample in samples]
         for name in names:
@@ -134,15 +140,6 @@ def as_column(values: list[Any]) -> pa.Array:
 def uid_repeats(normalized_gains: np.ndarray, max_repeats: int) -> np.ndarray:
     """Repeats ``(N,) int64`` for gains in [0, 1]: 1 + round(gain · (max_repeats − 1))."""
     return 1 + np.rint(normalized_gains * (max_repeats - 1)).astype(np.int64)
-
-
-def _metadata_line(sample: Annotation, extension: str) -> str:
-    name = sample["image"]
-    name += "" if _HAS_EXTENSION.search(name) else extension
-    entry: dict[str, Any] = {"file_name": name, "text": sample["caption"]}
-    if "gains" in sample:
-        entry["gain"] = sum(sample["gains"]) / 2
-    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _sample_table(samples: Iterable[Annotation]) -> pa.Table:

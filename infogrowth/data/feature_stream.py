@@ -89,7 +89,7 @@ class FeatureShard:
     """
 
     def __init__(self, arrays: Mapping[str, Part], table: Part, sign: Callable[[], bytes]) -> None:
-        self._arrays, self._table, self._sign = arrays, table, sign
+        self._arrays, self._table, self.sign = arrays, table, sign
         self._loaded: tuple[pa.Table, dict[str, Any]] | None = None
         self.name = next(iter(arrays.values())).name
         self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
@@ -114,10 +114,6 @@ class FeatureShard:
             dict(zip(table.column_names[2:], map(values_of, extra), strict=True)),
             np.arange(start, stop),
         )
-
-    def signature(self) -> bytes:
-        """16 bytes that identify this content, wherever it is copied to."""
-        return hashlib.blake2b(self._sign(), digest_size=16).digest()
 
     def release(self) -> None:
         """Forget what was loaded; called when the stream has moved on."""
@@ -271,7 +267,7 @@ class FeatureStream:
             if first >= rows:
                 break
             if number == len(self._signatures):
-                self._signatures.append(shard.signature())
+                self._signatures.append(hashlib.blake2b(shard.sign(), digest_size=16).digest())
             digest.update(self._signatures[number])
             first += shard.rows
         return digest.hexdigest()

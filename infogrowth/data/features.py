@@ -268,26 +268,21 @@ def find_datacomp(
     for stem in sorted(archives.keys() ^ tables.keys()):
         missing = "parquet" if stem in archives else "npz"
         raise UserError(f"{folder / stem}.{missing} is missing: DataComp's files come in pairs")
-    chosen = _datacomp_key(archives[min(archives)], key)
+    archive = archives[min(archives)]
+    with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
+        names = sorted(content.files)
+    present = [k for k in ("b32", "l14") if any(name.startswith(f"{k}_") for name in names)]
+    if key is None and len(present) > 1:
+        raise UserError(f"{archive} has features of b32 and l14; choose with --feature-key")
+    chosen = key or next(iter(present), None)
+    if chosen not in present:
+        have = ", ".join(names) or "nothing"
+        raise UserError(f"{archive} has no features {key or 'b32_img, b32_txt'}: it holds {have}")
     members = {space: f"{chosen}_{'img' if space == 'image' else 'txt'}" for space in spaces}
 
     stems = sorted(tables)
     open_pair = partial(_npz_shard, members=members, extra=extra)
     return [partial(open_pair, archives[stem], tables[stem]) for stem in stems], chosen
-
-
-def _datacomp_key(archive: AnyPath, key: str | None) -> str:
-    with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
-        members = sorted(content.files)
-    present = [k for k in ("b32", "l14") if any(m.startswith(f"{k}_") for m in members)]
-    if key is None and len(present) == 1:
-        return present[0]
-    if key is None and present:
-        raise UserError(f"{archive} has features of b32 and l14; choose with --feature-key")
-    if key not in present:
-        have = ", ".join(members) or "nothing"
-        raise UserError(f"{archive} has no features {key or 'b32_img, b32_txt'}: it holds {have}")
-    return key
 
 
 def _npz_shard(

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -306,9 +305,8 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 def _keys(environment: Any) -> Iterator[str]:
     with environment.begin() as transaction:
-        keys = transaction.cursor().iternext(keys=True, values=False)
-        while batch := list(islice(keys, 10_000)):
-            yield from (key.decode("utf-8", "surrogateescape") for key in batch)
+        for key in transaction.cursor().iternext(values=False):
+            yield key.decode("utf-8", "surrogateescape")
 
 
 def lmdb_key(name: str) -> bytes:

@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def open_loader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any sized iterable will do
         num_workers=workers,
-        collate_fn=Collate(tokenize),
+        collate_fn=partial(collate, tokenize=tokenize),
         pin_memory=device.type == "cuda",
         multiprocessing_context=_clean_start() if workers > 0 else None,
         persistent_workers=persistent and workers > 0,
@@ -66,24 +67,19 @@ def _clean_start() -> Any:
     return context
 
 
-class Collate:
+def collate(items: Sequence[Batch], tokenize: Tokenize | None = None) -> Batch:
     """Items as a batch: tensors and numbers are stacked, captions tokenized.
 
     Of items with several captions all first ones come before all second ones.
     """
-
-    def __init__(self, tokenize: Tokenize | None = None) -> None:
-        self.tokenize = tokenize
-
-    def __call__(self, items: Sequence[Batch]) -> Batch:
-        check_shared_memory(value for item in items for value in item.values())
-        batch = default_collate(list(items))
-        if self.tokenize is not None:
-            captions = batch["caption"]
-            if not isinstance(captions[0], str):  # a tuple of all first ones, …
-                captions = [text for same in captions for text in same]
-            batch["ids"], batch["mask"] = self.tokenize(captions)
-        return batch
+    check_shared_memory(value for item in items for value in item.values())
+    batch = default_collate(list(items))
+    if tokenize is not None:
+        captions = batch["caption"]
+        if not isinstance(captions[0], str):  # a tuple of all first ones, …
+            captions = [text for same in captions for text in same]
+        batch["ids"], batch["mask"] = tokenize(captions)
+    return batch
 
 
 def check_shared_memory(values: Iterable[Any]) -> None:

@@ -160,13 +160,12 @@ class SampleTable:
 
     def gains(self, positions: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Positions (n,) and gains (n, 2) float64, of all samples or of those at ``positions``."""
-        columns = self._base.execute(
-            f"SELECT {POSITION}, gain_image, gain_text FROM {self._chosen(positions, 'samples')} "
-            f"ORDER BY {POSITION}"
-        ).fetchnumpy()
-        gains = [np.ma.asarray(columns[name], np.float64) for name in ("gain_image", "gain_text")]
-        filled = [np.ma.filled(column, np.nan) for column in gains]
-        return np.asarray(columns[POSITION], np.int64), np.stack(filled, axis=1)
+        found = self._base.sql(
+            f"SELECT {POSITION}::BIGINT, gain_image::DOUBLE, gain_text::DOUBLE "
+            f"FROM {self._chosen(positions, 'samples')} ORDER BY {POSITION}"
+        ).to_arrow_table()
+        rows, *gains = (column.to_numpy() for column in found.columns)
+        return rows, np.stack(gains, axis=1)
 
     def rows(self, positions: np.ndarray, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The given columns (SQL) of the samples at ``positions``, in their order."""

@@ -120,7 +120,15 @@ class Table(Container):
         self.repeats = naming is not None and naming.lower() in _KEYS
         light = file.read([n for n in (naming, column.get("status"), column.get("split")) if n])
         count = file.metadata.num_rows
-        names = light[naming].to_pylist() if naming else self._paths(file) or [None] * count
+        kind = file.schema_arrow.field(self._image).type
+        if naming:
+            names = light[naming].to_pylist()
+        elif pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+            # Hugging Face's image column may have the file name that an image had.
+            values = file.read([f"{self._image}.path"])[self._image].to_pylist()
+            names = [value["path"] if value else None for value in values]
+        else:
+            names = [None] * count
         stem = posixpath.basename(self.name).partition(".")[0]
         ids = [image_id(as_id(name) or f"{stem}-{row:06d}") for row, name in enumerate(names)]
         rows: Sequence[int] = range(count)
@@ -133,14 +141,6 @@ class Table(Container):
         self._problems = list(map(download_problem, status))
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
-
-    def _paths(self, file: pq.ParquetFile) -> list[str | None] | None:
-        """Hugging Face's image column may have the file name that an image had."""
-        kind = file.schema_arrow.field(self._image).type
-        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
-            return None
-        values = file.read([f"{self._image}.path"])[self._image].to_pylist()
-        return [value["path"] if value else None for value in values]
 
     def caption(self, number: int) -> Captioned:
         """The caption columns, in their order of preference."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from infogrowth.data.datasets import PairDataset
 from infogrowth.data.image_stores import LmdbImages, LmdbWriter, open_images
-from infogrowth.data.loading import Collate
+from infogrowth.data.loading import collate
 from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 
@@ -186,5 +186,5 @@ def test_a_batch_tokenizes_all_first_captions_before_all_second_ones():
         seen.extend(texts)
         return torch.zeros(len(texts), 1), torch.ones(len(texts), 1)
 
-    Collate(tokenize)([{"caption": ["a", "b"]}, {"caption": ["c", "d"]}])
+    collate([{"caption": ["a", "b"]}, {"caption": ["c", "d"]}], tokenize)
     assert seen == ["a", "c", "b", "d"]
