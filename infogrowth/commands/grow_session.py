@@ -150,13 +150,12 @@ class GrowSession:
         """Decide the rest of a source, batch by batch: those of its rows that ``chosen``, (stream
         rows,) bool, has; None takes all. Samples without id or caption are dropped."""
         source = self._sources[number]
-        choose = None if chosen is None else (lambda batch: chosen[batch.rows])
         quiet = not (is_main() and log.isEnabledFor(logging.INFO))
         with tqdm(
             desc=what, total=source.rows, initial=source.position, unit="pair",
             disable=True if quiet else None,
         ) as bar:  # fmt: skip
-            for batch in stream.batches(batch_size, source.position, source.rows, choose):
+            for batch in stream.batches(batch_size, source.position, source.rows, chosen):
                 captions, image = batch.captions, batch.image
                 if self._config.modality == "image" and "label" in batch.extra:
                     labels = batch.extra["label"]

@@ -277,14 +277,14 @@ def _seeds(config: Config) -> _Seeds | None:
         return None
     ids = read_ids(config.seed_ids) if config.seed_ids else None
     stream = _open_pairs(folder)
-    batches = list(
-        stream.batches(
-            _ROWS, choose=lambda b: np.array([ids is None or i in ids for i in b.ids], bool)
-        )
+    joined = FeatureBatch.join(
+        [
+            batch.take(np.flatnonzero([ids is None or name in ids for name in batch.ids]))
+            for batch in stream.batches(_ROWS)
+        ]
     )
-    if not batches:
+    if not len(joined):
         raise UserError(f"no sample of the features is in {config.seed_ids or folder}")
-    joined = FeatureBatch.join(batches)
     image, text, usable = unit_pairs(joined.image, joined.text)
     names = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
     image, text = image[usable], text[usable]

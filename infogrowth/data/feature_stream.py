@@ -228,21 +228,20 @@ class FeatureStream:
         batch_size: int,
         start_row: int = 0,
         stop_row: int | None = None,
-        choose: Callable[[FeatureBatch], np.ndarray] | None = None,
+        chosen: np.ndarray | None = None,
     ) -> Iterator[FeatureBatch]:
         """Batches of ``batch_size`` samples (the last may be smaller) of the given rows, in order.
 
         Args:
-            choose: the samples to take of a batch, as ``(n,) bool``; the batches are filled up
+            chosen: the rows to take, as ``(rows of the stream,) bool``; the batches are filled up
                 with what follows, and ``rows`` gives the samples' row numbers. None takes all.
         """
         stop = self.rows if stop_row is None else stop_row
         pieces: list[FeatureBatch] = []
         missing = batch_size
         for piece in self._pieces(batch_size, start_row, stop):
-            if choose is not None:
-                taken = np.flatnonzero(choose(piece))
-                piece = piece if len(taken) == len(piece) else piece.take(taken)
+            if chosen is not None and not chosen[piece.rows].all():
+                piece = piece.take(np.flatnonzero(chosen[piece.rows]))
             while len(piece) >= missing:
                 yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
                 piece = piece.take(slice(missing, None))
