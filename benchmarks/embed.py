@@ -86,7 +86,7 @@ def run(config: Config) -> int:
         decoding = decoding_rate(pairs, encoder, config.batch_size, workers)
         model = model_rate(pairs, encoder, config.batch_size, device)
         identity = {"encoder": {"fingerprint": encoder.fingerprint}}
-        destination = FeatureWriter(output, identity, {}, len(pairs.ids), _SHARD)
+        destination = FeatureWriter(output, identity, len(pairs.ids), _SHARD)
         result = embed_pairs(pairs, encoder, destination, device, config.batch_size, workers)
         together = result.pairs / result.seconds
         row: dict[str, Any] = {

@@ -13,15 +13,6 @@ if TYPE_CHECKING:
     from infogrowth.encoders.models import DualEncoder
 
 
-COMPARED = {
-    "kind": "command",
-    "encoder": "encoder",
-    "samples": "annotation file or source",
-    "rows": "number of samples",
-    "shard_size": "shard size",
-}
-"""What an interrupted run and its continuation must agree on, and how the error calls it."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -82,7 +73,7 @@ def run(config: Config) -> int:
         rows = len(pairs.ids)
         captions: Sequence[str | None] = pairs.captions or [None] * rows
         output = FeatureWriter(
-            config.output, identity, COMPARED, rows, automatic(config.shard_size, None), part,
+            config.output, identity, rows, automatic(config.shard_size, None), part,
             samples=list(zip(pairs.ids, captions, strict=True)),
         )  # fmt: skip
         batch_size = automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type])

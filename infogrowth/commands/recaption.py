@@ -12,13 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from infogrowth.annotations import read_ids
-from infogrowth.commands.embed import (
-    COMPARED,
-    automatic,
-    encoder_identity,
-    parse_part,
-    print_summary,
-)
+from infogrowth.commands.embed import automatic, encoder_identity, parse_part, print_summary
 from infogrowth.config import option
 from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
 from infogrowth.data.features import open_features
@@ -124,9 +118,8 @@ def run(config: Config) -> int:
             **checked,
             "min_align": pending and pending.min_align,
         }
-        compared = {**COMPARED, "captioner": "captioner", "samples": "choice of samples"}
         size = automatic(config.shard_size, None)
-        output = FeatureWriter(config.output, identity, compared, len(pairs.ids), size, part)
+        output = FeatureWriter(config.output, identity, len(pairs.ids), size, part)
         batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
         extra: dict[str, list[Any]] = {}
         if captioner is not None and pending is not None:

@@ -17,7 +17,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ _FILES = {
     "metadata": "metadata/metadata_{}.parquet",
     "skipped": "skipped/{}.jsonl",
     "finished": "finished/{}.json",
+}
+# What a run and its continuation must agree on, and how the error calls it.
+_COMPARED = {
+    "kind": "command",
+    "encoder": "encoder",
+    "samples": "annotation file, source or choice of samples",
+    "rows": "number of samples",
+    "shard_size": "shard size",
+    "captioner": "captioner",
 }
 _MAX_ROWS, _MIN_ROWS, _WANTED_SHARDS = 10_000, 256, 64
 # Seconds for which a network file system may show a node an old list of another node's files.
@@ -130,10 +139,9 @@ class FeatureWriter:
 
     Args:
         directory: the folder, new or from an earlier run of the same job; all ranks see it.
-        identity: what the features depend on, in JSON types; goes to features.json. A value that
-            is a mapping with a ``fingerprint`` is compared by that alone.
-        compared: the keys of ``identity`` that may not differ between runs, with what each is
-            called when it does.
+        identity: what the features depend on, in JSON types; goes to features.json. "kind",
+            "encoder", "samples" and "captioner" may not differ between runs; a value that is a
+            mapping with a ``fingerprint`` is compared by that alone.
         rows: how many samples.
         shard_size: how many to a shard; None chooses.
         part: (2, 16) for the third of 16 independent jobs that share the folder.
@@ -154,7 +162,6 @@ class FeatureWriter:
         self,
         directory: str | os.PathLike[str],
         identity: Mapping[str, Any],
-        compared: Mapping[str, str],
         rows: int,
         shard_size: int | None = None,
         part: tuple[int, int] = (0, 1),
@@ -163,7 +170,7 @@ class FeatureWriter:
         self.directory = Path(directory)
         size = shard_size or automatic_shard_size(rows)
         self.identity = {**identity, "rows": rows, "shard_size": size}
-        self._compared, self._samples, self._part = compared, samples, part
+        self._samples, self._part = samples, part
         self._claims = f"shards {distributed.on_main(lambda: secrets.token_hex(8))}"
         self.finished, self.shards, self.pending, self._width = distributed.on_main(self._open)
         if self.finished:
@@ -224,12 +231,21 @@ class FeatureWriter:
 
     def _earlier(self, existing: Mapping[str, Any]) -> list[int]:
         """The shards that were made before the dataset grew; refuses a folder of something else."""
-        grown = existing and self._samples is not None
-        if not grown or existing.get("samples") == self.identity.get("samples"):
-            self._refuse_difference(existing, self._compared if existing else ())
+        if not existing:
+            return []
+        grown = self._samples is not None and existing.get("samples") != self.identity.get(
+            "samples"
+        )
+        for key, called in _COMPARED.items():
+            there, here = existing.get(key), self.identity.get(key)
+            may_differ = grown and key in ("samples", "rows", "shard_size")
+            if not may_differ and _fingerprint(there) != _fingerprint(here):
+                raise UserError(
+                    f"{self.directory} was made with another {called}: {_readable(there)} there, "
+                    f"{_readable(here)} now; give --output another folder"
+                )
+        if not grown:
             return existing.get("earlier_shards", [])
-        but = ("samples", "rows", "shard_size")  # what more samples may change
-        self._refuse_difference(existing, [key for key in self._compared if key not in but])
         containers = self.identity.get("containers", {})
         for name, version in existing.get("containers", {}).items():
             if containers.get(name) != version:
@@ -251,15 +267,6 @@ class FeatureWriter:
 
     def _describe(self, **state: Any) -> None:
         atomic_write_json(self.directory / "features.json", {**self.identity, **state}, indent=2)
-
-    def _refuse_difference(self, existing: Mapping[str, Any], keys: Iterable[str]) -> None:
-        for key in keys:
-            there, here = existing.get(key), self.identity.get(key)
-            if _fingerprint(there) != _fingerprint(here):
-                raise UserError(
-                    f"{self.directory} was made with another {self._compared[key]}: "
-                    f"{_readable(there)} there, {_readable(here)} now; give --output another folder"
-                )
 
     def _split(self, earlier: Sequence[int]) -> list[Sequence[int]]:
         """Rows by shard; those of earlier shards are theirs already, so they get none."""
@@ -299,7 +306,7 @@ class FeatureWriter:
                 new.append(row)
         for name, _ in embedded.elements():
             raise UserError(
-                f"{self.directory} was made with another {self._compared['samples']}: its sample "
+                f"{self.directory} was made with another {_COMPARED['samples']}: its sample "
                 f"{name!r} is gone or has another caption now; give --output another folder"
             )
         return new

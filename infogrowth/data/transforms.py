@@ -30,6 +30,8 @@ class EvaluationTransform:
         normalize: False gives ``uint8`` and leaves the rest to :func:`normalized` on the device.
     """
 
+    pixels_needed = None
+
     def __init__(self, size: int, normalize: bool = True) -> None:
         self.size, self.normalize = size, normalize
 

@@ -13,7 +13,7 @@ from infogrowth.errors import UserError
 
 
 def opened(folder, part=None, rows=23):
-    return FeatureWriter(folder, {"kind": "test"}, {"kind": "command"}, rows, 5, parse_part(part))
+    return FeatureWriter(folder, {"kind": "test"}, rows, 5, parse_part(part))
 
 
 def write(output, number):
@@ -62,8 +62,7 @@ def test_a_folder_that_grew_counts_all_shards_that_an_interrupted_run_left(tmp_p
     def opened_for(rows, size):
         samples = [(str(row), str(row)) for row in range(rows)]
         identity = {"kind": "test", "samples": str(rows)}
-        compared = {"kind": "command", "samples": "samples"}
-        return FeatureWriter(tmp_path / "f", identity, compared, rows, size, samples=samples)
+        return FeatureWriter(tmp_path / "f", identity, rows, size, samples=samples)
 
     first = opened_for(20, 5)
     write(first, 0), write(first, 3)

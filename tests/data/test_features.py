@@ -82,7 +82,7 @@ def test_numbers_are_padded_to_one_width(tmp_path):
     def opened_for(rows):
         samples = [(f"{row}", f"{row}") for row in range(rows)]
         identity = {"samples": f"{rows}"}
-        return FeatureWriter(tmp_path, identity, {}, rows, shard_size=1, samples=samples)
+        return FeatureWriter(tmp_path, identity, rows, shard_size=1, samples=samples)
 
     assert opened_for(5).name(3) == "3"
     write_shard(tmp_path, "3", ["3"], ["3"], IMAGE[:1], TEXT[:1])
@@ -135,7 +135,7 @@ def test_a_killed_write_leaves_no_finished_shard(tmp_path, monkeypatch):
 
 
 def test_skipped_samples_are_joined_in_shard_order_and_counted(tmp_path):
-    writer = FeatureWriter(tmp_path, {}, {}, rows=2, shard_size=1)
+    writer = FeatureWriter(tmp_path, {}, rows=2, shard_size=1)
     no_image = [{"id": "z", "reason": "no image"}]
     write_shard(tmp_path, "1", [], [], IMAGE[:0], TEXT[:0], skipped=no_image)
     strange = "y\u2028\x85\n"  # where str.splitlines would break a line

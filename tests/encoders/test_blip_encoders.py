@@ -164,7 +164,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
             return ["a red cat", "", "the sea"][: len(given)]
 
     encoder = load_encoder(str(blip_folder))
-    output = FeatureWriter(tmp_path / "table", {}, {}, rows=3, shard_size=3)
+    output = FeatureWriter(tmp_path / "table", {}, rows=3, shard_size=3)
     table = ListedPairs([(name, "old words", None) for name in "xyz"], Images())
     embed_pairs(table, encoder, output, CPU, batch_size=3, captioner=Taciturn())
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
