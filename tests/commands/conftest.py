@@ -1,7 +1,9 @@
 """Feature folders and tables for the tests of the commands, made of the golden selection."""
 
 import json
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,28 @@ def feature_folder(tmp_path: Path) -> Callable[..., Path]:
         return write_folder(tmp_path / name, **content)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a command in a forked child, which may be killed at a step (see forked_runs.py); returns
+    what it answers."""
+    server = Path(__file__).with_name("forked_runs.py")
+    start = (
+        "import runpy, infogrowth.encoders.blip, infogrowth.encoders.embedding\n"
+        f"runpy.run_path({str(server)!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin and process.stdout
+
+    def run(arguments: Sequence[object], **request: Any) -> dict[str, Any]:
+        line = json.dumps({"args": list(map(str, arguments)), **request})
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.wait()

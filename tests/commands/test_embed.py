@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -211,28 +210,6 @@ def test_nodes_that_share_no_disk_are_refused_before_any_work(dataset, encoder, 
     assert processes[0].returncode == 2 and processes[1].returncode in (1, 2)
     assert "rank 1" in errors[0]
     assert not list(tmp_path.glob("*/features/img_emb/*"))
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """Runs a command in a forked child that is killed at a chosen step (see forked_runs.py)."""
-    server = Path(__file__).with_name("forked_runs.py")
-    start = (
-        "import runpy, infogrowth.encoders.blip, infogrowth.encoders.embedding\n"
-        f"runpy.run_path({str(server)!r}, run_name='__main__')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def run(arguments, **request):
-        process.stdin.write(json.dumps({"args": arguments, **request}) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield run
-    process.stdin.close()
-    process.wait()
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(

@@ -1,33 +1,10 @@
 """A killed `grow` goes on where it was and ends with the same bytes as an uninterrupted one."""
 
-import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from infogrowth.growth.ledger import read_growth
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """Runs a command in a forked child (see forked_runs.py); returns what it answers."""
-    server = Path(__file__).with_name("forked_runs.py")
-    process = subprocess.Popen(
-        [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def run(args, **request):
-        request["args"] = [str(argument) for argument in args]
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield run
-    process.stdin.close()
-    process.wait()
 
 
 @pytest.fixture

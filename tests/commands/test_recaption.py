@@ -3,9 +3,6 @@
 import io
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -341,25 +338,15 @@ def test_an_image_that_is_gone_is_skipped_and_recorded(work, model, tmp_path, th
 
 
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(
-    work, model, threshold, recaptioned, tmp_path
+    work, model, threshold, recaptioned, tmp_path, forked
 ):
-    output = tmp_path / "table"
-    server = Path(__file__).with_name("forked_runs.py")
-    start = (
-        "import runpy, infogrowth.encoders.blip, infogrowth.encoders.embedding\n"
-        f"runpy.run_path({str(server)!r}, run_name='__main__')"
-    )
-    requests = [{"kill_at_step": step} for step in (8, 17, 19)] + [{}]
-    lines = [
-        json.dumps({"args": _before(work, model, threshold, output), **request})
-        for request in requests
-    ]
-    ran = subprocess.run(
-        [sys.executable, "-c", start], input="\n".join(lines) + "\n", capture_output=True, text=True
-    )
-    answers = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [a["status"] for a in answers] == [-signal.SIGKILL] * 3 + [0], answers
-    assert _files(output) == _files(recaptioned)
+    arguments = _before(work, model, threshold, tmp_path / "table")
+    for step in (8, 17, 19):
+        answer = forked(arguments, kill_at_step=step)
+        assert answer["status"] == -signal.SIGKILL, answer["printed"]
+    answer = forked(arguments)
+    assert answer["status"] == 0, answer["printed"]
+    assert _files(tmp_path / "table") == _files(recaptioned)
 
 
 def test_another_captioner_or_choice_of_samples_is_refused(
