@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import call
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def open_features(
 
     def stream(layout: str, shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            return FeatureStream(folder, layout, list(pool.map(lambda open: open(), shards)), about)
+            return FeatureStream(folder, layout, list(pool.map(call, shards)), about)
 
     folder = as_path(path)
     if folder.is_file():
