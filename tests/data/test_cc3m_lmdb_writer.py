@@ -65,11 +65,6 @@ def skipped(folder: Path, split: str = "train") -> dict[str, str]:
     return {row["id"]: row["reason"] for row in map(json.loads, lines)}
 
 
-@pytest.fixture(scope="module")
-def pairs(jpegs):
-    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_train_and_val_of_every_layout_are_packed(tmp_path, pairs, layout, capsys):
     """Trap 1: keys without extension, annotations really written, readable by the training set."""

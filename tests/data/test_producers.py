@@ -9,11 +9,6 @@ from PIL import Image
 from infogrowth.data.sources import open_source, open_splits
 
 
-@pytest.fixture(scope="module")
-def pairs(jpegs):
-    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
-
-
 def found(source):
     return {sample.id: (sample.data, sample.caption) for sample in source if not sample.problem}
 

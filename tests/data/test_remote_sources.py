@@ -15,11 +15,6 @@ from infogrowth.data.sources import open_source
 from infogrowth.errors import UserError
 
 
-@pytest.fixture
-def pairs(jpegs):
-    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
-
-
 @pytest.mark.parametrize("layout", ["files", "webdataset", "parquet", "imagefolder below train"])
 def test_an_address_gives_the_samples_of_the_folder(tmp_path, pairs, upload, layout):
     LAYOUTS[layout](tmp_path, pairs)

@@ -18,11 +18,6 @@ from infogrowth.errors import UserError
 KINDS = {"files": "files", "webdataset": "webdataset", "parquet": "parquet"}
 
 
-@pytest.fixture
-def pairs(jpegs):
-    return {key: (data, f"image number {int(key)}") for key, data in jpegs.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_samples_in_order(tmp_path, pairs, layout):
     LAYOUTS[layout](tmp_path, pairs)
