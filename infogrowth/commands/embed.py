@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from infogrowth.encoders.models import DualEncoder
 
 
-
 @dataclass(frozen=True)
 class Config:
     """Options of `embed`."""
