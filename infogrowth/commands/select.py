@@ -70,7 +70,14 @@ def run(config: Config) -> int:
         before = choice.gains
         if config.where is not None:
             choice = _meeting_condition(config.where, choice)
-        rows = _by_gain(config, choice.gains)
+        if config.top is not None:
+            rows = select_top(choice.gains, config.top)
+        elif config.bernoulli:
+            rows = select_bernoulli(choice.gains, config.seed)
+            if len(rows) == 0:
+                raise UserError("no sample was drawn; give another --seed, or --top N")
+        else:
+            rows = np.arange(len(choice.gains))
         probability = np.zeros(len(choice.gains))
         # With --top all gains may be zero: then no uid is repeated.
         if (choice.gains.mean(axis=1) > 0).any():
@@ -205,17 +212,6 @@ def _meeting_condition(condition: str, choice: _Choice) -> _Choice:
         raise UserError(f"no sample meets the condition {condition!r}")
     _, gains = choice.table.gains(positions)
     return replace(choice, positions=positions, gains=gains, extra=[*choice.extra, *used])
-
-
-def _by_gain(config: Config, gains: np.ndarray) -> np.ndarray:
-    if config.top is not None:
-        return select_top(gains, config.top)
-    if not config.bernoulli:
-        return np.arange(len(gains))
-    rows = select_bernoulli(gains, config.seed)
-    if len(rows) == 0:
-        raise UserError("no sample was drawn; give another --seed, or --top N")
-    return rows
 
 
 def _write_shards(config: Config, folder: Path, choice: _Choice) -> None:

@@ -121,10 +121,11 @@ def open_growth(directory: str | os.PathLike[str]) -> GrowthTable:
     table = _last_decisions(
         folder.decisions([*TEXTS, *NUMBERS, "source", "source_row", *_NEIGHBORS]), folder.sources
     )
-    names = np.array([_source_name(source) for source in folder.sources] or [""], dtype=object)
+    kinds = {"seed": "seeds from ", "retry": "processed again from "}
+    names = [kinds.get(s.kind, "") + (Path(s.features).name or s.features) for s in folder.sources]
     rows = table.select([*TEXTS, *NUMBERS]).to_pandas()
     rows = rows.fillna(dict.fromkeys(TEXTS, "")).astype(dict.fromkeys(NUMBERS, np.float64))
-    rows["source"] = names[table["source"].to_numpy()]
+    rows["source"] = np.array(names or [""], object)[table["source"].to_numpy()]
     return GrowthTable(
         Path(directory).resolve().name,
         rows,
@@ -167,11 +168,6 @@ def _last_decisions(table: pa.Table, sources: list[SourceProgress]) -> pa.Table:
     )
     again = samples.duplicated(keep="last").to_numpy()
     return table.filter(pa.array(~again)) if again.any() else table
-
-
-def _source_name(source: SourceProgress) -> str:
-    kind = {"seed": "seeds from ", "retry": "processed again from "}.get(source.kind, "")
-    return kind + (Path(source.features).name or source.features)
 
 
 def _skipped(sources: list[SourceProgress]) -> dict[str, int]:

@@ -67,7 +67,6 @@ def dataset_context(
         "table": table,
         "address": thumbnails.address,
         "headline": dataset.headline(table),
-        "settings_line": settings_line(table),
         "note": thumbnails.note,
         "sources": list(dataset.by_source(table).itertuples()),
         "figures": _figures(table, curve, visits),
@@ -104,19 +103,3 @@ def _figures(
         data = table.estimate, table.min_align
         charts["purity"] = partial(svg, "purity", SMALL, draw_purity, *data)
     return charts
-
-
-def settings_line(table: GrowthTable) -> str:
-    """The settings that matter in one line."""
-    if table.neighbors is None:
-        return "A result JSON: kept samples with their gains. A growth folder shows more."
-    settings = table.settings
-    # An encoder from a folder is named by its path: the last part says enough.
-    encoder = str((settings.get("encoder") or {}).get("name") or "").rstrip("/").rsplit("/", 1)[-1]
-    parts = [
-        f"features of {encoder}" if encoder else None,
-        f"alignment threshold {table.min_align:.3g}" if table.min_align is not None else None,
-        f"gain over {settings['k']} nearest neighbors" if settings.get("k") else None,
-    ]
-    line = ", ".join(part for part in parts if part)
-    return line[:1].upper() + line[1:] + "."
