@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from infogrowth.cli import VERBS
+
 GROUND = {
     "errors",
     "files",
@@ -107,7 +109,11 @@ def test_programs_import_the_package_before_torch(path):
 
 @pytest.mark.parametrize(
     "statement",
-    ["import infogrowth", "from infogrowth import load_annotations", "import infogrowth.cli"],
+    [
+        "import infogrowth",
+        "from infogrowth import load_annotations",
+        f"import {', '.join(f'infogrowth.commands.{verb}' for verb in VERBS)}",
+    ],
 )
 def test_light_imports_stay_light(statement):
     check = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
