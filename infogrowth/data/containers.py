@@ -109,7 +109,18 @@ class Files(Container):
             downloads: the downloader's table of what should be there.
         """
         self._is_json = bytes(extension_of(file) == ".json" for file in names)
-        problems = self._read_downloads(downloads) if downloads else {}
+        problems: dict[str, str | None] = {}  # why a download failed; None if it must be there
+        if downloads:
+            try:
+                with self._tree.path(downloads).open("rb") as file:
+                    rows = pq.read_table(file, columns=["key", "status"])
+            except (OSError, pa.ArrowException) as error:
+                self.notes.append(unreadable(downloads, error))
+            else:
+                keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
+                reasons = list(map(download_problem, rows["status"].to_pylist()))
+                failed = {key: why for key, why in zip(keys, reasons, strict=True) if why}
+                problems = {**dict.fromkeys(keys), **failed}
         missing = problems.keys() - {entry.id for entry in entries}
         entries = [*entries, *(Entry(key, -1, (), NO_IMAGE) for key in missing)]
         entries.sort(key=lambda entry: entry.id)
@@ -123,19 +134,6 @@ class Files(Container):
         self._images = array("q", (entry.image for entry in entries))
         self._captions = array("q", (file for entry in entries for file in entry.captions))
         self._ends = array("q", np.cumsum([0, *(len(entry.captions) for entry in entries)]))
-
-    def _read_downloads(self, table: str) -> dict[str, str | None]:
-        """By key why a download failed; None for one that must be there."""
-        try:
-            with self._tree.path(table).open("rb") as file:
-                rows = pq.read_table(file, columns=["key", "status"])
-        except (OSError, pa.ArrowException) as error:
-            self.notes.append(unreadable(table, error))
-            return {}
-        keys = [image_id(as_id(key) or "") for key in rows["key"].to_pylist()]
-        problems = list(map(download_problem, rows["status"].to_pylist()))
-        failed = {key: problem for key, problem in zip(keys, problems, strict=True) if problem}
-        return {**dict.fromkeys(keys), **failed}
 
     def _read(self, file: int) -> bytes:
         raise NotImplementedError

@@ -189,7 +189,16 @@ def write_shards(
         UserError: the folder holds shards of another selection, or the disk is full.
     """
     shards = range(-(-count // shard_size))
-    _refuse_others(directory, len(shards))
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output {directory} is a file; give a folder for the shards")
+    if directory.is_dir():
+        remove_leftovers(directory)
+        ours = {f"{number:05d}.{kind}" for number in shards for kind in ("tar", "parquet")}
+        if other := sorted({path.name for path in directory.iterdir()} - ours - {_SIZES}):
+            raise UserError(
+                f"--output {directory} holds {other[0]!r}, which is not of this selection; "
+                "give an empty folder"
+            )
     written = Written(shards=len(shards))
     sizes: dict[str, int] = {}
     remaining = iter(rows)
@@ -211,20 +220,6 @@ def write_shards(
             bar.update(len(part))
     atomic_write_json(directory / _SIZES, sizes, indent=1)
     return written
-
-
-def _refuse_others(directory: Path, shards: int) -> None:
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"--output {directory} is a file; give a folder for the shards")
-    remove_leftovers(directory)
-    ours = {f"{number:05d}.{kind}" for number in range(shards) for kind in ("tar", "parquet")}
-    if other := sorted({path.name for path in directory.iterdir()} - ours - {_SIZES}):
-        raise UserError(
-            f"--output {directory} holds {other[0]!r}, which is not of this selection; "
-            "give an empty folder"
-        )
 
 
 def _finished(tar: Path, part: list[Mapping[str, Any]]) -> pa.Table | None:

@@ -90,8 +90,13 @@ def write_shard(
     lengths = {name: len(values) for name, values in (columns | arrays).items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"shard {name}: lengths differ: {lengths}")
-    for kind, rows in arrays.items():
-        atomic_write_array(files[kind], _half_unit_rows(rows))
+    for kind, features_ND in arrays.items():
+        rows = np.asarray(features_ND, np.float32)
+        norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1, keepdims=True))
+        # Zero rows stay zero, bad rows stay bad for `grow` to see.
+        with np.errstate(invalid="ignore", over="ignore"):
+            halves = (rows / np.where(norms > 0, norms, 1)).astype(np.float16)
+        atomic_write_array(files[kind], halves)
     with atomic_write(files["metadata"]) as file:
         pq.write_table(pa.table(columns), file)
     with atomic_write(files["skipped"], "w") as file:
@@ -116,14 +121,6 @@ def _markers(directory: Path) -> list[Path]:
 
 def _json_line(entry: Mapping[str, str]) -> str:
     return json.dumps(dict(entry), ensure_ascii=False) + "\n"
-
-
-def _half_unit_rows(features: np.ndarray) -> np.ndarray:
-    """Rows at unit length as float16; zero rows stay zero, bad rows stay bad for `grow` to see."""
-    rows = np.asarray(features, np.float32)
-    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1, keepdims=True))
-    with np.errstate(invalid="ignore", over="ignore"):
-        return (rows / np.where(norms > 0, norms, 1)).astype(np.float16)
 
 
 def automatic_shard_size(rows: int) -> int:

@@ -50,6 +50,8 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_OUTSIDE = "its file_name leads out of the folder"
+_GONE = "the file that the metadata names is missing"
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")
 _DELIMITERS = (",", "\t", ";", "|")
 
@@ -236,7 +238,9 @@ def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Rec
                 elif (file := _find(name, folder, tree.root, known)) is not None:
                     found.append((file, problem or _caption(fields), split))
                 else:
-                    missing.append((folder, name, split, _reason_missing(name)))
+                    form = name.replace("\\", "/")
+                    outside = form.startswith("/") or ".." in form.split("/")
+                    missing.append((folder, name, split, _OUTSIDE if outside else _GONE))
         except (OSError, pa.ArrowException, ValueError, RecursionError) as error:
             records.notes.append(unreadable(table, error))
             continue
@@ -271,13 +275,6 @@ def _find(name: str, folder: str, root: str, known: Mapping[str, str]) -> str | 
                 return known[clean_name(path)]
             above = posixpath.dirname(above) if above else None
     return None
-
-
-def _reason_missing(name: str) -> str:
-    form = name.replace("\\", "/")
-    if form.startswith("/") or ".." in form.split("/"):
-        return "its file_name leads out of the folder"
-    return "the file that the metadata names is missing"
 
 
 Line = tuple[int, dict[str, Any], str | None]  # number, fields by lower-case name, problem

@@ -170,6 +170,10 @@ def _write(
     skipped |= {row: EMPTY_CAPTION for row, caption in captions.items() if not caption}
     captions = {row: caption for row, caption in captions.items() if caption}
     images = [image for _, (_, image, _) in shard if image is not None]
+    records = []
+    for row, problem in sorted(skipped.items()):
+        reason, _, detail = problem.partition(": ")  # reasons can be counted, details all differ
+        records.append({"id": ids[row], "reason": reason} | ({"detail": detail} if detail else {}))
     write_shard(
         output.directory,
         output.name(shard[0][0].shard),
@@ -178,7 +182,7 @@ def _write(
         torch.cat(images).numpy() if images else None,
         torch.cat([text for _, (_, _, text) in shard]).numpy(),
         {name: [column[row] for row in captions] for name, column in extra.items()},
-        [_skipped(ids[row], why) for row, why in sorted(skipped.items())],
+        records,
     )
     return len(captions)
 
@@ -225,9 +229,3 @@ def workers_for(device: torch.device) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(_MAX_WORKERS, (cores or 1) // distributed.local_world_size() - 1))
-
-
-def _skipped(sample: str, problem: str) -> dict[str, str]:
-    """A record of a bad sample: reasons are few and can be counted, details are all different."""
-    reason, _, detail = problem.partition(": ")
-    return {"id": sample, "reason": reason} | ({"detail": detail} if detail else {})
