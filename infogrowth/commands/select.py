@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,38 +64,37 @@ class Config:
 def run(config: Config) -> int:
     """Choose samples and write them in their order, extra keys and all."""
     _check(config)
-    with ExitStack() as stack:
-        choice = _from_growth(config, stack) if config.growth else _from_annotations(config, stack)
-        before = choice.gains
-        if config.where is not None:
-            choice = _meeting_condition(config.where, choice)
-        if config.top is not None:
-            rows = select_top(choice.gains, config.top)
-        elif config.bernoulli:
-            rows = select_bernoulli(choice.gains, config.seed)
-            if len(rows) == 0:
-                raise UserError("no sample was drawn; give another --seed, or --top N")
-        else:
-            rows = np.arange(len(choice.gains))
-        probability = np.zeros(len(choice.gains))
-        # With --top all gains may be zero: then no uid is repeated.
-        if (choice.gains.mean(axis=1) > 0).any():
-            probability = normalized_gains(choice.gains)
-        choice = replace(choice, positions=choice.positions[rows], gains=choice.gains[rows])
-        for path in config.output:
-            if is_folder_output(path):
-                _write_shards(config, Path(path), choice)
-                continue
-            repeats = partial(uid_repeats, probability[rows], config.uid_repeats)
-            # What a result JSON knows is in its entries, unless a condition added to it.
-            tables = choice.rows if choice.entries is None or choice.extra else None
-            options = config.legacy_strings, repeats, config.file_ending
-            write_export(path, choice.samples(), tables, *options)
-        log.info(
-            "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
-            *(f"{len(rows):,}", f"{len(before):,}", choice.gains.mean(), before.mean()),
-            ", ".join(config.output),
-        )
+    choice = _from_growth(config) if config.growth else _from_annotations(config)
+    before = choice.gains
+    if config.where is not None:
+        choice = _meeting_condition(config.where, choice)
+    if config.top is not None:
+        rows = select_top(choice.gains, config.top)
+    elif config.bernoulli:
+        rows = select_bernoulli(choice.gains, config.seed)
+        if len(rows) == 0:
+            raise UserError("no sample was drawn; give another --seed, or --top N")
+    else:
+        rows = np.arange(len(choice.gains))
+    probability = np.zeros(len(choice.gains))
+    # With --top all gains may be zero: then no uid is repeated.
+    if (choice.gains.mean(axis=1) > 0).any():
+        probability = normalized_gains(choice.gains)
+    choice = replace(choice, positions=choice.positions[rows], gains=choice.gains[rows])
+    for path in config.output:
+        if is_folder_output(path):
+            _write_shards(config, Path(path), choice)
+            continue
+        repeats = partial(uid_repeats, probability[rows], config.uid_repeats)
+        # What a result JSON knows is in its entries, unless a condition added to it.
+        tables = choice.rows if choice.entries is None or choice.extra else None
+        options = config.legacy_strings, repeats, config.file_ending
+        write_export(path, choice.samples(), tables, *options)
+    log.info(
+        "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
+        *(f"{len(rows):,}", f"{len(before):,}", choice.gains.mean(), before.mean()),
+        ", ".join(config.output),
+    )
     return 0
 
 
@@ -161,7 +159,7 @@ def _check(config: Config) -> None:
         raise UserError("shards hold images: give --images, the LMDB or folder that has them")
 
 
-def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
+def _from_annotations(config: Config) -> _Choice:
     annotations = load_annotations(str(config.annotations))
     if not annotations:
         raise UserError(f"{config.annotations} holds no samples to select from")
@@ -169,12 +167,11 @@ def _from_annotations(config: Config, stack: ExitStack) -> _Choice:
     choice = _Choice(np.arange(len(annotations)), gains, entries=annotations)
     if config.where is not None:
         columns = columns_of(annotations, gains)
-        table = SampleTable(columns, "SELECT * FROM {source}", config.scores)
-        choice.table = stack.enter_context(table)
+        choice.table = SampleTable(columns, "SELECT * FROM {source}", config.scores)
     return choice
 
 
-def _from_growth(config: Config, stack: ExitStack) -> _Choice:
+def _from_growth(config: Config) -> _Choice:
     parts = read_growth(str(config.growth)).decision_files
     if not parts:
         raise UserError(f"{config.growth} holds no samples yet; run `python -m infogrowth grow`")
@@ -190,7 +187,7 @@ def _from_growth(config: Config, stack: ExitStack) -> _Choice:
         query += f"true QUALIFY row_number() OVER ({latest}) = 1"
         if config.among == "dropped":
             query = f"SELECT * FROM ({query}) WHERE verdict = 'dropped'"
-    table = stack.enter_context(SampleTable(parts, query, config.scores))
+    table = SampleTable(parts, query, config.scores)
     if table.count == 0:
         raise UserError(f"{config.growth} holds no samples that were {config.among}")
     return _Choice(*table.gains(), table, extra=list(_PROVENANCE))

@@ -7,7 +7,9 @@ written anew from the syntax tree.
 """
 
 import json
+import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ class ScoreTable:
 
 
 class SampleTable:
-    """Samples in order, and score tables joined to them by id; a context manager.
+    """Samples in order, and score tables joined to them by id.
 
     Ids meet as they are, else without folder and image extension (``a/1.jpg`` meets ``1``) where
     that is unique. Of an id that a score table has several times the first row counts.
@@ -98,33 +100,23 @@ class SampleTable:
         self.scores = _score_tables(scores)
         files = [] if isinstance(samples, pa.Table) else [str(path) for path in samples]
         readable = [*files, *(file for table in self.scores for file in table.files)]
-        self._spill = tempfile.TemporaryDirectory(prefix="infogrowth-select-")
+        # Made where memory does not suffice, and removed by the database at its end.
+        spill = os.path.join(tempfile.gettempdir(), f"infogrowth-select-{secrets.token_hex(8)}")
         extensions = ("autoinstall_known_extensions", "autoload_known_extensions")
         self._base = duckdb.connect(
-            config={"temp_directory": self._spill.name, **dict.fromkeys(extensions, False)}
+            config={"temp_directory": spill, **dict.fromkeys(extensions, False)}
         )
-        try:
-            self._base.execute(f"SET allowed_paths = {_literal(readable)}")
-            self._base.execute("SET enable_external_access = false")
-            self._base.execute("SET lock_configuration = true")
-            source = f"read_parquet({_literal(files)})"
-            if isinstance(samples, pa.Table):
-                self._base.register(source := "given", samples)
-            self._base.execute(f"CREATE VIEW samples AS {query.format(source=source)}")
-            self.count = self._rows("SELECT count(*) FROM samples")[0][0]
-            for number, table in enumerate(self.scores):
-                self._meet(f"met_{number}", table)
-            self._joined = "samples"
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> "SampleTable":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._base.close()
-        self._spill.cleanup()
+        self._base.execute(f"SET allowed_paths = {_literal(readable)}")
+        self._base.execute("SET enable_external_access = false")
+        self._base.execute("SET lock_configuration = true")
+        source = f"read_parquet({_literal(files)})"
+        if isinstance(samples, pa.Table):
+            self._base.register(source := "given", samples)
+        self._base.execute(f"CREATE VIEW samples AS {query.format(source=source)}")
+        self.count = self._rows("SELECT count(*) FROM samples")[0][0]
+        for number, table in enumerate(self.scores):
+            self._meet(f"met_{number}", table)
+        self._joined = "samples"
 
     def filter(self, condition: str) -> tuple[np.ndarray, list[Clause], list[str]]:
         """The positions (n,) int64 of the samples that meet ``condition``, ascending; what each of

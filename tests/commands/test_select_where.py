@@ -173,10 +173,8 @@ def test_only_an_expression_over_columns_is_a_condition(condition, word, tmp_pat
     scores = score_file(tmp_path / "s.parquet", ["a"], aesthetic=[5.0], caption=["one"])
     columns = {"id": ["a"], "gain": [0.5], "verdict": ["kept"], "caption": ["one"]}
     samples = pa.table({"sample_position": [0], **columns})
-    with (
-        SampleTable(samples, "SELECT * FROM {source}", [str(scores)]) as table,
-        pytest.raises(UserError, match=word.replace("(", r"\(")),
-    ):
+    table = SampleTable(samples, "SELECT * FROM {source}", [str(scores)])
+    with pytest.raises(UserError, match=word.replace("(", r"\(")):
         table.filter(condition)
 
 
@@ -226,6 +224,7 @@ def test_exact_ids_meet_the_first_row_of_their_name(tmp_path_factory, ids, their
     score_file(path, theirs, s=list(range(len(theirs))))
     first = {name: row for row, name in reversed(list(enumerate(theirs)))}
     samples = pa.table({"sample_position": range(len(ids)), "id": ids})
-    with SampleTable(samples, "SELECT * FROM {source}", [str(path)]) as table:
-        chosen, _, _ = table.filter(f"s >= {bound}")
+    chosen, _, _ = SampleTable(samples, "SELECT * FROM {source}", [str(path)]).filter(
+        f"s >= {bound}"
+    )
     assert chosen.tolist() == [n for n, name in enumerate(ids) if first.get(name, -1) >= bound]
