@@ -271,7 +271,7 @@ def certificate(machine: Machine) -> Iterator[Row]:
             coder = Coder(dimension, device)
             with loose_precision(device), full_precision():
                 codes, error = coder.encode(rows.to(device))
-                product = multiply(codes[None, : len(few)], codes[None])[0]
+                product = multiply(codes[: len(few)], codes)
             found.append((codes.cpu(), error.cpu().double(), product.cpu()))
         (codes, error, product), (codes_there, _, product_there) = found
         same = torch.equal(codes, codes_there) and torch.equal(product, product_there)

@@ -11,17 +11,22 @@ in and which a query reads is the same on every device, at any batch size and nu
 
 from __future__ import annotations
 
+from math import log
+from typing import Any
+
 import numpy as np
 import torch
 
-from infogrowth.neighbors.codes import multiply
+from infogrowth.neighbors.codes import best_of, multiply
 from infogrowth.rows import fold_sum
 
-CELLS_PER_ROOT = 2.5  # cells per square root of the rows: what is read balances what is compared
+CELLS_PER_ROOT = 3.5  # cells per square root of the rows: what is read balances what is compared
 SAMPLE_PER_CELL = 16  # rows from which a center is learned
 ROUNDS = 3  # of k-means: more of either make no difference to the gain error
 SECOND_AMONG = 12  # nearest cells, one of which becomes a row's second
 LEAST_SQUARE = 0.1  # of the distance from the first center, where directions mean something
+NEARLY = 1 / 8  # of a cosine: how much less near a cell may be to be read
+WIDTH = 16  # of which cells' widths are multiples, so that many are alike
 PORTION = 1024  # rows compared with the centers at once
 TOGETHER = 1 << 16  # rows that get their cells at once
 
@@ -49,20 +54,24 @@ def learn_centers(
 
 
 def nearest(
-    codes_ND: torch.Tensor, centers_JD: torch.Tensor, count: int
+    codes_ND: torch.Tensor, centers_JD: torch.Tensor, count: int, threads: Any = map
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest `count` cells of each row (N, count), of equally near ones the first, and the
     products with their centers; nearest first."""
     cells = len(centers_JD)
     small = cells * centers_JD.shape[1] * 600 < 2**31
-    last_first_J = torch.arange(cells - 1, -1, -1, device=codes_ND.device)
-    shape = len(codes_ND), min(count, cells)
     dtype = torch.int32 if small else torch.int64
+    last_first_J = torch.arange(cells - 1, -1, -1, device=codes_ND.device, dtype=dtype)
+    shape = len(codes_ND), min(count, cells)
     # Into one tensor: small ones kept between large ones that go would scatter the memory.
     keys = torch.empty(shape, dtype=dtype, device=codes_ND.device)
-    for part, found in zip(codes_ND.split(PORTION), keys.split(PORTION), strict=True):
-        products = multiply(part[None], centers_JD[None])[0].to(dtype)
-        found.copy_(products.mul_(cells).add_(last_first_J).topk(shape[1]).values)
+
+    def enter(at: int) -> None:
+        part = slice(at, at + PORTION)
+        products = multiply(codes_ND[part], centers_JD).to(dtype)
+        keys[part] = best_of(products.mul_(cells).add_(last_first_J), shape[1]).flip(1)
+
+    list(threads(enter, list(range(0, len(codes_ND), PORTION))))
     products = keys.div(cells, rounding_mode="floor")
     return cells - 1 - (keys - products * cells), products
 
@@ -70,29 +79,28 @@ def nearest(
 class Layout:
     """Rows by cell, in ascending order within each; a cell's part is filled up with `rows`.
 
-    Cell j has `numbers` (int32) from `starts[j]` on, `widths[j]` of them: a multiple of `groups`.
-    Its l-th group are those at l, l + groups, l + 2·groups …: maxima of such are the cheapest.
+    Cell j has `numbers` (int32) from `starts[j]` on, `widths[j]` of them, in groups of `members`:
+    of L groups the l-th are those at l, l + L, l + 2 L …, for maxima of such are the cheapest.
 
     Args:
         cells_MC: the C cells of each row; rows with cell number `count` lie in none.
         count: how many cells there are.
-        groups: how many a cell has.
+        members: of a group; widths are multiples of it and of `WIDTH`.
     """
 
-    def __init__(self, cells_MC: torch.Tensor, count: int, groups: int) -> None:
-        self.rows, self.copies = cells_MC.shape
-        self.groups, flat = groups, cells_MC.flatten()
+    def __init__(self, cells_MC: torch.Tensor, count: int, members: int = 1) -> None:
+        (self.rows, copies), self.members = cells_MC.shape, members
+        flat, step = cells_MC.flatten(), max(members, WIDTH)
         order = flat.argsort(stable=True)
         sizes = torch.bincount(flat, minlength=count + 1)[:count].cpu()
-        widths = sizes.add(groups - 1).div(groups, rounding_mode="floor").mul(groups)
+        widths = sizes.add(step - 1).div(step, rounding_mode="floor").mul(step)
         starts = widths.cumsum(0) - widths
         moved = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes).to(flat.device)
         shape = int(widths.sum())
         self.numbers = torch.full((shape,), self.rows, dtype=torch.int32, device=flat.device)
         at = torch.arange(len(moved), device=flat.device) + moved
-        self.numbers[at] = (order[: len(moved)] // self.copies).int()
+        self.numbers[at] = (order[: len(moved)] // copies).int()
         self.starts, self.widths = starts.numpy(), widths.numpy()
-        self.first, self.members = starts.to(flat.device), (widths // groups).to(flat.device)
 
 
 class Cells:
@@ -101,14 +109,14 @@ class Cells:
     def __init__(self, centers_JD: torch.Tensor, unit: float) -> None:
         self.centers_JD, self._unit = centers_JD, unit
         self.read = 1  # how many cells a query reads
-        self._between_JJ = multiply(centers_JD[None], centers_JD[None])[0]
+        self._between_JJ = multiply(centers_JD, centers_JD)
         self._of_row_M2 = torch.empty((0, 2), dtype=torch.int32, device=centers_JD.device)
         self._layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.centers_JD)
 
-    def extend(self, codes_MD: torch.Tensor, surplus_M: torch.Tensor) -> None:
+    def extend(self, codes_MD: torch.Tensor, surplus_M: torch.Tensor, threads: Any = map) -> None:
         """Put those rows that have no cells yet into theirs, surplus ones into none."""
         begun = len(self._of_row_M2)
         if begun == len(codes_MD):
@@ -117,7 +125,7 @@ class Cells:
         of_row_M2[:begun] = self._of_row_M2
         for at in range(begun, len(codes_MD), TOGETHER):
             part = slice(at, at + TOGETHER)
-            of_row_M2[part] = self.pairs(codes_MD[part])
+            of_row_M2[part] = self.pairs(codes_MD[part], threads)
         of_row_M2[begun:].masked_fill_(surplus_M[begun:, None], len(self))
         self._of_row_M2, self._layout = of_row_M2, None
 
@@ -126,16 +134,31 @@ class Cells:
         if count < len(self._of_row_M2):
             self._of_row_M2, self._layout = self._of_row_M2[:count], None
 
-    def layout(self, groups: int) -> Layout:
+    def passes(self, codes_ND: torch.Tensor, threads: Any) -> list[tuple[torch.Tensor, ...]]:
+        """Which cells (S,) queries (S,) read: each its nearest, then of the others that of rank
+        r < T if its center is nearly as near, by at most `NEARLY` · log(2 T / (r + 1)); or all."""
+        cells_NT, products_NT = nearest(codes_ND, self.centers_JD, self.read, threads)
+        number_T = range(1, cells_NT.shape[1] + 1)
+        within = [int(self._unit * NEARLY * log(2 * self.read / number)) for number in number_T]
+        if self.read >= len(self):
+            within = [int(3 * self._unit)] * len(within)
+        within_T = torch.tensor(within, dtype=products_NT.dtype, device=cells_NT.device)
+        reads_NT = products_NT >= products_NT[:, :1] - within_T
+        query_S, rank_S = reads_NT[:, 1:].nonzero().unbind(1)
+        all_N = torch.arange(len(codes_ND), device=cells_NT.device)
+        return [(cells_NT[:, 0], all_N), (cells_NT[query_S, rank_S + 1], query_S)]
+
+    @property
+    def layout(self) -> Layout:
         """The rows by cell."""
-        if self._layout is None or self._layout.groups != groups:
-            self._layout = Layout(self._of_row_M2, len(self), groups)
+        if self._layout is None:
+            self._layout = Layout(self._of_row_M2, len(self))
         return self._layout
 
-    def pairs(self, codes_MD: torch.Tensor) -> torch.Tensor:
+    def pairs(self, codes_MD: torch.Tensor, threads: Any = map) -> torch.Tensor:
         """The two cells (M, 2) of each row: with r and s the vectors from their centers c and d to
         the row x, the second minimises |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d."""
-        cells_MT, products_MT = nearest(codes_MD, self.centers_JD, SECOND_AMONG)
+        cells_MT, products_MT = nearest(codes_MD, self.centers_JD, SECOND_AMONG, threads)
         first_M = cells_MT[:, :1]
         if cells_MT.shape[1] == 1:
             return first_M.repeat(1, 2)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -41,11 +42,6 @@ class Coder:
 
     def encode(self, rows_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (M, width) int8, and how far they are from the rows (M,) float32, rounded up."""
-        parts = [self._encode(part) for part in rows_MD.split(PORTION)] or [self._encode(rows_MD)]
-        codes, errors = zip(*parts, strict=True)
-        return torch.cat(codes), torch.cat(errors)
-
-    def _encode(self, rows_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fixed = pad((rows_MD * FIXED_POINT).round_(), (0, self.width - self._dimension))
         turned = (fixed.view(-1, self._block) @ self._turn).view(fixed.shape)
         turned *= self._scale / FIXED_POINT / self._block**0.5
@@ -55,20 +51,36 @@ class Coder:
 
 
 def multiply(
-    left_BQD: torch.Tensor, right_BWD: torch.Tensor, out_BQW: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Products (B, Q, W) of codes in int32, or of float64 rows."""
-    (cells, queries, _), rows, device = left_BQD.shape, right_BWD.shape[1], left_BQD.device
-    if out_BQW is None:
-        dtype = torch.int32 if left_BQD.dtype == torch.int8 else left_BQD.dtype
-        out_BQW = torch.empty((cells, queries, rows), dtype=dtype, device=device)
-    whole = device.type == "cpu" or (queries > 16 and rows % 8 == 0)  # what cuBLAS multiplies
-    if left_BQD.dtype == torch.int8 and cells == 1 and whole and has_integers(device):
-        torch._int_mm(left_BQD[0], right_BWD[0].T, out=out_BQW[0])
-        return out_BQW
-    if left_BQD.dtype == torch.int8:
-        left_BQD, right_BWD = left_BQD.float(), right_BWD.float()
-    return out_BQW.copy_(torch.bmm(left_BQD, right_BWD.transpose(1, 2)))
+    left_SD: torch.Tensor, right_RD: torch.Tensor, sizes: list[int] | None = None,
+    out_SW: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Products (S, W) of codes in int32, or of float64 rows. The left ones come in as many parts of
+    `sizes` as the right ones in parts of W, and each part is multiplied with its own."""
+    sizes = sizes or [len(left_SD)]
+    width, device, whole = len(right_RD) // len(sizes), left_SD.device, left_SD.dtype == torch.int8
+    if out_SW is None:
+        dtype = torch.int32 if whole else left_SD.dtype
+        out_SW = torch.empty((len(left_SD), width), dtype=dtype, device=device)
+    integers = whole and has_integers(device)
+    if whole and not integers:
+        left_SD, right_RD = left_SD.float(), right_RD.float()
+    rights = right_RD.view(len(sizes), width, -1).transpose(1, 2).unbind()
+    for left, right, out in zip(left_SD.split(sizes), rights, out_SW.split(sizes), strict=True):
+        if not integers:
+            out.copy_(left @ right)
+        elif device.type == "cpu" or (len(left) > 16 and width % 8 == 0):  # what cuBLAS multiplies
+            torch._int_mm(left, right, out=out)
+        else:
+            out.copy_(left.float() @ right.float())
+    return out_SW
+
+
+def best_of(keys_NM: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest keys of each row, ascending (N, count)."""
+    if keys_NM.device.type != "cpu":
+        return keys_NM.topk(count).values.flip(1)
+    keys = np.partition(keys_NM.numpy(), -count, axis=1)[:, -count:]  # ten times as fast as topk
+    return torch.from_numpy(np.sort(keys, axis=1))
 
 
 def has_integers(device: torch.device) -> bool:

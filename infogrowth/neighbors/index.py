@@ -20,25 +20,23 @@ from infogrowth.neighbors.cells import (
     Layout,
     cell_count,
     learn_centers,
-    nearest,
 )
-from infogrowth.neighbors.codes import Coder, full_precision
+from infogrowth.neighbors.codes import PORTION, Coder, full_precision
 from infogrowth.neighbors.copies import Copies
-from infogrowth.neighbors.scan import Queries, Scan, in_threads, scratch
+from infogrowth.neighbors.scan import Map, Queries, Scan, in_threads
 from infogrowth.neighbors.store import RowStore
 from infogrowth.randomness import generator
-from infogrowth.rows import fold_sum
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = {"cpu": (1024, 8192), "cuda": (4096, 65536)}  # queries: with all rows, with cells
-RUN = {"cpu": 2048, "cuda": 1 << 16}  # rows of which exact search makes a cell
+RUN = {"cpu": 1 << 13, "cuda": 1 << 16}  # rows of which exact search makes a cell
 MEMBERS = 16  # rows in a group of these
-GROUPS = 32  # groups in a cell of similar rows
-PAIR_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # multiplied at once; a CPU keeps them in cache
+FEW_ROWS, FEW_PAIRS = 1 << 13, 1 << 18  # that one thread multiplies sooner than two would agree
+HIT_BYTES = 512  # that the hits of a query take, for each neighbor
 
 PROBE_ROWS = 1024  # rows on which the gain error is measured
-READS = (6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 512)
+READS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 TOLERABLE_ERROR = 1.5e-3  # mean gain error that decides how many cells are read; 2e-3 is promised
 
 
@@ -69,7 +67,7 @@ class NeighborIndex:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             memory = max(memory, total // 16)
-        self._scores = memory // 4  # that may be kept at once
+        self._at_once = max(1, memory // (8 * dimension + HIT_BYTES * k))  # queries
         self._count = 0
         self._coder = Coder(dimension, self.device)
         self._rows = RowStore(dimension, torch.float32, self.device)
@@ -97,7 +95,7 @@ class NeighborIndex:
             surplus = self._shard.own(self._copies.add(rows), self._count)
             self._surplus.extend(torch.from_numpy(surplus[:, None].copy()))
             self._rows.extend(own)
-            for part in own.split(AT_ONCE[self.device.type][1]) if len(own) else ():
+            for part in own.split(PORTION) if len(own) else ():
                 codes, error = self._coder.encode(part.to(self.device))
                 self._codes.extend(codes)
                 self._code_error = max(self._code_error, float(error.max()))
@@ -174,58 +172,45 @@ class NeighborIndex:
         """The nearest rows over all ranks, with the positions they have in the whole dataset."""
         found = no_neighbors(len(queries), k)
         seen = self._shard.count(visible).astype(np.int32)
-        step = AT_ONCE[self.device.type][cells is not None]
-        with self._enough_memory(), full_precision():
+        step = min(AT_ONCE[self.device.type][cells is not None], self._at_once)
+        few = len(queries) * min(self._count, FEW_ROWS) < FEW_PAIRS
+        with self._enough_memory(), full_precision(), in_threads(self.device, few) as threads:
             if cells is not None:
-                cells.extend(self._codes.rows, self._surplus.rows[:, 0])
+                cells.extend(self._codes.rows, self._surplus.rows[:, 0], threads)
             begin = int(np.searchsorted(seen, 1))  # whoever comes before sees nothing
             for start in range(begin, len(queries), step):
                 part = slice(start, start + step)
                 rows = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
                 sees = torch.from_numpy(seen[part]).to(self.device)
-                positions, products = self._nearest(rows, sees, k, cells)
-                found.positions[part], found.products[part] = positions, products
+                positions, products = self._nearest(rows, sees, k, cells, threads)
+                found.positions[part] = positions.cpu().numpy()
+                found.products[part] = products.cpu().numpy()
         return self._shard.merge(found, k)
 
     def _nearest(
-        self, rows_ND: torch.Tensor, visible_N: torch.Tensor, k: int, cells: Cells | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, rows_ND: torch.Tensor, visible_N: torch.Tensor, k: int, cells: Cells | None,
+        threads: Map,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """Positions (N, k) among this rank's rows, and cosines in float64."""
-        codes_ND, error_N = self._coder.encode(rows_ND)
-        error_N = (self._code_error + error_N.double() * (1 + self._code_error)) * self._coder.unit
+        coded = threads(self._coder.encode, list(rows_ND.split(PORTION)))
+        codes_ND, error_N = map(torch.cat, zip(*coded, strict=True))
+        error_N = self._code_error + error_N.double() * (1 + self._code_error)
         if cells is None:
-            layout = self._runs(int(visible_N[-1]), k)
-            near_NT = torch.arange(len(layout.widths), device=self.device).expand(len(rows_ND), -1)
+            layout, passes = self._runs(int(visible_N[-1]), len(rows_ND))
         else:
-            near_NT = nearest(codes_ND, cells.centers_JD, cells.read)[0]
-            layout = cells.layout(GROUPS * max(1, round(4 * k / GROUPS / near_NT.shape[1])))
-        work = near_NT.numel() * int(layout.widths.mean()) * self._coder.width
-        with in_threads(self.device, work) as threads:
-            scan = Scan(layout, self._codes.take, self._rows.take, self._cosines, self._coder.unit,
-                        k, scratch(self.device, self._scores), threads)  # fmt: skip
-            found = scan.nearest(Queries(rows_ND, codes_ND, error_N, visible_N, near_NT))
-        return found[0].cpu().numpy(), found[1].cpu().numpy()
+            layout, passes = cells.layout, cells.passes(codes_ND, threads)
+        scan = Scan(layout, self._rows, self._codes, self._coder.unit, k, threads)
+        return scan.nearest(Queries(rows_ND, codes_ND, error_N, visible_N), passes)
 
-    def _runs(self, rows: int, k: int) -> Layout:
-        """All rows, run by run: the cells of exact search, of which a query reads all."""
+    def _runs(self, rows: int, queries: int) -> tuple[Layout, list[tuple[torch.Tensor, ...]]]:
+        """All rows, run by run: the cells of exact search, which every query reads in turn."""
         run = RUN[self.device.type]
         cell_M = torch.arange(rows, device=self.device, dtype=torch.int32) // run
         count = -(-rows // run)
         cell_M.masked_fill_(self._surplus.rows[:rows, 0], count)
-        return Layout(cell_M[:, None], count, run // (MEMBERS if rows > 2 * MEMBERS * k else 1))
-
-    def _cosines(
-        self, queries_ND: torch.Tensor, query_P: torch.Tensor, row_P: torch.Tensor
-    ) -> torch.Tensor:
-        """Cosines (P,) float64 of pairs of a query and a row, summed in one fixed order."""
-        products_P = torch.empty(len(query_P), dtype=torch.float64, device=self.device)
-        step = max(1, PAIR_ELEMENTS[self.device.type] // self.dimension)
-        for start in range(0, len(query_P), step):
-            part = slice(start, start + step)
-            rows_PD = self._rows.take(row_P[part]).double()
-            rows_PD *= queries_ND.index_select(0, query_P[part])
-            products_P[part] = fold_sum(rows_PD)
-        return products_P
+        all_N = torch.arange(queries, device=self.device)
+        passes = [(torch.full_like(all_N, cell), all_N) for cell in range(count)]
+        return Layout(cell_M[:, None], count, MEMBERS), passes
 
     # --- cells -------------------------------------------------------------------------------
 

@@ -1,39 +1,44 @@
 """Multiplying queries with the rows of the cells that they read, and deciding which are nearest.
 
-Products of codes are scores: cosines, up to a known error. All are kept, with the maxima of groups
-of them. The K best maxima name rows to begin with, whose cosines in float64 are a floor; then every
-row whose score, error included, reaches the floor is multiplied in float64 too. So the answer is
-that of float64 products with all rows that were read, each summed in one fixed order, equal ones by
-position. Queries for which codes leave a crowd of rows in question are scored again in float64.
+Products of codes are scores: cosines, up to a known error. A row that scores less than the K-th
+best of any rows that a query may see, by more than twice the error, is not among its K nearest: so
+the first cells that a query reads give it a limit, and only rows that reach it are hits; no scores
+need be kept. In the end the K best hits are multiplied in float64, then those whose score could
+reach the least of these cosines. So the answer is that of float64 products with all rows that were
+read, each summed in one fixed order, equal ones by position. Queries for which codes leave a crowd
+of hits are looked up again with scores in float64.
 
-Shapes: N queries, T cells read by each, S = N·T slots, G groups of scores a slot, M = T·G; B cells
-with Q queries and W rows each, P pairs of a query and a row, K neighbors.
+Shapes: N queries, S slots (a query and a cell that it reads), B cells multiplied together, W rows
+of each, in L groups, P hits: a query, a row and its score.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from infogrowth.neighbors.cells import Layout
-from infogrowth.neighbors.codes import multiply
+from infogrowth.neighbors.codes import best_of, multiply
+from infogrowth.neighbors.store import RowStore
+from infogrowth.rows import fold_sum
 
-NOTHING = -(2**30)  # the score of a row that is not there or may not be seen
+NO_LIMIT, NOTHING = -(2**30), 2**30  # limits that all scores reach, and none
 FINE_ERROR = 2.0**-51  # of a float64 product, per column
-CROWD = 256  # groups in question, and eight a neighbor, beyond which codes are too coarse
-PAIRS = {"cpu": 1 << 21, "cuda": 1 << 25}  # in question at once, where they are a crowd
-SELECTED = {"cpu": 1 << 9, "cuda": 1 << 14}  # queries whose neighbors are decided together
-CELLS = {"cpu": 1, "cuda": 256}  # multiplied at once
-CELL_QUERIES = {"cpu": 1 << 20, "cuda": 128}  # of each of these
-PARTS = 8  # of the work, for each thread: so they end at about the same time
-SMALL_WORK = 1 << 27  # multiplications that one thread does sooner than two would agree
+CROWD = 256  # hits of a query, and eight a neighbor, beyond which codes are too coarse
+ROOM = 64  # hits of a query in a cell, on average, from which on each is counted
+TILE = {"cpu": (1 << 21, 64), "cuda": (1 << 27, 256)}  # scores, cells: held at once
+PAIR_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # multiplied at once
+PARTS = 4  # of the work, for each thread: so they end at about the same time
 
 Map = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 Tensors = tuple[torch.Tensor, ...]
@@ -42,240 +47,248 @@ Tensors = tuple[torch.Tensor, ...]
 @dataclass(frozen=True)
 class Queries:
     """N queries as `rows` (N, D) float32 and `codes` (N, ·) int8, whose products are off by `error`
-    (N,) at most. Query i sees the first `visible[i]` rows, in ascending order, and reads the cells
-    `near[i]` (T,)."""
+    cosines (N,) at most. Query i sees the first `visible[i]` rows, in ascending order."""
 
     rows: torch.Tensor
     codes: torch.Tensor
     error: torch.Tensor
     visible: torch.Tensor
-    near: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: Any) -> Queries:
+    def __getitem__(self, which: torch.Tensor) -> Queries:
         """Some of them."""
         return Queries(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
 
-@dataclass(frozen=True)
 class Scan:
-    """What queries are looked up in: rows in a layout.
+    """Looks queries up among rows in a layout.
 
-    `codes` and `rows` (float32) read rows by number, a product of codes is `unit` cosines, `exact`
-    computes the cosines of pairs (queries (N, D), which query (P,), which row (P,)) in float64.
-    `scratch` (int32) is where scores are kept: memory that is touched for the first time costs as
-    much as filling it. `threads` work on them.
+    Args:
+        rows, codes: the rows by number; a product of codes is `unit` cosines.
+        threads: a `map` that shares the work.
+        fine: scores are products of rows in float64 instead.
     """
 
-    layout: Layout
-    codes: Callable[[torch.Tensor], torch.Tensor]
-    rows: Callable[[torch.Tensor], torch.Tensor]
-    exact: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    unit: float
-    k: int
-    scratch: torch.Tensor
-    threads: Map
+    def __init__(
+        self, layout: Layout, rows: RowStore, codes: RowStore, unit: float, k: int, threads: Map,
+        fine: bool = False,
+    ) -> None:  # fmt: skip
+        self._layout, self._rows, self._codes, self._k = layout, rows, codes, k
+        self._threads, self._fine, self._device = threads, fine, rows.device.type
+        self._unit, self._dtype = (1.0, torch.float64) if fine else (unit, torch.int32)
+        self._finer = partial(Scan, layout, rows, codes, unit, k, threads, True)
 
-    def nearest(self, queries: Queries, fine: bool = False) -> Tensors:
-        """Positions (N, K), -1 where there are fewer, and cosines (N, K) float64; scores are those
-        of codes, or in float64 (`fine`)."""
-        scores = _Scores(self, queries, fine)
-        if scores.count > len(self.scratch) and len(queries) > 1:
-            middle = len(queries) // 2
-            parts = [self.nearest(queries[:middle], fine), self.nearest(queries[middle:], fine)]
-            return tuple(map(torch.cat, zip(*parts, strict=True)))
-        positions, products, crowded = scores.nearest()
-        crowd = crowded.nonzero()[:, 0]
-        if len(crowd):
-            positions[crowd], products[crowd] = self.nearest(queries[crowd], fine=True)
+    def nearest(self, queries: Queries, passes: list[Tensors]) -> Tensors:
+        """Positions (N, K) of the nearest rows, -1 where there are fewer, and cosines (N, K)
+        float64. In each pass, slots are read: cells (S,) and the queries (S,) that read them."""
+        self._queries, count = queries, len(queries)
+        error = FINE_ERROR * queries.rows.shape[1] if self._fine else queries.error * self._unit
+        self._error_N = torch.zeros_like(queries.error) + error
+        self._limit_N = torch.full_like(queries.visible, NO_LIMIT, dtype=self._dtype)
+        found: list[Tensors] = []
+        for cell_S, query_S in passes:
+            work = partial(self._multiply, query_S[cell_S.argsort(stable=True)])
+            found += self._threads(work, self._tiles(cell_S))
+        hits = tuple(map(torch.cat, zip(*found, strict=True)))
+        edges = range(0, count + 1, max(1, -(-count // PARTS)))
+        decided = self._threads(partial(self._decide, hits), list(pairwise([*edges[:-1], count])))
+        positions, products = map(torch.cat, zip(*decided, strict=True))
+        crowded_N = self._limit_N == NOTHING
+        if bool(crowded_N.any()):
+            number_N = crowded_N.cumsum(0) - 1
+            again: list[Tensors] = [(c[crowded_N[q]], number_N[q[crowded_N[q]]]) for c, q in passes]
+            positions[crowded_N], products[crowded_N] = self._finer().nearest(
+                queries[crowded_N], again
+            )
         return positions, products
-
-
-class _Scores:
-    """The scores of all queries with all rows of the cells that they read."""
-
-    def __init__(self, scan: Scan, queries: Queries, fine: bool) -> None:
-        self._scan, self._layout, self._queries, self._fine = scan, scan.layout, queries, fine
-        self._kind, self._read = queries.near.device.type, queries.near.shape[1]
-        self._cell_S = queries.near.flatten()
-        self._slots = self._cell_S.argsort(stable=True)
-        sizes = torch.bincount(self._cell_S, minlength=len(self._layout.widths))
-        self._sizes = sizes.cpu().numpy()
-        self.count = int((self._sizes * self._layout.widths).sum())
-
-    def nearest(self) -> Tensors:
-        """Positions (N, K), cosines (N, K) float64, and whether there are too many rows in question
-        to know them (N,) bool."""
-        tiles, size = self._tiles()
-        dtype = torch.float64 if self._fine else torch.int32
-        self._scores = self._scan.scratch
-        if self._fine or size > len(self._scores):
-            self._scores = self._queries.rows.new_empty(size, dtype=dtype)
-        slots = len(self._cell_S) + 1  # the last one is nobody's
-        self._maxima = self._scores.new_full((slots, self._layout.groups), NOTHING)
-        self._begin_S = torch.zeros_like(self._maxima[:, 0], dtype=torch.int64)
-        list(self._scan.threads(self._multiply, tiles))
-        step, count = SELECTED[self._kind], len(self._queries)
-        if self._fine:
-            step = min(step, PAIRS[self._kind] * count // max(1, self.count) + 1)
-        parts = [slice(at, min(at + step, count)) for at in range(0, count, step)]
-        return tuple(map(torch.cat, zip(*self._scan.threads(self._select, parts), strict=True)))
 
     # --- multiplying -----------------------------------------------------------------------------
 
-    def _tiles(self) -> tuple[list[Any], int]:
-        """What to multiply together: cells of one width, where the queries of each begin in
-        `_slots`, how many these are, and where the scores go; and how many scores there are."""
-        layout, sizes = self._layout, self._sizes
-        most = CELL_QUERIES[self._kind] if layout.copies > 1 else len(self._queries)
-        cell = np.flatnonzero((sizes > 0) & (layout.widths > 0))
-        cell = cell[np.argsort(layout.widths[cell], kind="stable")]
-        parts = -(-sizes[cell] // most)
-        cell, before = np.repeat(cell, parts), np.repeat(np.cumsum(parts) - parts, parts)
-        offset = (np.arange(len(cell)) - before) * most
-        begin = (np.cumsum(sizes) - sizes)[cell] + offset
-        size, width = np.minimum(sizes[cell] - offset, most), layout.widths[cell]
-        tiles, start, at = [], 0, 0
-        for stop in [*(np.flatnonzero(np.diff(width)) + 1).tolist(), len(cell)]:
-            for first in range(start, stop, CELLS[self._kind]):
-                part = slice(first, min(first + CELLS[self._kind], stop))
-                tiles.append((cell[part], begin[part], size[part], at))
-                at += len(cell[part]) * int(size[part].max()) * int(width[first])
-            start = stop
-        return tiles, at
+    def _tiles(self, cell_S: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """What to multiply together: cells (B,) of one width, where the queries of each begin in
+        the slots in order of cells, and how many these are."""
+        scores, cells = TILE[self._device]
+        widths = self._layout.widths
+        sizes = torch.bincount(cell_S, minlength=len(widths)).cpu().numpy()
+        begins = np.cumsum(sizes) - sizes
+        read = np.flatnonzero((sizes > 0) & (widths > 0))
+        read = read[np.argsort(widths[read], kind="stable")]
+        most = np.maximum(scores // widths[read], 1)  # queries at once
+        parts = -(-sizes[read] // most)
+        cell, most = np.repeat(read, parts), np.repeat(most, parts)
+        offset = (np.arange(len(cell)) - np.repeat(np.cumsum(parts) - parts, parts)) * most
+        begin, size = begins[cell] + offset, np.minimum(sizes[cell] - offset, most)
+        full = np.cumsum(size * widths[cell]) // scores
+        tile = np.stack([widths[cell], full, np.arange(len(cell)) // cells])
+        edges = [0, *(np.flatnonzero((np.diff(tile) != 0).any(0)) + 1).tolist(), len(cell)]
+        return [(cell[a:b], begin[a:b], size[a:b]) for a, b in pairwise(edges) if b > a]
 
-    def _multiply(self, tile: tuple[np.ndarray, np.ndarray, np.ndarray, int]) -> None:
-        """Enter the scores of a tile, where they begin, and the maxima of their groups."""
-        cell_B, begin_B, size_B, at = tile
-        layout, queries, scan = self._layout, self._queries, self._scan
-        width, size, cells = int(layout.widths[cell_B[0]]), int(size_B.max()), len(cell_B)
-        number_BW = _runs(layout.numbers, layout.starts[cell_B], width)
-        slot_BQ = _runs(self._slots, begin_B, size)
-        if cells > 1:
-            there = torch.from_numpy(np.arange(size) < size_B[:, None]).to(slot_BQ.device)
-            slot_BQ = slot_BQ.where(there, len(self._cell_S))
-        slots = slot_BQ.flatten()
-        query = slots.div(self._read, rounding_mode="floor").clamp_(max=len(queries) - 1)
-        row_BW = number_BW.clamp(max=layout.rows - 1)
+    def _multiply(
+        self, query_S: torch.Tensor, tile: tuple[np.ndarray, np.ndarray, np.ndarray]
+    ) -> Tensors:
+        """The hits of a tile."""
+        cell_B, begin_B, size_B = tile
+        width, starts_B = int(self._layout.widths[cell_B[0]]), self._layout.starts[cell_B]
+        number_BW = torch.stack([self._layout.numbers[at : at + width] for at in starts_B])
+        cell_S = torch.from_numpy(np.arange(len(size_B)).repeat(size_B)).to(query_S.device)
+        query_S = torch.cat([query_S[a : a + n] for a, n in zip(begin_B, size_B, strict=True)])
+        score_SW = self._scores(query_S, number_BW, size_B.tolist())
+        group_SML = score_SW.view(len(query_S), self._layout.members, -1)
+        limit_S = self._limit_N.index_select(0, query_S)
+        visible_S = self._queries.visible.index_select(0, query_S)
+        enough, grouped = group_SML.shape[2] >= self._k, self._layout.members > 1
+        if raising := enough and (grouped or bool((limit_S == NO_LIMIT).any())):
+            first_B1 = self._queries.visible[:1].expand(len(starts_B), 1).contiguous()
+            late = int(torch.searchsorted(number_BW, first_B1).min())  # before, all see all
+            unseen_SW = number_BW[:, late:].index_select(0, cell_S) >= visible_S[:, None]
+            score_SW[:, late:].masked_fill_(unseen_SW, 2 * NO_LIMIT)
+        maxima_SL = group_SML.amax(1) if grouped else score_SW
+        if raising:
+            kth_S = best_of(maxima_SL, self._k)[:, 0] - 2 * self._error_N.index_select(0, query_S)
+            kth_S = kth_S.clamp(min=NO_LIMIT) if self._fine else kth_S.clamp(min=NO_LIMIT).floor()
+            self._limit_N[query_S] = limit_S = limit_S.maximum(kth_S.to(self._dtype))
+        slot, column, score = _reaching(maxima_SL, limit_S)
+        if grouped:
+            hit, step, score = _reaching(group_SML[slot, :, column], limit_S[slot])
+            slot, column = slot[hit], column[hit] + step * group_SML.shape[2]
+        row, query = number_BW.view(-1)[cell_S[slot] * width + column], query_S[slot]
+        seen = (row < visible_S[slot]).nonzero()[:, 0]
+        if not self._fine and len(seen) > ROOM * len(limit_S):
+            sizes = torch.bincount(slot[seen], minlength=len(limit_S))
+            self._limit_N[query_S[sizes > CROWD + 8 * self._k]] = NOTHING
+        return _some((query, row.long(), score), seen)
+
+    def _scores(
+        self, query_S: torch.Tensor, number_BW: torch.Tensor, sizes: list[int]
+    ) -> torch.Tensor:
+        """Scores (S, W) of queries with the rows of their cell, `sizes` queries each."""
+        (cells, width), rows = number_BW.shape, self._codes.rows
+        score_SW = _scratch("scores", (len(query_S), width), self._dtype, query_S.device)
+        first, last = int(number_BW[0, 0]), int(number_BW[0, -1])
         if self._fine:
-            left, right = queries.rows.index_select(0, query).double(), scan.rows(row_BW).double()
+            there = number_BW.view(-1).clamp(max=self._layout.rows - 1)
+            left, right = self._queries.rows[query_S].double(), self._rows.take(there).double()
+        elif cells == 1 and last - first == width - 1 and last < self._layout.rows:
+            left, right = self._queries.codes[query_S], rows[first : last + 1]
         else:
-            left, right = queries.codes.index_select(0, query), scan.codes(row_BW)
-        end = at + len(slots) * width
-        score_BQW = self._scores[at:end].view(cells, size, width)
-        multiply(left.view(cells, size, -1), right, score_BQW)
-        late = int(torch.searchsorted(number_BW[0], queries.visible[0])) if cells == 1 else 0
-        if late < width:  # what all see comes before
-            visible = queries.visible.index_select(0, query).view(cells, size, 1)
-            score_BQW[:, :, late:].masked_fill_(number_BW[:, None, late:] >= visible, NOTHING)
-        maxima = score_BQW.view(len(slots), width // layout.groups, layout.groups).amax(1)
-        self._maxima.index_copy_(0, slots, maxima)
-        self._begin_S.index_copy_(0, slots, torch.arange(at, end, width, device=slots.device))
+            left = _take("queries", self._queries.codes, query_S)
+            right = _take("rows", rows, number_BW.view(-1).clamp(max=self._layout.rows - 1))
+        return multiply(left, right, sizes, score_SW)
 
     # --- deciding --------------------------------------------------------------------------------
 
-    def _select(self, part: slice) -> Tensors:
-        """The answers for some queries."""
-        k, queries = self._scan.k, self._queries[part]
-        maxima_NM = self._maxima[:-1].view(len(self._queries), -1)[part]
-        floor_N = torch.full_like(queries.error, -torch.inf)
-        first_N = self._limit(queries, floor_N)
-        if maxima_NM.shape[1] >= (enough := k * self._layout.copies):
-            first_N = maxima_NM.topk(enough, sorted=False).values.amin(1).maximum(first_N)
-        crowded_N = self._crowded(maxima_NM, first_N)
-        found = self._pairs(part, maxima_NM, first_N.masked_fill(crowded_N, -NOTHING), None)
-        order, rank = ranks(found[0], found[2], len(queries))
-        kth = order[rank == k - 1]
-        floor_N[found[0][kth]] = found[2][kth]
-        limit_N = self._limit(queries, floor_N)
-        crowded_N |= self._crowded(maxima_NM, limit_N)
-        others = self._pairs(part, maxima_NM, limit_N.masked_fill(crowded_N, -NOTHING), first_N)
-        query, row, product = map(torch.cat, zip(found, others, strict=True))
-        in_order = row.argsort(stable=True)  # by which equal cosines go
-        query, row, product = query[in_order], row[in_order], product[in_order]
-        order, rank = ranks(query, product, len(queries))
+    def _decide(self, hits: Tensors, part: tuple[int, int]) -> Tensors:
+        """Positions and cosines (N, K) of the nearest, for the queries from one up to another."""
+        begin, end = part
+        count, k = end - begin, self._k
+        own = ((hits[0] >= begin) & (hits[0] < end)).nonzero()[:, 0]
+        query, row, score = _some(hits, own)
+        possible = (score >= self._limit_N.index_select(0, query)).nonzero()[:, 0]
+        query, row, score = _some((query - begin, row, score), possible)
+        key = query * self._layout.rows + row
+        order = _argsort(key)
+        once = torch.ones_like(order, dtype=torch.bool)
+        once[1:] = key[order].diff() != 0
+        query, row, score = _some((query, row, score), order[once])
+        order, rank = _ranks(query, -score, count)
+        best = order[rank < k]
+        product = torch.full_like(score, -torch.inf, dtype=torch.float64)
+        product[best] = self._cosines(query[best] + begin, row[best])
+        floor_N = torch.full((count,), torch.inf, dtype=torch.float64, device=query.device)
+        floor_N.scatter_reduce_(0, query[best], product[best], "amin")
+        limit_N = floor_N * self._unit - self._error_N[begin:end]
+        others = order[(rank >= k) & (score >= limit_N[query])[order]]
+        if not self._fine:
+            crowded_N = torch.bincount(query[others], minlength=count) > CROWD + 8 * k
+            self._limit_N[begin:end][crowded_N] = NOTHING
+            others = others[~crowded_N[query[others]]]
+        product[others] = self._cosines(query[others] + begin, row[others])
+        order, rank = _ranks(query, -product, count)
         order, rank = order[rank < k], rank[rank < k]
-        products = torch.full_like(floor_N[:, None].expand(-1, k), -torch.inf)
+        products = torch.full((count, k), -torch.inf, dtype=torch.float64, device=query.device)
         positions = torch.full_like(products, -1, dtype=torch.int64)
         positions[query[order], rank] = row[order]
         products[query[order], rank] = product[order]
-        return positions, products, crowded_N
+        return positions, products
 
-    def _limit(self, queries: Queries, cosine_N: torch.Tensor) -> torch.Tensor:
-        """The lowest score of a row that has at least this cosine."""
-        if self._fine:
-            return (cosine_N - FINE_ERROR * queries.rows.shape[1]).clamp(min=NOTHING / 2)
-        limit_N = cosine_N * self._scan.unit - queries.error
-        return limit_N.clamp(min=NOTHING / 2).ceil().int()
-
-    def _crowded(self, maxima_NM: torch.Tensor, limit_N: torch.Tensor) -> torch.Tensor:
-        most = CROWD + 8 * self._scan.k if not self._fine else maxima_NM.shape[1]
-        return (maxima_NM >= limit_N[:, None]).sum(1) > most
-
-    def _pairs(
-        self, part: slice, maxima_NM: torch.Tensor, limit_N: torch.Tensor,
-        below_N: torch.Tensor | None,
-    ) -> Tensors:  # fmt: skip
-        """Queries (P,), rows (P,) and cosines (P,) of all pairs whose score is at least `limit` and
-        under `below`, each once."""
-        layout, groups = self._layout, self._layout.groups
-        query, group = (maxima_NM >= limit_N[:, None]).nonzero().unbind(1)
-        slot = (query + part.start) * self._read + group.div(groups, rounding_mode="floor")
-        inner, cell = group % groups, self._cell_S[slot]
-        members = layout.members[cell]
-        line = torch.repeat_interleave(members)  # the group of each of its members
-        step = torch.arange(len(line), device=line.device) - (members.cumsum(0) - members)[line]
-        score = self._scores[(self._begin_S[slot] + inner)[line] + step * groups]
-        hit = score >= limit_N[query][line]
-        if below_N is not None:
-            hit &= score < below_N[query][line]
-        line, step = line[hit], step[hit]
-        row = layout.numbers[(layout.first[cell] + inner)[line] + step * groups].long()
-        query = query[line]
-        if layout.copies > 1:
-            pair = torch.unique(query * layout.rows + row)
-            query = pair.div(layout.rows, rounding_mode="floor")
-            row = pair - query * layout.rows
-        return query, row, self._scan.exact(self._queries.rows[part], query, row)
+    def _cosines(self, query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Cosines (P,) float64 of pairs of a query and a row, summed in one fixed order."""
+        product = torch.empty(len(query), dtype=torch.float64, device=query.device)
+        step = max(1, PAIR_ELEMENTS[self._device] // self._rows.width)
+        for at in range(0, len(query), step):
+            part = slice(at, at + step)
+            rows_PD = _take("hits", self._rows.rows, row[part])
+            product_PD = _scratch("products", rows_PD.shape, torch.float64, rows_PD.device)
+            product_PD.copy_(rows_PD)
+            product_PD *= _take("hits", self._queries.rows, query[part])
+            product[part] = fold_sum(product_PD)
+        return product
 
 
-def ranks(query: torch.Tensor, keys: torch.Tensor, queries: int) -> Tensors:
-    """The order of pairs by query (P,) and descending key (P,), and in this order the rank of each
+def _reaching(score_SW: torch.Tensor, limit_S: torch.Tensor) -> Tensors:
+    """Lines (P,) and columns (P,) of scores that reach the limit of their line, and the scores."""
+    if score_SW.device.type != "cpu":
+        line, column = (score_SW >= limit_S[:, None]).nonzero().unbind(1)
+        return line, column, score_SW[line, column]
+    reached = _scratch("reached", score_SW.shape, torch.bool, score_SW.device).numpy()
+    np.greater_equal(score_SW.numpy(), limit_S.numpy()[:, None], out=reached)
+    at = torch.from_numpy(np.flatnonzero(reached))  # four times as fast as nonzero()
+    line = at.div(score_SW.shape[1], rounding_mode="floor")
+    return line, at - line * score_SW.shape[1], score_SW.reshape(-1)[at]
+
+
+def _ranks(query: torch.Tensor, keys: torch.Tensor, queries: int) -> Tensors:
+    """The order of hits by query (P,) and ascending key (P,), and in this order the rank of each
     within its query."""
-    order = keys.argsort(descending=True, stable=True)
+    order = keys.argsort(stable=True)
     order = order[query[order].argsort(stable=True)]
     sizes = torch.bincount(query, minlength=queries)
     starts = sizes.cumsum(0) - sizes
     return order, torch.arange(len(order), device=order.device) - starts[query[order]]
 
 
-def _runs(flat: torch.Tensor, starts: np.ndarray, width: int) -> torch.Tensor:
-    """Runs of `flat` (B, width) from `starts` on."""
-    if len(starts) == 1:
-        return flat[starts[0] : starts[0] + width][None]
-    at = torch.from_numpy(starts[:, None] + np.arange(width)).to(flat.device)
-    return flat[at.clamp_(max=len(flat) - 1)]
+def _argsort(keys: torch.Tensor) -> torch.Tensor:
+    """The order of keys, equal ones in any."""
+    return (
+        torch.from_numpy(np.argsort(keys.numpy())) if keys.device.type == "cpu" else keys.argsort()
+    )
+
+
+def _some(hits: Tensors, which: torch.Tensor) -> Tensors:
+    return tuple(part.index_select(0, which) for part in hits)
 
 
 _kept = threading.local()
 
 
-def scratch(device: torch.device, size: int) -> torch.Tensor:
-    """Memory for scores (size,) int32, one for all searches of a thread."""
-    kept: dict[str, torch.Tensor] = _kept.__dict__
-    if str(device) not in kept or len(kept[str(device)]) < size:
-        kept[str(device)] = torch.empty(size, dtype=torch.int32, device=device)
-    return kept[str(device)][:size]
+def _scratch(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Memory whose content is used up before the thread asks for it again under this name: on a
+    CPU, to touch new memory costs as much as what is done with it."""
+    size, key = math.prod(shape), f"{name} {dtype}"
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if len(_kept.__dict__.get(key, ())) < size:
+        _kept.__dict__[key] = torch.empty(size, dtype=dtype)
+    return _kept.__dict__[key][:size].view(shape)
+
+
+def _take(name: str, rows_MD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+    """Rows (P, D) by number, in scratch memory."""
+    out = _scratch(name, (len(number_P), rows_MD.shape[1]), rows_MD.dtype, rows_MD.device)
+    return torch.index_select(rows_MD, 0, number_P, out=out)
 
 
 @contextmanager
-def in_threads(device: torch.device, work: int) -> Iterator[Map]:
+def in_threads(device: torch.device, few: bool) -> Iterator[Map]:
     """A `map` over as many threads as torch would use on a CPU, each of which computes alone; the
-    built-in one where there is only one, or little `work` (multiplications)."""
+    built-in one where there is only one, or `few` to look up: one thread does it sooner than two
+    would agree."""
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or work < SMALL_WORK:
+    if device.type != "cpu" or threads == 1 or few:
         yield map
         return
     torch.set_num_threads(1)
@@ -283,7 +296,7 @@ def in_threads(device: torch.device, work: int) -> Iterator[Map]:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
             def spread(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-                each = -(-len(items) // (PARTS * threads))
+                each = -(-len(items) // (PARTS * threads)) or 1
                 parts = [items[at : at + each] for at in range(0, len(items), each)]
                 found = pool.map(lambda part: [work(item) for item in part], parts)
                 return [answer for part in found for answer in part]

@@ -12,4 +12,4 @@ def small_steps(monkeypatch):
     monkeypatch.setitem(index.AT_ONCE, "cpu", (300, 500))
     monkeypatch.setattr(index, "PROBE_ROWS", 256)
     monkeypatch.setattr(index, "MEMBERS", 4)
-    monkeypatch.setitem(scan.SELECTED, "cpu", 70)
+    monkeypatch.setitem(scan.TILE, "cpu", (5000, 7))

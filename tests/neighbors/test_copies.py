@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_exact
 
-from infogrowth.neighbors import index as index_module
+from infogrowth.neighbors import scan
 from infogrowth.neighbors.copies import Copies
 from infogrowth.neighbors.index import NeighborIndex
 
@@ -22,8 +22,8 @@ def test_a_flood_of_copies_changes_no_answer_and_costs_little(monkeypatch, cells
     rows = unit(rng.normal(size=(3000, 32)))
     rows[rng.random(3000) < 0.6] = rows[7]
     resolved = []
-    fold_sum = index_module.fold_sum
-    monkeypatch.setattr(index_module, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
+    fold_sum = scan.fold_sum
+    monkeypatch.setattr(scan, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
     index = NeighborIndex(32, 4, cells_from=cells_from)
     index.extend(rows)
     visible = np.arange(3000)

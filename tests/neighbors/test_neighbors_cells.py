@@ -70,7 +70,7 @@ def test_the_measured_error_is_that_of_a_brute_force_in_float64(rows, k, monkeyp
 
 
 def test_as_many_cells_are_read_as_the_tolerable_error_needs(rows, monkeypatch):
-    monkeypatch.setattr(index_module, "READS", (1, 2, 4, 16, 64))
+    monkeypatch.setattr(index_module, "READS", (1, 4, 64, 512))
 
     def read(tolerable):
         monkeypatch.setattr(index_module, "TOLERABLE_ERROR", tolerable)
@@ -120,10 +120,9 @@ def test_any_number_of_ranks_answers_as_one_does(rows, world_size):
 
 
 @pytest.mark.parametrize("crowd", [256, -1000])
-def test_cells_that_go_together_as_on_a_gpu_find_the_same(rows, monkeypatch, crowd):
+def test_whatever_is_multiplied_together_is_found_the_same(rows, monkeypatch, crowd):
     expected = in_batches(cell_index(), rows, 1300)
-    monkeypatch.setitem(scan.CELLS, "cpu", 7)
-    monkeypatch.setitem(scan.CELL_QUERIES, "cpu", 16)
+    monkeypatch.setitem(scan.TILE, "cpu", (500, 3))
     monkeypatch.setattr(scan, "CROWD", crowd)
     found = in_batches(cell_index(), rows, 1300)
     np.testing.assert_array_equal(found[0], expected[0])
@@ -182,12 +181,12 @@ def test_the_second_cell_minimises_what_it_should():
 def test_a_layout_holds_each_cell_in_order_and_leaves_out_rows_of_none():
     random = np.random.default_rng(0)
     cells = torch.from_numpy(random.integers(0, 8, (200, 2))).int()  # 7 is none
-    layout = Layout(cells, 7, 4)
+    layout = Layout(cells, 7, 32)
     for cell in range(7):
         begin, width = layout.starts[cell], layout.widths[cell]
         held = layout.numbers[begin : begin + width].numpy()
         expected = np.repeat(np.arange(200), (cells.numpy() == cell).sum(1))
-        assert width % 4 == 0 and width - len(expected) < 4
+        assert width % 32 == 0 and width - len(expected) < 32
         np.testing.assert_array_equal(held[: len(expected)], expected)
         assert (held[len(expected) :] == 200).all()
 

@@ -47,8 +47,8 @@ def test_codes_leave_few_rows_in_question(form, monkeypatch):
     index = NeighborIndex(64, 4)
     index.extend(rows)
     resolved = []
-    fold_sum = index_module.fold_sum
-    monkeypatch.setattr(index_module, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
+    fold_sum = scan.fold_sum
+    monkeypatch.setattr(scan, "fold_sum", lambda x: resolved.append(len(x)) or fold_sum(x))
     visible = np.full(600, 3000)
     assert_exact(index.search(queries, visible), rows, queries, visible, 4)
     assert 4 * 600 <= sum(resolved) < 600 * 40  # of 3,000 rows
@@ -61,7 +61,7 @@ def test_no_cosine_is_further_from_the_product_of_codes_than_the_error(dimension
     rows = np.concatenate([near_copies(300, dimension, seed=5), unit_rows(sparse)[0]])
     coder = Coder(dimension, torch.device("cpu"))
     codes, error = coder.encode(torch.from_numpy(rows))
-    scores = multiply(codes[None], codes[None])[0].double() / coder.unit
+    scores = multiply(codes, codes).double() / coder.unit
     bound = error[:, None].double() + error.double() * (1 + error[:, None].double())
     true = rows.astype(np.float64) @ rows.astype(np.float64).T
     assert bool((np.abs(true - scores.numpy()) <= bound.numpy() + 1e-12).all())
@@ -70,11 +70,11 @@ def test_no_cosine_is_further_from_the_product_of_codes_than_the_error(dimension
 
 def test_products_of_codes_have_the_same_bits_in_integers_and_in_float32(monkeypatch):
     codes = Coder(100, torch.device("cpu")).encode(torch.from_numpy(near_copies(200, 100)))[0]
-    integers = multiply(codes[None, :30], codes[None])
+    integers = multiply(codes[:30], codes)
     monkeypatch.setattr(codes_module, "has_integers", lambda device: False)
-    assert torch.equal(integers, multiply(codes[None, :30], codes[None]))
+    assert torch.equal(integers, multiply(codes[:30], codes))
     expected = codes[:30].numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T
-    np.testing.assert_array_equal(integers[0].numpy(), expected)
+    np.testing.assert_array_equal(integers.numpy(), expected)
 
 
 def test_copies_are_found_in_order_of_insertion(form):
@@ -217,7 +217,7 @@ def test_an_index_made_in_inference_mode_serves_afterwards():
 
 
 def test_threads_that_share_the_work_find_the_same(small_steps, monkeypatch):
-    monkeypatch.setattr(scan, "SMALL_WORK", 0)
+    monkeypatch.setattr(index_module, "FEW_PAIRS", 0)
     rows = clustered(2000, 24)
     found = []
     for threads in (1, 3):
