@@ -8,18 +8,20 @@ For somebody who knows k-NN, the whole package on one page:
 * **Codes** (`codes.py`). A row is also kept as int8: turned by a fixed orthogonal matrix and
   rounded. Products of codes are integers, the same bits on every device, and off the cosine by no
   more than the two roundings were long, about 0.027.
-* **Scores** (`scan.py`). Queries are multiplied with rows cell by cell; scores and their maxima
-  over groups of rows are kept. The best groups name k rows, whose cosines in float64, added in
-  one fixed order, are a floor. Every row whose score could reach the floor (some ten) is computed
-  in float64 too, equal ones go by position: of the rows that were read, the k nearest are found
-  as by a float64 brute force. Where codes cannot tell hundreds of rows apart, scores are float64.
+* **Scores** (`scan.py`). Queries are multiplied with rows cell by cell. The k-th best score of the
+  first cell, less twice the error, is a limit: only rows that reach it are looked at again, so no
+  scores are kept. In the end the k best scores are computed in float64, added in one fixed order,
+  and then every row (some ten) whose score could reach the least of these cosines; equal ones go by
+  position. So of the rows that were read, the k nearest are found as by a float64 brute force.
+  Where codes cannot tell hundreds of rows apart, scores are float64.
 * **Which rows are read** (`cells.py`). Exact search reads all: its cells are runs of rows. From
-  `cells_from` rows on, 2.5·√rows centers are learned by k-means, a row lies in two cells (the
-  nearest and one that complements it) and a query reads its nearest T cells. New rows get their
-  cells at once, so the next query sees them. Cells are learned anew at 2, 4, 8, … times
-  `cells_from` rows, from a sample drawn by the number of rows; T is the smallest that keeps the
-  mean gain error on 1,024 other rows within `TOLERABLE_ERROR`. All that is done in integers, so it
-  is a function of the rows, the same at any batch size, interruption, device or number of ranks.
+  `cells_from` rows on, 3.5·√rows centers are learned by k-means, a row lies in two cells (the
+  nearest and one that complements it) and a query reads the cells nearest to it, at most T, the
+  farther ones only if they are nearly as near. New rows get their cells at once, so the next query
+  sees them. Cells are learned anew at 2, 4, 8, … times `cells_from` rows, from a sample drawn by
+  the number of rows; T is the smallest that keeps the mean gain error on 1,024 other rows within
+  `TOLERABLE_ERROR`. All that is done in integers, so it is a function of the rows, the same at any
+  batch size, interruption, device or number of ranks.
 * **Copies** (`copies.py`). Copies of a row beyond the k-th are in no cell.
 * **Ranks** (`base.py`). Row p lives on rank p mod W. Every rank looks up the whole batch among its
   own rows; the answers are merged. Centers and T are those of all rows.
