@@ -209,7 +209,9 @@ class NeighborIndex:
         count = -(-rows // run)
         cell_M.masked_fill_(self._surplus.rows[:rows, 0], count)
         all_N = torch.arange(queries, device=self.device)
-        passes = [(torch.full_like(all_N, cell), all_N) for cell in range(count)]
+        passes: list[tuple[torch.Tensor, ...]] = [
+            (torch.full_like(all_N, cell), all_N) for cell in range(count)
+        ]
         return Layout(cell_M[:, None], count, MEMBERS), passes
 
     # --- cells -------------------------------------------------------------------------------
