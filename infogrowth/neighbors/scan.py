@@ -87,6 +87,7 @@ class Scan:
         error = FINE_ERROR * queries.rows.shape[1] if self._fine else queries.error * self._unit
         self._error_N = torch.zeros_like(queries.error) + error
         self._limit_N = torch.full_like(queries.visible, NO_LIMIT, dtype=self._dtype)
+        self._crowded_N = torch.zeros_like(queries.visible, dtype=torch.bool)
         found: list[Tensors] = []
         for cell_S, query_S in passes:
             work = partial(self._multiply, query_S[cell_S.argsort(stable=True)])
@@ -95,8 +96,7 @@ class Scan:
         edges = range(0, count + 1, max(1, -(-count // PARTS)))
         decided = self._threads(partial(self._decide, hits), list(pairwise([*edges[:-1], count])))
         positions, products = map(torch.cat, zip(*decided, strict=True))
-        crowded_N = self._limit_N == NOTHING
-        if bool(crowded_N.any()):
+        if bool((crowded_N := self._crowded_N).any()):
             number_N = crowded_N.cumsum(0) - 1
             again: list[Tensors] = [(c[crowded_N[q]], number_N[q[crowded_N[q]]]) for c, q in passes]
             positions[crowded_N], products[crowded_N] = self._finer().nearest(
@@ -157,7 +157,7 @@ class Scan:
         seen = (row < visible_S[slot]).nonzero()[:, 0]
         if not self._fine and len(seen) > ROOM * len(limit_S):
             sizes = torch.bincount(slot[seen], minlength=len(limit_S))
-            self._limit_N[query_S[sizes > CROWD + 8 * self._k]] = NOTHING
+            self._leave(query_S[sizes > CROWD + 8 * self._k])
         return _some((query, row.long(), score), seen)
 
     def _scores(
@@ -176,6 +176,11 @@ class Scan:
             left = _take("queries", self._queries.codes, query_S)
             right = _take("rows", rows, number_BW.view(-1).clamp(max=self._layout.rows - 1))
         return multiply(left, right, sizes, score_SW)
+
+    def _leave(self, query: torch.Tensor) -> None:
+        """These queries are a crowd: no more hits need be found, as they are looked up again."""
+        self._crowded_N[query] = True  # a limit may be overwritten by another thread, this not
+        self._limit_N[query] = NOTHING
 
     # --- deciding --------------------------------------------------------------------------------
 
@@ -202,7 +207,7 @@ class Scan:
         others = order[(rank >= k) & (score >= limit_N[query])[order]]
         if not self._fine:
             crowded_N = torch.bincount(query[others], minlength=count) > CROWD + 8 * k
-            self._limit_N[begin:end][crowded_N] = NOTHING
+            self._leave(crowded_N.nonzero()[:, 0] + begin)
             others = others[~crowded_N[query[others]]]
         product[others] = self._cosines(query[others] + begin, row[others])
         order, rank = _ranks(query, -product, count)
