@@ -214,7 +214,7 @@ class Tar(Files):
 
     def __init__(self, tree: Tree, name: str, downloads: str | None) -> None:
         super().__init__(tree, name, "webdataset")
-        self._plain = tree.is_plain(name)
+        self._path, self._plain = tree.path(name), tree.is_plain(name)
         self._offsets, self._sizes = array("q"), array("q")
         names: list[str] = []
         ignored: Counter[str] = Counter()
@@ -242,8 +242,7 @@ class Tar(Files):
         self.notes += damage
 
     def _open(self) -> BinaryIO:
-        path = self._tree.path(self.name)
-        return path.open("rb") if self._plain else self._tree.open_copy(self.name)
+        return self._path.open("rb") if self._plain else self._tree.open_copy(self.name)
 
     def _read(self, file: int) -> bytes:
         with self._open() as tar:
