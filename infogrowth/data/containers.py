@@ -202,7 +202,7 @@ class Folder(Files):
         self._index(files, entries, downloads)
 
     def _read(self, file: int) -> bytes:
-        return self._tree.path(self._files[file]).read_bytes()
+        return self._tree.read(self._files[file])
 
 
 class Tar(Files):

@@ -113,6 +113,13 @@ class Tree:
         """Where a file of the tree lies."""
         return self._path / name if name else self._path
 
+    def read(self, name: str) -> bytes:
+        """All bytes of a file. Paths of pathlib would cost as much as the reading of a small one."""
+        if self._remote:
+            return self.path(name).read_bytes()
+        with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+            return file.read()
+
     def version(self, name: str) -> str:
         """What changes when a file's content does: its size, and the server's word if it has."""
         path = self.path(name)
