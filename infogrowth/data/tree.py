@@ -114,7 +114,7 @@ class Tree:
         return self._path / name if name else self._path
 
     def read(self, name: str) -> bytes:
-        """All bytes of a file; by its name, since a Path costs half as much as reading a small one."""
+        """All bytes of a file; by its name: a Path costs half as much as reading a small file."""
         if self._remote:
             return self.path(name).read_bytes()
         with open(os.path.join(self.root, name), "rb", buffering=0) as file:
