@@ -178,6 +178,24 @@ def test_the_second_cell_minimises_what_it_should():
         assert loss[second] == pytest.approx(loss.min(), abs=1e-9)
 
 
+@pytest.mark.parametrize("most", [1, 6, 40])
+def test_a_query_reads_its_nearest_cell_and_then_those_that_are_nearly_as_near(most):
+    queries, centers = (encode(clustered(n, 8, clusters=9)) for n in (60, 40))
+    unit = Coder(8, torch.device("cpu")).unit
+    cells = Cells(centers, unit)
+    cells.read = most
+    (first, all_queries), (others, queries_of_others) = cells.passes(queries, map)
+    assert all_queries.tolist() == list(range(60))
+    products = queries.numpy().astype(int) @ centers.numpy().astype(int).T
+    for query, row in enumerate(products):
+        order = np.argsort(-row, kind="stable")[:most]
+        within = np.log(2 * most / np.arange(1, most + 1)) / 8
+        expected = order[row[order[0]] - row[order] <= within * unit] if most < 40 else order
+        read = [first[query].item(), *others[queries_of_others == query].tolist()]
+        assert read == expected.tolist()
+    assert most == 40 or len(others) < 59 * most
+
+
 def test_a_layout_holds_each_cell_in_order_and_leaves_out_rows_of_none():
     random = np.random.default_rng(0)
     cells = torch.from_numpy(random.integers(0, 8, (200, 2))).int()  # 7 is none
