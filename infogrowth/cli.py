@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from infogrowth import __version__
+from infogrowth.commands import SHARED_WORK
 from infogrowth.config import add_flags, load_config
 from infogrowth.errors import exit_status, sentence
 from infogrowth.remote import retry_summary
@@ -22,8 +23,6 @@ VERBS = (
     *("run", "pack", "embed", "recaption", "score", "grow", "select"),
     *("report", "explain", "sweep", "compare", "convert"),
 )
-# Under the launcher rank 0 does the others alone.
-SHARED_WORK = ("run", "embed", "recaption", "score", "grow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

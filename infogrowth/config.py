@@ -29,20 +29,27 @@ def option(
     max: float | None = None,
     short: str | None = None,
     positional: bool = False,
+    extensions: tuple[str, ...] = (),
+    excludes: tuple[str, ...] = (),
+    needs: str | None = None,
 ) -> Any:
     """A configuration field.
 
     Args:
         default: the value when neither file nor flag gives one; without it the key is required.
         help: one line for ``--help``.
-        min, max: the smallest and the largest that a number may be.
+        min, max: the smallest and the largest that a number, or each of several, may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
         positional: the command line takes it by its position, without a flag.
+        extensions: one of which the name of a file must end in.
+        excludes: options that are refused beside it.
+        needs: the option without which it is refused.
     """
-    about = {"help": help, "min": min, "max": max, "short": short, "positional": positional}
+    shown: dict[str, Any] = {"help": help, "short": short, "positional": positional}
+    rules = {"min": min, "max": max, "extensions": extensions, "excludes": excludes, "needs": needs}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
-    return dataclasses.field(default=default, metadata=about)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=shown | rules)
+    return dataclasses.field(default=default, metadata=shown | rules)
 
 
 def load_config(
@@ -50,15 +57,13 @@ def load_config(
     path: str | os.PathLike[str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> C:
-    """Build ``cls`` from a YAML file and parsed flags; a flag wins over the file.
+    """Build ``cls`` from a YAML file and parsed flags; a flag wins over the file. Raises UserError:
+    no such file, not YAML, an unknown key (with the nearest valid name), a value of the wrong type,
+    options that do not go together, or a required key that nobody gave.
 
     Args:
         flags: by name, ``vars()`` of what a parser with :func:`add_flags` returned; names that are
             no options of ``cls`` are passed over.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest valid name), a value of
-            the wrong type, or a required key that nobody gave.
     """
     given = {key: (value, f"key {key!r} in {path}") for key, value in read_yaml(path).items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -67,24 +72,17 @@ def load_config(
     return build_config(cls, given)
 
 
-def build_config(cls: type[C], given: dict[str, tuple[Any, str]]) -> C:
-    """Build ``cls`` from values, each with the words by which an error calls its origin.
-
-    Raises:
-        UserError: as :func:`load_config`.
-    """
+def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") -> C:
+    """Build ``cls`` from values, each with the words by which an error calls its origin; ``of``
+    begins the one about a missing value. Raises UserError: as :func:`load_config`."""
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, (given_value, where) in given.items():
         if key not in fields:
             raise UserError(f"unknown {where}{nearest(str(key), list(fields))}")
-        value = values[key] = _coerce(given_value, hints[key], where)
-        low, high = (fields[key].metadata.get(end) for end in ("min", "max"))
-        if low is not None and isinstance(value, int | float) and not value >= low:
-            raise UserError(f"{where} must be at least {low}, not {value}")
-        if high is not None and isinstance(value, int | float) and not value <= high:
-            raise UserError(f"{where} must be at most {high}, not {value}")
+        values[key] = _coerce(given_value, hints[key], where)
+        _check_value(values[key], fields[key].metadata, where)
     for name, field in fields.items():
         missing = dataclasses.MISSING
         if name not in values and field.default is missing and field.default_factory is missing:
@@ -92,8 +90,33 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]]) -> C:
             if field.metadata.get("positional"):
                 all_of_them = [n for n, f in fields.items() if f.metadata.get("positional")]
                 how += f" by its position ({' '.join(all_of_them).upper()})"
-            raise UserError(f"{name} is missing: give {how} or `{name}:` in --config")
+            raise UserError(f"{of}{name} is missing: give {how}, or a key `{name}:` in the file")
+    chosen = {
+        name: _on_command_line(fields[name])
+        for name, value in values.items()
+        if value != fields[name].default and value != []
+    }
+    for name, flag in chosen.items():
+        about = fields[name].metadata
+        for other in about.get("excludes", ()):
+            if other in chosen:
+                raise UserError(f"give either {flag} or {chosen[other]}, not both")
+        if (needed := about.get("needs")) and needed not in chosen:
+            raise UserError(f"{flag} goes with {_on_command_line(fields[needed])}")
     return cls(**values)
+
+
+def _check_value(value: Any, about: Mapping[str, Any], where: str) -> None:
+    """Refuse a number out of bounds, and a file of another kind."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, int | float):
+            low, high = about.get("min"), about.get("max")
+            if low is not None and not item >= low:  # NaN is refused too
+                raise UserError(f"{where} must be at least {low}, not {item}")
+            if high is not None and not item <= high:
+                raise UserError(f"{where} must be at most {high}, not {item}")
+        elif item and not item.lower().endswith(about.get("extensions") or ""):
+            raise UserError(f"{where} {item} must end in {' or '.join(about['extensions'])}")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentParser:
@@ -111,7 +134,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentPa
         common["dest"] = field.name
         # BLIP's own scripts spell flags with underscores (--output_dir): both forms work.
         names = list(dict.fromkeys([_on_command_line(field), f"--{field.name}"]))
-        if field.metadata.get("short"):
+        if field.metadata["short"]:
             names.insert(0, field.metadata["short"])
         if hint is bool:
             common["action"] = argparse.BooleanOptionalAction
@@ -124,11 +147,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentPa
 
 
 def read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The keys of a YAML file, none for no file.
-
-    Raises:
-        UserError: no such file, not YAML, a key given twice, or no mapping.
-    """
+    """The keys of a YAML file, none for no file. Raises UserError: no such file, not YAML, a key
+    given twice, or no mapping."""
     if path is None:
         return {}
     errors = (yaml.YAMLError, UnicodeDecodeError)
@@ -245,7 +265,7 @@ def _on_command_line(field: dataclasses.Field) -> str:
 
 
 def _help(field: dataclasses.Field, hint: Any) -> str:
-    text = field.metadata.get("help", "").replace("%", "%%")
+    text = field.metadata["help"].replace("%", "%%")
     choices = [a for a in typing.get_args(hint) if isinstance(a, str)]
     if typing.get_origin(hint) is Literal:
         text += f" ({', '.join(choices)})"

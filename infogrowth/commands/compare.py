@@ -10,7 +10,6 @@ import pandas as pd
 
 from infogrowth.config import option
 from infogrowth.data.text import image_key
-from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
 from infogrowth.report.dataset import GrowthTable, open_dataset
 from infogrowth.report.formatting import decimal, known, percent, shown
@@ -25,15 +24,15 @@ class Config:
     a: str = option(help="a result JSON or a growth folder", positional=True)
     b: str = option(help="the other one", positional=True)
     limit: int = option(10, "how many ids to list of what only one kept", min=0)
-    output: str | None = option(None, "also write a page with images: FILE.html", short="-o")
+    output: str | None = option(
+        None, "also write a page with images: FILE.html", short="-o", extensions=(".html",)
+    )
     lmdb: str | None = option(None, "LMDB of the images for the page")
     json: bool = option(False, "print JSON instead of text")
 
 
 def run(config: Config) -> int:
     """Print the comparison; write the page if asked to."""
-    if config.output and not config.output.endswith(".html"):
-        raise UserError(f"--output {config.output} must end in .html")
     a, b = open_dataset(config.a), open_dataset(config.b)
     found = compare(a, b, config.limit)
     if config.output:

@@ -1,7 +1,7 @@
 """`infogrowth embed`: compute image and text features of all pairs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ class Config:
         None,
         help="instead of an LMDB: a folder of images with captions, or of shards (.tar, .parquet), "
         "as img2dataset, webdataset and Hugging Face write them",
+        excludes=("lmdb", "annotations"),
     )
     encoder: str = option(
         "tiny",
@@ -47,11 +48,8 @@ class Config:
 def run(config: Config) -> int:
     """Embed the dataset; under the launcher each rank takes the next shard when it is free."""
     part = parse_part(config.part)
-    if config.source is None:
-        if config.lmdb is None or config.annotations is None:
-            raise UserError("give --lmdb DIR with --annotations FILE.json, or --source PATH")
-    elif config.lmdb is not None or config.annotations is not None:
-        raise UserError("--source brings its own captions: leave out --lmdb and --annotations")
+    if config.source is None and None in (config.lmdb, config.annotations):
+        raise UserError("give --lmdb DIR with --annotations FILE.json, or --source PATH")
     from infogrowth import distributed
     from infogrowth.data.feature_writer import FeatureWriter
     from infogrowth.encoders.dataset import Pairs, SourcePairs, pairs_of_lmdb
@@ -85,10 +83,7 @@ def run(config: Config) -> int:
 
 def parse_part(part: str | None) -> tuple[int, int]:
     """``"3/16"`` as (2, 16): the third of 16 jobs takes shards 2, 18, 34, …; None is all of them.
-
-    Raises:
-        UserError: no such part.
-    """
+    Raises UserError: no such part."""
     match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if part is None else part)
     number, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= count:
@@ -99,6 +94,14 @@ def parse_part(part: str | None) -> tuple[int, int]:
 def automatic(value: Any, default: Any) -> Any:
     """An option's value, or what stands for its "auto"."""
     return default if value == "auto" else value
+
+
+def images_of(path: object, about: Mapping[str, Any], given: str | None, flag: str) -> str:
+    """Where the images are: what was given with ``flag``, else what a folder records ``about``
+    itself; UserError where neither says."""
+    if images := given or about.get("images"):
+        return str(images)
+    raise UserError(f"{path} does not record where its images are: give {flag}")
 
 
 def encoder_identity(encoder: "DualEncoder") -> dict[str, Any]:

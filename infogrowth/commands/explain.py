@@ -54,16 +54,14 @@ def run(config: Config) -> int:
 def explain(table: GrowthTable, sample_id: str) -> list[dict[str, Any]]:
     """Every decision about ``sample_id``, which may have come more than once, in stream order.
 
-    The id is found with or without its extension, as everywhere.
+    The id is found with or without its extension, as everywhere. Raises UserError: no such sample,
+    with the nearest ids.
 
     Returns:
         ready for JSON, the fields of a `Decision` (None is unknown; neighbors have ``id``,
         ``distance`` and ``caption``) and ``row`` (its position in the stream, from 0), ``source``,
         ``why``, ``min_align``, ``gain_rank`` (percent of the kept samples with a smaller mean gain)
         and, if it is kept, ``visits``: those expected per epoch, by sampler.
-
-    Raises:
-        UserError: no such sample, with the nearest ids.
     """
     rows, kept = table.rows, table.rows[table.kept]
     ways: list[Callable[[str], str]] = [str, strip_extension, image_key]

@@ -41,7 +41,9 @@ class Config:
         help="files to write: .json (result), .parquet (all decisions), .npy (DataComp uids), "
         ".jsonl (Hugging Face metadata)"
     )
-    seed_features: str | None = option(None, help="a clean starting set: kept without a check")
+    seed_features: str | None = option(
+        None, help="a clean starting set: kept without a check", excludes=("seed_ids",)
+    )
     seed_ids: str | None = option(
         None, help="JSON list of ids: these rows of --features are the clean starting set"
     )
@@ -121,8 +123,6 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"--output {path} lies inside the growth folder {config.growth}; write it elsewhere"
             )
-    if config.seed_features and config.seed_ids:
-        raise UserError("give --seed-features or --seed-ids, not both")
     if config.modality == "image" and (config.recaptions or config.clean_by != "cosine"):
         raise UserError(
             "--recaptions and --clean-by judge captions, which --modality image does not have"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -49,7 +49,8 @@ COMMIT_SECONDS = 60.0
 
 
 class GrowSession:
-    """The growth folder, opened for one run; a context manager.
+    """The growth folder, opened for one run; a context manager. Raises UserError: the folder is in
+    use, is none, or was grown with other settings.
 
     Args:
         config: the options of `grow`.
@@ -59,9 +60,6 @@ class GrowSession:
 
     Attributes:
         processed: samples that this run has decided about.
-
-    Raises:
-        UserError: the folder is in use, is none, or was grown with other settings.
     """
 
     def __init__(
@@ -79,9 +77,9 @@ class GrowSession:
         self._last_commit = time.monotonic()
         try:
             folder = on_main(self._open)
-            self._before = folder.totals["pairs"]
-            self._sources, self._settings = deepcopy(folder.sources), folder.settings
-            self._engine = self._restored(folder, self._measure(), device)
+            self._decided_before = folder.totals["pairs"]
+            self._sources = deepcopy(folder.sources)
+            self._engine = self._restored(folder, self._measure(folder), device)
         except BaseException:
             self.__exit__()
             raise
@@ -98,15 +96,14 @@ class GrowSession:
         assert self._ledger is not None
         return self._ledger.folder()
 
-    def seed(self, stream: FeatureStream | None, seed_ids: Collection[str] | None = None) -> None:
+    def seed(self, stream: FeatureStream | None, seed_ids: frozenset[str] | None = None) -> None:
         """Insert the clean starting set, if it is not in yet.
 
         Args:
             stream: where the seeds are; None when the run has none.
             seed_ids: only these samples of the stream; None for all.
         """
-        thresholds = self._engine.thresholds
-        digest = None
+        thresholds, digest = self._engine.thresholds, None
         if seed_ids is not None:
             listed = "\n".join(sorted(seed_ids)).encode()
             digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
@@ -177,7 +174,7 @@ class GrowSession:
                     late = time.monotonic() - self._last_commit >= COMMIT_SECONDS
                     if late or self._ledger.pending_rows >= self._config.commit_rows:
                         self._commit(source, stream)
-                kept, decided = len(self._engine), self._before + self.processed
+                kept, decided = len(self._engine), self._decided_before + self.processed
                 bar.set_postfix(kept=kept, dropped=decided - kept, refresh=False)
             bar.update(source.rows - bar.n)
         source.position = source.rows
@@ -187,13 +184,10 @@ class GrowSession:
         if self._ledger is None:
             return
         source.digest = stream.fingerprint(source.position)
-        if not self._settings:  # the folder begins, with the thresholds that were found
-            self._settings = self._asked | asdict(self._engine.thresholds)
-            if isinstance(self._engine.measure, NegClip):
-                self._engine.measure.save(reference_path(self._config.growth))
+        settings = self._settings | asdict(self._engine.thresholds)  # which may just be found
         if search := self._engine.settings["search"]:
-            self._settings = {**self._settings, "search": search}
-        self._ledger.commit(self._settings, self._sources)
+            settings["search"] = search
+        self._ledger.commit(settings, self._sources)
         self._last_commit = time.monotonic()
 
     def _chosen(self, number: int) -> np.ndarray | None:
@@ -219,27 +213,30 @@ class GrowSession:
         self._ledger = GrowthLedger(self._config.growth)
         return self._ledger.folder()
 
-    def _measure(self) -> Measure:
+    def _measure(self, folder: GrowthFolder) -> Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
         name = self._config.clean_by
         if name == "cosine":
             return cosine
         if name == "negclip":
             path = reference_path(self._config.growth)
-            begun = self._settings and path.is_file()
-            return NegClip.load(path) if begun else draw_reference(self._features)
+            if folder.settings and path.is_file():
+                return NegClip.load(path)
+            reference = draw_reference(self._features)
+            if self._ledger is not None:
+                reference.save(path)
+            return reference
         return ScoreColumn(self._config.scores, name, recaptions=self._recaptions is not None)
 
     def _restored(self, folder: GrowthFolder, measure: Measure, device: torch.device) -> InfoGrowth:
         """The engine as the folder left it, or a new one; other settings than its own are refused.
-        What growth.json is to hold for a new one is noted."""
+        What growth.json is to hold is noted."""
         config, settings, features = self._config, folder.settings, self._features
         # The folder's thresholds, unless others are given.
         requests = Thresholds.of_settings(settings or {"min_align": DEFAULT_MIN_ALIGN}).requests
-        given = {name: getattr(config, name) for name in requests}
-        requests |= {name: value for name, value in given.items() if value is not None}
+        requests |= {n: given for n in requests if (given := getattr(config, n)) is not None}
         encoder = features.encoder
-        self._asked = {
+        asked = {
             **({"clean_by": measure.about} if measure.about else {}),
             "k": config.k,
             **asdict(Thresholds.requested(**requests)),
@@ -249,8 +246,9 @@ class GrowSession:
             "encoder": encoder and {name: encoder.get(name) for name in ("name", "fingerprint")},
             "images": features.description.get("images"),
         }
+        self._settings = settings or asked
         if settings:
-            _refuse_other(folder, self._asked)
+            _refuse_other(folder, asked)
             if settings.get("index") != config.index:
                 log.info("note: the dataset was begun with index %s", settings.get("index"))
             if bool(settings.get("encoder")) != bool(encoder):
@@ -301,29 +299,23 @@ class RecaptionTable(Mapping[str, Recaption]):
         return len(self._rows)
 
 
-def _found_seeds(stream: FeatureStream, wanted: Collection[str]) -> np.ndarray:
+def _found_seeds(stream: FeatureStream, wanted: frozenset[str]) -> np.ndarray:
     """(rows,) bool: the samples with these ids; logs how many of them the features do not have."""
-    found, chosen = set[str](), np.zeros(stream.rows, bool)
+    missing, chosen = set(wanted), np.zeros(stream.rows, bool)
     for batch in stream.batches(65536):
         chosen[batch.rows] = [name in wanted for name in batch.ids]
-        found.update(name for name in batch.ids if name in wanted)
-    if not found:
+        missing.difference_update(batch.ids)
+    if not chosen.any():
         raise UserError(f"none of the {len(wanted)} seed ids is in {stream.path}")
-    if len(found) < len(wanted):
-        missing = (len(wanted) - len(found), len(wanted), stream.path, min(set(wanted) - found))
-        log.warning("%d of the %d seed ids are not in %s (for example %r)", *missing)
+    if missing:
+        counts = len(missing), len(wanted), stream.path, min(missing)
+        log.warning("%d of the %d seed ids are not in %s (for example %r)", *counts)
     return chosen
 
 
 def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
     """Refuse to continue with other settings; UserError names the first difference. ``index`` may
     change, it is only recorded; an encoder that is not known is no difference."""
-
-    def readable(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
     names = ("k", "modality", "dimension", "clean_by", "encoder")
     before, now = (
         {name: s.get(name) for name in names} | Thresholds.of_settings(s).requests
@@ -332,7 +324,13 @@ def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
     for name, value in before.items():
         unknown = name == "encoder" and not (value and now[name])
         if value != now[name] and not unknown:
+            then, here = (
+                ", ".join(f"{k} {v}" for k, v in given.items() if v)
+                if isinstance(given, dict)
+                else given
+                for given in (value, now[name])
+            )
             raise UserError(
-                f"{folder.directory} was grown with {name} {readable(value)}, and this run has "
-                f"{readable(now[name])}; use the same, or another --growth folder"
+                f"{folder.directory} was grown with {name} {then}, and this run has {here}; use "
+                "the same, or another --growth folder"
             )

@@ -108,8 +108,9 @@ class _Packed:
 def pack(source: Source, output: Path, split: str, workers: int, max_pixels: int) -> str:
     """Store every good image of ``source``, and write its annotation JSON and skipped.jsonl.
 
-    An image is decoded in full before it is stored, and stored as it came. Of several samples
-    with one id the first good one is kept. The JSON is sorted by id.
+    An image is decoded in full before it is stored, and stored as it came. Of several samples with
+    one id the first good one is kept. The JSON is sorted by id. Raises UserError: the LMDB holds
+    images of another source, the disk is full, or no sample is good.
 
     Args:
         output: gets ``lmdb_{split}``, ``cc3m_{split}.json`` and ``lmdb_{split}_skipped.jsonl``.
@@ -118,10 +119,6 @@ def pack(source: Source, output: Path, split: str, workers: int, max_pixels: int
 
     Returns:
         what was found, packed, skipped, repaired and ignored, in a few lines.
-
-    Raises:
-        UserError: the LMDB holds images of another source, the disk is full, or no sample is
-            good.
     """
     lmdb, captions = output / f"lmdb_{split}", output / f"cc3m_{split}.json"
     losses = output / f"lmdb_{split}_skipped.jsonl"

@@ -4,15 +4,22 @@ Which samples want one: those that growth drops, or would drop, for their alignm
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from infogrowth.annotations import read_ids
-from infogrowth.commands.embed import automatic, encoder_identity, parse_part, print_summary
+from infogrowth.annotations import SPACES, read_ids
+from infogrowth.commands.embed import (
+    automatic,
+    encoder_identity,
+    images_of,
+    parse_part,
+    print_summary,
+)
 from infogrowth.config import option
 from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
 from infogrowth.data.features import open_features
@@ -33,6 +40,9 @@ if TYPE_CHECKING:
 
 _ROWS = 16_384  # examined at once
 _CHECKED_AT_ONCE = 16
+_SAMPLES = pa.schema(
+    {"id": pa.string(), "original_caption": pa.string(), "original_alignment": pa.float64()}
+)
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,16 @@ class Config:
         None, help="before growing: recaption what lies under --min-align in this features folder"
     )
     growth: str | None = option(
-        None, help="after growing: recaption what this growth folder dropped for its alignment"
+        None,
+        help="after growing: recaption what this growth folder dropped for its alignment",
+        excludes=("features",),
     )
     min_align: float | str = option(
         0.4, help="with --features: a number, auto or auto:0.98 (from the seeds, as `grow` does)"
     )
     seed_ids: str | None = option(None, help="JSON list of seed ids; seeds are left as they are")
     seed_features: str | None = option(None, help="features folder of the seeds")
-    all: bool = option(False, help="with --features: recaption every sample")
+    all: bool = option(False, help="with --features: recaption every sample", needs="features")
     captions: str | None = option(
         None, help='import captions made elsewhere, [{"image", "caption"}], instead of a captioner'
     )
@@ -123,13 +135,13 @@ def run(config: Config) -> int:
         batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
         extra: dict[str, list[Any]] = {}
         if captioner is not None and pending is not None:
-            extra = {"original_caption": pending.captions, "original_alignment": pending.alignments}
+            extra = {name: pending.samples[name].to_pylist() for name in _SAMPLES.names[1:]}
         workers = automatic(config.workers, None) if captioner is not None else 0
         result = embed_pairs(pairs, encoder, output, device, batch_size, workers, captioner, extra)
         if distributed.is_main():
             if pending is not None:
                 under = "" if pending.min_align is None else f" under {pending.min_align:.4f}"
-                print(f"{len(pending.ids):,} of {pending.examined:,} samples{under}")
+                print(f"{len(pending.samples):,} of {pending.examined:,} samples{under}")
             if found := checked.get("seed_check"):
                 _print_seed_check(found)
             print_summary(config.output, result)
@@ -140,15 +152,13 @@ def _pairs(config: Config, about: dict[str, Any], pending: "_Pending | None") ->
     """Captions from a file (of all in it, if no samples are known), or the pending images."""
     from infogrowth.encoders.dataset import captions_of_file, pairs_by_id
 
+    if pending is None:
+        return captions_of_file(str(config.captions), None)
+    ids, captions, _ = (column.to_pylist() for column in pending.samples.columns)
     if config.captions is not None:
-        return captions_of_file(config.captions, None if pending is None else pending.ids)
-    assert pending is not None
-    images = config.lmdb or about.get("images")
-    if images is None:
-        raise UserError(
-            f"{config.features or config.growth} does not record where its images are: give --lmdb"
-        )
-    return pairs_by_id(images, pending.ids, pending.captions)
+        return captions_of_file(config.captions, ids)
+    path = config.features or config.growth
+    return pairs_by_id(images_of(path, about, config.lmdb, "--lmdb"), ids, captions)
 
 
 def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "DualEncoder":
@@ -171,21 +181,18 @@ def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "
     return encoder
 
 
-@dataclass
-class _Pending:
+class _Pending(NamedTuple):
     """Samples that want a caption, in the order in which growth sees them.
 
     Attributes:
+        samples: their ``id``, ``original_caption`` and ``original_alignment``.
         min_align: alignment under which they lie, None when all samples were asked for.
-        alignments: of each with the caption that it has.
         examined: how many samples were looked at.
     """
 
+    samples: pa.Table
     min_align: float | None
-    ids: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    alignments: list[float] = field(default_factory=list)
-    examined: int = 0
+    examined: int
 
 
 def _pending(config: Config) -> tuple[dict[str, Any], _Pending | None]:
@@ -193,10 +200,8 @@ def _pending(config: Config) -> tuple[dict[str, Any], _Pending | None]:
     of captions was given."""
     if config.growth is not None:
         growth = read_growth(config.growth)
-        ids, captions, alignments = (column.to_pylist() for column in growth.pending().columns)
         min_align = float(growth.settings["min_align"])
-        found = _Pending(min_align, ids, captions, alignments, growth.totals["pairs"])
-        return growth.settings, found
+        return growth.settings, _Pending(growth.pending(), min_align, growth.totals["pairs"])
     if config.features is None:
         return {}, None
     features = _open_pairs(config.features)
@@ -206,7 +211,7 @@ def _pending(config: Config) -> tuple[dict[str, Any], _Pending | None]:
     seed_ids = read_ids(config.seed_ids) if config.seed_ids else frozenset()
     if not thresholds.resolved:
         seeds = _seeds(config)
-        assert seeds is not None and seeds.text is not None
+        assert seeds is not None
         stream = stream_alignments(features, seed_ids) if thresholds.purity else None
         thresholds = thresholds.resolve(seeds.image, seeds.text, stream)  # the rules of growth
     return features.description, _badly_aligned(features, thresholds.min_align, seed_ids)
@@ -220,34 +225,25 @@ def _badly_aligned(
     The alignment is computed and compared exactly as growth does it. Seeds are never filtered, so
     they need none; nor do samples whose features are unusable.
     """
-    found = _Pending(min_align)
+    tables = []
     for batch in features.batches(_ROWS):
         image, text, wanted = unit_pairs(batch.image, batch.text)
         alignment = row_products(image, text)
         if min_align is not None:
-            wanted = wanted & is_below(alignment, min_align)
-        rows = [row for row in np.flatnonzero(wanted).tolist() if batch.ids[row] not in seeds]
-        found.ids += [batch.ids[row] for row in rows]
-        found.captions += [batch.captions[row] for row in rows]
-        found.alignments += alignment[rows].tolist()
-        found.examined += len(batch)
-    return found
+            wanted &= is_below(alignment, min_align)
+        wanted &= [name not in seeds for name in batch.ids]
+        table = pa.table([batch.ids, batch.captions, alignment], schema=_SAMPLES)
+        tables.append(table.filter(pa.array(wanted)))
+    return _Pending(pa.concat_tables(tables), min_align, features.rows)
 
 
-@dataclass(frozen=True)
-class _Seeds:
-    """Seeds with their true captions and usable features.
-
-    Attributes:
-        image, text: (N, D) float32 unit rows; ``text`` is None where only alignments are known.
-        alignment: (N,) of each with its own caption.
-        images: where their images are, if that is recorded.
-    """
+class _Seeds(NamedTuple):
+    """Seeds with usable features, (N, D) float32 unit rows, and where their images are, if that is
+    recorded."""
 
     ids: list[str]
     image: np.ndarray
-    text: np.ndarray | None
-    alignment: np.ndarray
+    text: np.ndarray
     images: str | None
 
 
@@ -255,16 +251,12 @@ def _seeds(config: Config) -> _Seeds | None:
     """The seeds that the run knows of, as growth would find them; None if it knows of none."""
     if config.growth is not None:
         growth = read_growth(config.growth)
-        names: list[str] = []
-        alignment: list[float] = []
-        for table in growth.decision_parts(("id", "reason", "original_alignment")):
-            seeds = table.filter(pc.equal(table["reason"], Reason.SEED))
-            names += seeds["id"].to_pylist()
-            alignment += seeds["original_alignment"].to_pylist()
-        if not names:
+        table = growth.decisions(("id", "reason"))
+        names = table.filter(pc.equal(table["reason"], Reason.SEED))["id"].to_pylist()
+        if not names or growth.spaces != SPACES:
             return None
-        image = growth.kept_features("image", len(names))
-        return _Seeds(names, image, None, np.array(alignment), growth.settings.get("images"))
+        image, text = (growth.kept_features(space, len(names)) for space in SPACES)
+        return _Seeds(names, image, text, growth.settings.get("images"))
     folder = config.seed_features or config.features
     if folder is None or (config.seed_ids is None and config.seed_features is None):
         return None
@@ -280,8 +272,7 @@ def _seeds(config: Config) -> _Seeds | None:
         raise UserError(f"no sample of the features is in {config.seed_ids or folder}")
     image, text, usable = unit_pairs(joined.image, joined.text)
     names = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
-    image, text = image[usable], text[usable]
-    return _Seeds(names, image, text, row_products(image, text), stream.description.get("images"))
+    return _Seeds(names, image[usable], text[usable], stream.description.get("images"))
 
 
 def _seed_check(
@@ -312,7 +303,8 @@ def _seed_check(
         if written:
             own = rows[np.array(batch.rows)[written]]
             text = encoder.encode_texts([captions[number] for number in written]).numpy()
-            better = row_products(seeds.image[own], text) > seeds.alignment[own]
+            true = row_products(seeds.image[own], seeds.text[own])
+            better = row_products(seeds.image[own], text) > true
             check["captioned"] += len(written)
             check["better_than_true"] += int(better.sum())
     return check
@@ -340,12 +332,8 @@ def _print_seed_check(check: dict[str, int]) -> None:
 
 def _refuse_nonsense(config: Config) -> None:
     """What can be seen before anything is loaded."""
-    if config.features is not None and config.growth is not None:
-        raise UserError("give --features (before growing) or --growth (after), not both")
     if config.features is None and config.growth is None and config.captions is None:
         raise UserError("give --features DIR, --growth DIR, or --captions FILE.json")
-    if config.all and config.features is None:
-        raise UserError("--all goes with --features DIR")
     is_auto = not Thresholds.requested(config.min_align).resolved and not config.all
     if config.features is not None and is_auto and not (config.seed_ids or config.seed_features):
         raise UserError("--min-align auto needs seeds: give --seed-ids or --seed-features")

@@ -17,41 +17,40 @@ class Config:
     """Options of ``infogrowth report``."""
 
     growth: str | None = option(None, "growth folder (GROWTH_DIR) to show", positional=True)
-    annotations: str | None = option(None, "a result JSON to show instead of a growth folder")
+    annotations: str | None = option(
+        None, "a result JSON to show instead of a growth folder", excludes=("growth",)
+    )
     lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
     output: str = option("report.html", "the page to write", short="-o")
     atlas: str | None = option(
-        None, "also write the decisions as FILE.parquet for Embedding Atlas, for large sets"
+        None,
+        "also write the decisions as FILE.parquet for Embedding Atlas, for large sets",
+        extensions=(".parquet",),
+        needs="growth",
     )
     truth: str | None = option(
-        None, "annotation JSON with the right captions, where they are known: scores the growth"
+        None,
+        "annotation JSON with the right captions, where they are known: scores the growth",
+        needs="growth",
     )
     title: str | None = option(None, "title of the page; by default the folder's name")
     duplicate_distance: float | Literal["auto"] = option(
         "auto",
         "images within this cosine distance are near-duplicates; auto: a fifth of the distance at "
         "which a kept image usually finds its nearest",
+        min=0,
+        max=2,
     )
 
 
 def run(config: Config) -> int:
     """Write the page; logs where it is and how large."""
-    if config.growth and config.annotations:
-        raise UserError("give a growth folder or --annotations FILE.json, not both")
     if not (config.growth or config.annotations or config.training):
         raise UserError(
             "nothing to report on: give a growth folder, --annotations FILE.json, "
             "or --training RUN_DIR …"
         )
-    for name in ("truth", "atlas"):
-        if getattr(config, name) and not config.growth:
-            raise UserError(f"--{name} is about the decisions of a growth folder: give one")
-    if config.atlas and not config.atlas.endswith(".parquet"):
-        raise UserError(f"--atlas {config.atlas} must end in .parquet")
-    distance = config.duplicate_distance
-    if distance != "auto" and not 0 <= distance <= 2:
-        raise UserError("--duplicate-distance is a cosine distance: a number from 0 to 2, or auto")
     # Drawing libraries take a second to load: only once it is clear that there is work to do.
     from infogrowth.report.page import render
     from infogrowth.report.training_runs import read_runs, training_context

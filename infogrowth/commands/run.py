@@ -16,25 +16,19 @@ import contextlib
 import logging
 import os
 import shlex
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
-from tqdm.contrib.logging import logging_redirect_tqdm
-
+from infogrowth.commands import SHARED_WORK
 from infogrowth.config import build_config, nearest, option, read_yaml
 from infogrowth.errors import UserError
 
 log = logging.getLogger(__name__)
 
 STAGES = ("pack", "embed", "recaption", "grow", "select", "report")
-ON_ALL_RANKS = ("embed", "recaption", "grow")  # under the launcher rank 0 does the others alone
 SHARED = (
     *("seed_ids", "seed_features", "min_align", "min_recaption_align"),
     *("encoder", "vocabulary", "lmdb", "workers", "device", "seed"),
@@ -110,12 +104,10 @@ def run(config: Config) -> int:
 
             device = str(read_yaml(config.pipeline).get("device", "auto"))
             stack.enter_context(process_group(device))
-        bar = stack.enter_context(_progress(len(stages)))
         for number, stage in enumerate(stages, start=1):
-            bar.set_description(f"stage {number} of {len(stages)}: {stage.name}")
             log.info("\n[%d/%d] %s", number, len(stages), stage.command())
             started = time.monotonic()
-            if stage.name in ON_ALL_RANKS or os.environ.get("RANK", "0") == "0":
+            if stage.name in SHARED_WORK or os.environ.get("RANK", "0") == "0":
                 try:
                     stage.module.run(stage.config)
                 except UserError as error:
@@ -123,18 +115,14 @@ def run(config: Config) -> int:
             if launched:
                 barrier()
             took.append((stage.name, time.monotonic() - started))
-            bar.update()
     log.info("\n%s", "\n".join(f"{name:<10} {seconds:>8.1f} s" for name, seconds in took))
     return 0
 
 
 def read_stages(config: Config) -> list[Stage]:
-    """The stages to run, with all their options, checked before any work is done.
-
-    Raises:
-        UserError: an unknown stage or option (with the nearest name), a value of the wrong type, or
-            a required option that nobody gave.
-    """
+    """The stages to run, with all their options, checked before any work is done. Raises UserError:
+    an unknown stage or option (with the nearest name), a value of the wrong type, or a required
+    option that nobody gave."""
     path = config.pipeline
     content = read_yaml(path)
     for key in content:
@@ -176,23 +164,4 @@ def _stage(
     }
     values |= {k: (v, f"key {k!r} in {path}") for k, v in shared.items() if k in known}
     values |= {k: (v, f"key {k!r} of stage {name} in {path}") for k, v in given.items()}
-    try:
-        return Stage(name, build_config(config, values))
-    except UserError as error:
-        missing = str(error).partition(" is missing: ")
-        if not missing[1]:
-            raise
-        raise UserError(f"the stage {name} of {path} needs a key {missing[0]}") from error
-
-
-@contextlib.contextmanager
-def _progress(stages: int) -> Iterator[tqdm]:
-    """A bar of stages above the commands' own bars; what they print goes above it."""
-    quiet = not log.isEnabledFor(logging.INFO) or not sys.stderr.isatty()
-    with tqdm(total=stages, unit="stage", disable=quiet, position=0) as bar:
-        if quiet:
-            yield bar
-            return
-        above: Any = DummyTqdmFile(sys.stdout)
-        with logging_redirect_tqdm(), contextlib.redirect_stdout(above):
-            yield bar
+    return Stage(name, build_config(config, values, f"stage {name} of {path}: "))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from infogrowth.commands.embed import images_of
 from infogrowth.config import option
 from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
 from infogrowth.data.features import open_features
@@ -51,7 +52,9 @@ class Config:
     growth: str | None = option(
         None, help="take negclip's reference of this growth folder, grown with --clean-by negclip"
     )
-    temperature: float = option(TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's")
+    temperature: float = option(
+        TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's", min=1e-3, max=10
+    )
     reference_rows: int = option(REFERENCE_ROWS, help="pairs in negclip's reference", min=1)
     images: str | None = option(None, help="for itm: LMDB, folder or shards [those embedded]")
     matcher: str | None = option(None, help="for itm: the BLIP that judges [the encoder]")
@@ -136,11 +139,9 @@ def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tup
     from infogrowth.encoders.loading import load_matcher
 
     name = config.matcher or (features.encoder or {}).get("name")
-    images = config.images or features.description.get("images")
     if name is None:
         raise UserError(f"{config.features} does not record its encoder: give --matcher, a BLIP")
-    if images is None:
-        raise UserError(f"{config.features} does not record where its images are: give --images")
+    images = images_of(config.features, features.description, config.images, "--images")
     with distributed.main_first():  # rank 0 downloads, the others find the files
         matcher = load_matcher(str(name), device, config.vocabulary)
     workers = workers_for(device) if config.workers == "auto" else config.workers
@@ -153,7 +154,7 @@ def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tup
     def scored(pairs: FeatureBatch) -> np.ndarray:
         ids = pairs.ids
         batches = dataset.decoded_batches(
-            dataset.pairs_by_id(str(images), ids, pairs.captions), matcher.preprocess,
+            dataset.pairs_by_id(images, ids, pairs.captions), matcher.preprocess,
             matcher.tokenize, [(0, range(len(ids)))], config.batch_size, workers,
             pinned=device.type == "cuda",
         )  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from infogrowth.annotations import Annotation, gains_array, load_annotations
+from infogrowth.commands.embed import images_of
 from infogrowth.config import option
 from infogrowth.data.exports import (
     check_outputs,
@@ -38,18 +39,24 @@ class Config:
         help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face "
         "metadata); or a folder of webdataset shards"
     )
-    annotations: str | None = option(None, help="select from a result (JSON or parquet) of `grow`")
+    annotations: str | None = option(
+        None, help="select from a result (JSON or parquet) of `grow`", excludes=("growth",)
+    )
     growth: str | None = option(None, help="select from a growth folder: all columns of decisions")
-    scores: list[str] = option([], help="parquet files with ids and more columns for --where")
+    scores: list[str] = option(
+        [], help="parquet files with ids and more columns for --where", needs="where"
+    )
     where: str | None = option(
         None, help="condition in SQL: \"gain >= 0.05 and aesthetic > 4.5 and verdict = 'kept'\""
     )
     among: Literal["kept", "dropped", "all"] = option(
-        "kept", help="with --growth: which decisions to choose from"
+        "kept", help="with --growth: which decisions to choose from", needs="growth"
     )
     top: int | None = option(None, help="take this many samples of highest gain")
     bernoulli: bool = option(
-        False, help="take each sample with its gain (over the 0.99 quantile) as the chance"
+        False,
+        help="take each sample with its gain (over the 0.99 quantile) as the chance",
+        excludes=("top",),
     )
     seed: int = option(0, help="of the random choice")
     images: str | None = option(
@@ -143,18 +150,12 @@ class _Choice:
 
 def _check(config: Config) -> None:
     check_outputs(config.output, folders=True)
-    if (config.annotations is None) == (config.growth is None):
+    if config.annotations is None and config.growth is None:
         raise UserError("give either --annotations FILE.json or --growth DIR to select from")
-    if config.among != "kept" and config.growth is None:
-        raise UserError("--among goes with --growth: a result JSON holds only what was kept")
-    if config.top is not None and config.bernoulli:
-        raise UserError("give either --top N or --bernoulli (with --seed S), not both")
     if config.top is None and not config.bernoulli and config.where is None:
         raise UserError(
             "give either --top N or --bernoulli (with --seed S), or a condition with --where"
         )
-    if config.scores and config.where is None:
-        raise UserError("--scores brings columns for a condition: give --where")
     if any(map(is_folder_output, config.output)) and not (config.growth or config.images):
         raise UserError("shards hold images: give --images, the LMDB or folder that has them")
 
@@ -214,11 +215,8 @@ def _meeting_condition(condition: str, choice: _Choice) -> _Choice:
 def _write_shards(config: Config, folder: Path, choice: _Choice) -> None:
     from infogrowth.data.image_stores import open_images
 
-    where = config.images
-    if where is None and config.growth:
-        where = read_growth(config.growth).settings.get("images")
-    if where is None:
-        raise UserError(f"{config.growth} does not record where its images are: give --images")
+    about = read_growth(config.growth).settings if config.growth else {}
+    where = images_of(config.growth, about, config.images, "--images")
     ids = [sample["image"] for sample in choice.samples()]
     images, records = open_images(where, ids), choice.records()
     quiet = not log.isEnabledFor(logging.INFO)

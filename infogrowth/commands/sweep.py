@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,27 +32,25 @@ class Config:
     """Options of ``infogrowth sweep``."""
 
     growth: str = option(help="growth folder (GROWTH_DIR)", positional=True)
-    min_align: list[float] = option([], "thresholds to try; by default a grid over the alignments")
+    min_align: list[float] = option(
+        [], "thresholds to try; by default a grid over the alignments", min=-1, max=1
+    )
     tops: list[int] = option([], "sizes of static selections; by default tenths of the kept set")
-    output: str | None = option(None, "also write the plot: FILE.html or FILE.png", short="-o")
+    output: str | None = option(
+        None, "also write the plot: FILE.html or FILE.png", short="-o", extensions=(".html", ".png")
+    )
     json: bool = option(False, "print JSON instead of tables")
 
 
 def run(config: Config) -> int:
     """Print the tables, or JSON; write the plot if asked to."""
-    suffix = Path(config.output).suffix.lower() if config.output else None
-    if suffix not in (None, ".html", ".png"):
-        raise UserError(f"--output {config.output} must end in .html or .png")
-    for value in config.min_align:
-        if not -1 <= value <= 1:  # NaN is refused too
-            raise UserError(f"--min-align must lie between -1 and 1, not {value!r}")
     table = open_growth(config.growth)
     found = sweep(table, config.min_align, config.tops)
     if config.output:
         from infogrowth.report.charts import NARROW, draw_sweep, png, svg
         from infogrowth.report.page import render
 
-        if suffix == ".png":
+        if config.output.lower().endswith(".png"):
             content = png((760, 300), draw_sweep, found)
         else:
             text = "Samples kept by alignment threshold, and information kept by the top N."
@@ -70,7 +67,8 @@ def run(config: Config) -> int:
 def sweep(
     table: GrowthTable, thresholds: Sequence[float] = (), tops: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Evaluate ``thresholds`` and ``tops``; both have sensible defaults when empty.
+    """Evaluate ``thresholds`` and ``tops``; both have sensible defaults when empty. Raises
+    UserError: no alignments on record, or a top that is not between 1 and the kept count.
 
     Returns:
         ready for JSON, ``thresholds``, a record for each (``kept_at_most`` is more than ``kept``
@@ -78,9 +76,6 @@ def sweep(
         are the estimated shares of right captions above it, and of the stream's right captions
         below it); ``tops``, a record for each static selection (``information`` is its share of
         the sum of the normalized gains); and ``notes``, the sentences a reader needs to judge them.
-
-    Raises:
-        UserError: no alignments on record, or a top that is not between 1 and the kept count.
     """
     alignment = table.rows.original_alignment.dropna()
     if not len(alignment):
@@ -137,9 +132,6 @@ def _top_rows(gains: np.ndarray, tops: Sequence[int]) -> list[dict[str, Any]]:
     count, mean = len(gains), gains.mean(axis=1)
     if not (mean > 0).any():
         return []
-    for top in tops:
-        if not 1 <= top <= count:
-            raise UserError(f"--tops {top} is not between 1 and the {count} kept samples")
     normalized, rows = normalized_gains(gains), []
     for top in sorted(set(tops)) or sorted({max(1, round(count * (n / 10))) for n in range(1, 11)}):
         selected = select_top(gains, top)

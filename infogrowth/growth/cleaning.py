@@ -61,14 +61,12 @@ cosine = Measure()
 
 class ScoreColumn(Measure):
     """A measure made elsewhere: columns of score tables by id, NaN for ids that they do not have.
+    Raises UserError: no such file or column.
 
     Args:
         paths: parquet files, or folders of them, as `score` writes them.
         column: the score of the samples' own captions; ``recaption_COLUMN`` is that of recaptions.
         recaptions: whether that one is needed too.
-
-    Raises:
-        UserError: no such file or column.
     """
 
     def __init__(self, paths: Sequence[str], column: str, recaptions: bool = False):
@@ -115,8 +113,6 @@ class NegClip(Measure):
     """
 
     def __init__(self, image: np.ndarray, text: np.ndarray, temperature: float = TEMPERATURE):
-        if not 0 < temperature < 10:
-            raise UserError(f"the temperature must be above 0 and below 10, not {temperature!r}")
         self.image, self.text, self.temperature = image, text, float(temperature)
         self._pairs = {_bytes(image, text, row): row for row in range(len(image))}
         # In double precision, and rounded to single in the end: the bits are the same whatever
@@ -177,10 +173,7 @@ def draw_reference(
     seed: int = 0,
 ) -> NegClip:
     """A reference of up to ``rows`` pairs drawn from a FeatureStream, the same for the same one.
-
-    Raises:
-        UserError: none of them can be used.
-    """
+    Raises UserError: none of them can be used."""
     blocks = np.arange(-(-features.rows // _TOGETHER))
     if features.rows > rows:
         number = -(-rows // _TOGETHER)

@@ -234,16 +234,14 @@ def validate(
     dimension: int | None = None,
     dataset_ids: list[str] | None = None,
 ) -> Decisions:
-    """Candidates, checked as a whole before anything changes; their features at unit length.
+    """Candidates, checked as a whole before anything changes; their features at unit length. Raises
+    UserError: the arrays do not fit each other or the dataset (the argument is named), or ids are
+    not strings.
 
     Args:
         ids, captions: N each; lists, arrays or columns.
         features: "image", and "text" where there is text: (N, D) of any float type.
         dimension: that of the dataset, None if it has none yet.
-
-    Raises:
-        UserError: the arrays do not fit each other or the dataset (the argument is named), or ids
-            are not strings.
     """
     names, texts = (v.tolist() if hasattr(v, "tolist") else list(v) for v in (ids, captions))
     for row, name in enumerate(names):

@@ -97,11 +97,8 @@ class GrowthFolder:
 
     def decision_parts(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The decisions in the order they were made, a table per commit; one empty table when there
-        is none. Columns that an older version did not write are null.
-
-        Raises:
-            UserError: a part is missing or damaged, named by its file.
-        """
+        is none. Columns that an older version did not write are null. Raises UserError: a part is
+        missing or damaged, named by its file."""
         schema = pa.schema([SCHEMA.field(name) for name in columns])
         if not self.parts:
             yield schema.empty_table()
@@ -138,10 +135,7 @@ class GrowthFolder:
 
     def kept_feature_parts(self, space: str) -> Iterator[np.ndarray]:
         """``(n, D) float32`` unit rows of the kept samples, memory-mapped, one array per part.
-
-        Raises:
-            UserError: a part is missing or damaged, named by its file.
-        """
+        Raises UserError: a part is missing or damaged, named by its file."""
         width = self.settings["dimension"].get(space)
         for part in range(self.parts):
             path = self.file(part, space)
@@ -199,11 +193,8 @@ class GrowthFolder:
 
 
 def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
-    """Open a growth folder for reading.
-
-    Raises:
-        UserError: no such folder, not a growth folder, one written by another format, or damaged.
-    """
+    """Open a growth folder for reading. Raises UserError: no such folder, not a growth folder, one
+    written by another format, or damaged."""
     folder = _read_folder(Path(directory))
     if not folder.settings:
         raise UserError(
@@ -255,17 +246,15 @@ _Part = tuple[pa.Table, dict[str, np.ndarray]]
 class GrowthLedger:
     """A growth folder opened for writing; a context manager that holds the folder's lock.
 
-    Tables are built and files written in a thread of its own, one after the other, while the
-    caller goes on; what fails there is raised by the next :meth:`commit` or :meth:`folder`.
+    Tables are built and files written in a thread of its own, one after the other, while the caller
+    goes on; what fails there is raised by the next :meth:`commit` or :meth:`folder`. Raises
+    UserError: the folder holds something else, or another process is writing to it.
 
     Args:
         directory: an existing growth folder, or one to make (missing or empty).
 
     Attributes:
         pending_rows: decisions recorded since the last commit.
-
-    Raises:
-        UserError: the folder holds something else, or another process is writing to it.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -318,13 +307,11 @@ class GrowthLedger:
         self.pending_rows += len(decisions)
 
     def commit(self, settings: dict[str, Any], sources: Sequence[SourceProgress]) -> None:
-        """Make everything recorded, and how far the sources are, durable in one step.
+        """Make everything recorded, and how far the sources are, durable in one step. Raises
+        UserError: the disk is full or not writable; what was committed before stays intact.
 
         Args:
             settings: what growth.json is to hold.
-
-        Raises:
-            UserError: the disk is full or not writable; what was committed before stays intact.
         """
         before = self.folder()  # at most one commit's decisions wait in memory
         given = {"format": FORMAT, **deepcopy(settings)}, deepcopy(list(sources)), self._recorded

@@ -31,16 +31,14 @@ def normalized_gains(gains: np.ndarray) -> np.ndarray:
     """Gains as probabilities: the mean of both spaces over its 0.99 quantile, clipped to [0, 1].
 
     When more than 99 % of the samples have no gain at all the quantile is zero; the limit of the
-    same rule then gives 1 to every sample that has some gain and 0 to the others.
+    same rule then gives 1 to every sample that has some gain and 0 to the others. Raises UserError:
+    no samples, a gain that is not finite, or no positive gain at all.
 
     Args:
         gains: ``(N, 2)`` image and text gains, or ``(N,)`` their means; any real numbers.
 
     Returns:
         ``(N,)`` float64 in [0, 1], at least one of them 1.
-
-    Raises:
-        UserError: no samples, a gain that is not finite, or no positive gain at all.
     """
     mean = _mean_gains(gains)
     if not (mean > 0).any():
@@ -67,14 +65,12 @@ def select_bernoulli(gains: np.ndarray, seed: int = 0) -> np.ndarray:
 def select_top(gains: np.ndarray, count: int) -> np.ndarray:
     """Static selection: the ``count`` samples of highest gain; among equals the earlier row wins.
 
-    Unlike the random selection it orders by the gain before clipping, so that the samples above
-    the 0.99 quantile still differ.
+    Unlike the random selection it orders by the gain before clipping, so that the samples above the
+    0.99 quantile still differ. Raises UserError: no samples, a gain that is not finite, or
+    ``count`` is not in 1 … N.
 
     Returns:
         ascending row numbers, int64.
-
-    Raises:
-        UserError: no samples, a gain that is not finite, or ``count`` is not in 1 … N.
     """
     mean = _mean_gains(gains)
     if not 1 <= count <= len(mean):
@@ -97,17 +93,15 @@ class GainSampler:
 
     A resume restores the epoch and the position in it; the next iteration then yields what was
     left. ``set_epoch`` with that same epoch keeps the position, with another one starts afresh.
-    Loader workers fetch ahead of training, so a training loop gives ``state_dict`` how many
-    samples of this rank it has really consumed.
+    Loader workers fetch ahead of training, so a training loop gives ``state_dict`` how many samples
+    of this rank it has really consumed. Raises UserError: a misspelt mode (with the nearest name),
+    zero total gain, or a bad rank.
 
     Args:
         gains: ``(N, 2)`` or ``(N,)`` raw gains (they are normalised here).
         mode: as above.
         seed: names the random stream.
         rank, world_size: this process and how many there are.
-
-    Raises:
-        UserError: a misspelt mode (with the nearest name), zero total gain, or a bad rank.
     """
 
     def __init__(
@@ -173,11 +167,8 @@ class GainSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where ``state`` was taken, also when the number of ranks has changed.
-
-        Raises:
-            UserError: it was taken with other gains, another mode or another seed.
-        """
+        """Go back to where ``state`` was taken, also when the number of ranks has changed. Raises
+        UserError: it was taken with other gains, another mode or another seed."""
         now = self.state_dict()
         for key, what in (
             ("mode", "sampler mode"),
@@ -228,6 +219,8 @@ class GainShards:
             webdataset.decode("pilrgb"), webdataset.to_tuple("jpg;png;webp", "txt"),
         )
 
+    Raises UserError: a misspelt mode, no shards there, or none of the samples has any gain.
+
     Args:
         location: a folder that `select` wrote, or its copy at an fsspec address.
         mode: ``two_phase`` as for GainSampler; ``gain`` draws by gain in all epochs; ``uniform``
@@ -236,9 +229,6 @@ class GainShards:
 
     Attributes:
         urls: the shards in order.
-
-    Raises:
-        UserError: a misspelt mode, no shards there, or none of the samples has any gain.
     """
 
     def __init__(self, location: str | Path, mode: ShardMode = "two_phase", seed: int = 0) -> None:
@@ -284,11 +274,8 @@ class GainShards:
         return partial(self._visits, epochs)
 
     def samples(self, visits: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The samples that are taken of the shards visited: a pipeline's stage.
-
-        Raises:
-            UserError: a shard that cannot be read.
-        """
+        """The samples that are taken of the shards visited: a pipeline's stage. Raises UserError: a
+        shard that cannot be read."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         for visit in visits:

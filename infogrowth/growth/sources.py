@@ -75,14 +75,12 @@ class SourceProgress:
 def plan_seeds(
     sources: list[SourceProgress], features: Features | None, seed_ids: str | None = None
 ) -> list[int]:
-    """Numbers of the seed sources that are to be read now (one or none); may append one.
+    """Numbers of the seed sources that are to be read now (one or none); may append one. Raises
+    UserError: seeding was interrupted and is not continued, or the seeds come too late.
 
     Args:
         features: where the seeds are, or None when no seeds were given.
         seed_ids: fingerprint of the list of ids that are the seeds, None for all rows.
-
-    Raises:
-        UserError: seeding was interrupted and is not continued, or the seeds come too late.
     """
     for number, source in enumerate(sources):
         if source.kind != "seed":
@@ -114,12 +112,10 @@ def plan_stream(
     sources: list[SourceProgress], features: Features, recaptions: str | None = None
 ) -> list[int]:
     """Numbers of the sources to be read now, in order: new samples, then retries; may append.
+    Raises UserError: the features changed while they were half read.
 
     Args:
         recaptions: fingerprint of the recaption table, or None.
-
-    Raises:
-        UserError: the features changed while they were half read.
     """
 
     def added(kind: str, start: int, rows: int, retries: int | None = None) -> int:

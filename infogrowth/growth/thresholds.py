@@ -115,14 +115,12 @@ class Thresholds:
     def resolve(
         self, image: np.ndarray, text: np.ndarray, stream: Any = None, measure: Measure = cosine
     ) -> Thresholds:
-        """Find what is to be found.
+        """Find what is to be found. Raises UserError: too few seeds, no stream, or a purity that no
+        threshold reaches.
 
         Args:
             image, text: (N, D) float32 unit rows of the seeds.
             stream: (S,) alignments of the samples to come; only a purity needs them.
-
-        Raises:
-            UserError: too few seeds, no stream, or a purity that no threshold reaches.
         """
         align, align_rule, estimate = self.min_align, self.min_align_rule, self.estimate
         if (purity := self.purity) is not None:
@@ -243,11 +241,8 @@ class StreamEstimate:
         }
 
     def threshold(self, purity: float) -> float:
-        """The lowest threshold that keeps the stream this pure; -1 if it is already.
-
-        Raises:
-            UserError: none does.
-        """
+        """The lowest threshold that keeps the stream this pure; -1 if it is already. Raises
+        UserError: none does."""
         values = np.unique(self.stream[: len(self.stream) - len(self.stream) // _FEWEST])
         between = np.concatenate([[-1.0], (values[:-1] + values[1:]) / 2])
         clean = np.flatnonzero(self.purity(between) >= purity)
@@ -269,12 +264,10 @@ def estimate_stream(
     stream's samples, without seeds (NaN: unusable, left out).
 
     The proportion is the nonparametric maximum likelihood over bins of equal mass: the swapped
-    seeds give the bins of wrong captions, and those of right captions are found together with
-    the proportion from seeds and stream (EM), so that few seeds do not make a biased estimate.
-    The interval is that of a jackknife over random groups of seeds and samples (always the same).
-
-    Raises:
-        UserError: fewer than 20 seeds, seeds all alike, or an empty stream.
+    seeds give the bins of wrong captions, and those of right captions are found together with the
+    proportion from seeds and stream (EM), so that few seeds do not make a biased estimate. The
+    interval is that of a jackknife over random groups of seeds and samples (always the same).
+    Raises UserError: fewer than 20 seeds, seeds all alike, or an empty stream.
     """
     stream = stream[np.isfinite(stream)].astype(np.float64)
     right = measure(image, text)
@@ -306,20 +299,16 @@ def estimate_stream(
 
 def _parsed(name: str, value: float | str) -> tuple[float | None, str]:
     """A threshold as a number, or None and the rule by which it will be found."""
-    if isinstance(value, str):
-        rule, _, purity = value.partition(":")
-        if value == "auto":
-            return None, "auto"
-        if rule != "auto" or name != "min_align":
-            shapes = "'auto' or 'auto:0.98'" if name == "min_align" else "or 'auto'"
-            raise UserError(f"{name} must be a number, {shapes}, not {value!r}")
-        with suppress(ValueError):
-            if 0 < float(purity) < 1:
-                return None, f"auto:{float(purity):g}"
-        raise UserError(f"a purity lies between 0 and 1: {name} cannot be {value!r}")
-    if not -1 <= value <= 1:  # NaN is refused too
-        raise UserError(f"{name} must lie between -1 and 1, not {value!r}")
-    return float(value), "given"
+    if value == "auto":
+        return None, "auto"
+    with suppress(ValueError):
+        if not isinstance(value, str):
+            if -1 <= value <= 1:
+                return float(value), "given"
+        elif name == "min_align" and value.startswith("auto:") and 0 < float(value[5:]) < 1:
+            return None, f"auto:{float(value[5:]):g}"
+    or_purity = ", or 'auto:0.98' (a purity between 0 and 1)" if name == "min_align" else ""
+    raise UserError(f"{name} must be a number from -1 to 1, 'auto'{or_purity}, not {value!r}")
 
 
 def _swapped(

@@ -107,11 +107,8 @@ class GrowthTable:
 
 
 def open_dataset(path: str | os.PathLike[str]) -> GrowthTable:
-    """Read a growth folder, or a file of kept samples with their gains (a result).
-
-    Raises:
-        UserError: it is neither, it is damaged or empty, or a sample has no gains.
-    """
+    """Read a growth folder, or a file of kept samples with their gains (a result). Raises
+    UserError: it is neither, it is damaged or empty, or a sample has no gains."""
     return open_growth(path) if Path(path).is_dir() else open_annotations(path)
 
 

@@ -20,6 +20,7 @@ THUMBNAIL_SIDE = 128  # pixels, the longer side
 
 class Thumbnails:
     """The samples' images, small and encoded anew: no metadata, and nothing a crafted file carries.
+    Raises UserError: what the user gave is no LMDB.
 
     Args:
         given: the LMDB of the images, from the user.
@@ -27,9 +28,6 @@ class Thumbnails:
 
     Attributes:
         note: a sentence for the reader when there are no images.
-
-    Raises:
-        UserError: what the user gave is no LMDB.
     """
 
     def __init__(

@@ -151,10 +151,8 @@ def write_atlas(path: str | os.PathLike[str], table: GrowthTable, thumbnails: Th
     """Write a row per decision for Embedding Atlas (PyPI ``embedding-atlas``), all or nothing.
 
     Kept samples lie where the principal components of their image features put them; dropped ones,
-    whose features are not kept, in the middle of their nearest kept neighbors.
-
-    Raises:
-        UserError: the file cannot be written.
+    whose features are not kept, in the middle of their nearest kept neighbors. Raises UserError:
+    the file cannot be written.
     """
     points = np.full((len(table.rows), 2), np.nan)
     if table.kept_features is not None and table.kept.any():

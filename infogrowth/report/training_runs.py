@@ -59,10 +59,8 @@ def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Trai
     """Read ``directory``/log.jsonl, or a log file itself.
 
     A last line that a kill left unfinished is ignored; a resumed run's repeated steps count once,
-    the later record winning.
-
-    Raises:
-        UserError: there is no log, a line is not JSON, or no line has a loss or a recall.
+    the later record winning. Raises UserError: there is no log, a line is not JSON, or no line has
+    a loss or a recall.
     """
     path = Path(directory)
     path = path / "log.jsonl" if path.is_dir() else path

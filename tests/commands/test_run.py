@@ -114,7 +114,7 @@ def test_stages_read_what_earlier_stages_wrote(tmp_path):
         ({"output": "o", "grwo": {}}, [], "did you mean 'grow'"),
         ({"output": "o", "grow": {"min_aling": 1}}, [], "did you mean 'min_align'"),
         ({"output": "o", "grow": {"k": "many"}}, [], "key 'k' of stage grow"),
-        ({"output": "o", "pack": {}}, [], "needs a key image_root"),
+        ({"output": "o", "pack": {}}, [], "image_root is missing"),
         ({"output": "o", "grow": 3}, [], "key: value"),
         ({"grow": {}}, [], "output"),
         ({"output": "o"}, [], "no stage"),

@@ -83,7 +83,7 @@ def test_tops_agree_with_the_static_selection(grown):
 
 @pytest.mark.parametrize("top", [0, -1, 10_000])
 def test_a_top_beyond_the_kept_samples_is_refused(grown, top):
-    with pytest.raises(UserError, match="between"):
+    with pytest.raises(UserError, match="top"):
         sweep(grown, tops=[top])
 
 
