@@ -196,7 +196,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     """``value`` as ``hint``, or a UserError that names what would have fitted."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     alternatives = typing.get_args(hint) if is_union else (hint,)
-    if type(None) in alternatives and (value is None or value in ("none", "null")):
+    nothing = (None, "none", "null") if str in alternatives else (None, "none", "null", "auto")
+    if type(None) in alternatives and value in nothing:
         return None
     if is_union and value is None:
         raise UserError(f"{where} has no value")

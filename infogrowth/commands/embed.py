@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from infogrowth.config import option
 from infogrowth.errors import UserError
@@ -13,11 +13,29 @@ if TYPE_CHECKING:
     from infogrowth.encoders.models import DualEncoder
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """Options of the commands that run a model over a dataset, shard by shard."""
+
+    output: str = option(help="the folder to write; an interrupted one is continued")
+    vocabulary: str | None = option(
+        None, help="vocab.txt for BLIP checkpoints that have none beside them"
+    )
+    batch_size: int | None = option(
+        None, help="samples per batch; auto: what suits the device", min=1
+    )
+    workers: int | None = option(None, help="processes that decode images, or auto", min=0)
+    shard_size: int | None = option(None, help="samples per shard, or auto", min=1)
+    part: str | None = option(
+        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
+    )
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EncodingConfig):
     """Options of `embed`."""
 
-    output: str = option(help="the features folder to write; an interrupted one is continued")
     lmdb: str | None = option(None, help="LMDB with the images, from cc3m_lmdb_writer.py")
     annotations: str | None = option(None, help="annotation JSON of the LMDB: image and caption")
     source: str | None = option(
@@ -31,18 +49,6 @@ class Config:
         help="tiny (bundled), a BLIP folder or checkpoint, an official .pth, a Hugging Face "
         "folder or name such as Salesforce/blip-itm-base-coco",
     )
-    vocabulary: str | None = option(
-        None, help="vocab.txt for a BLIP checkpoint that has none beside it"
-    )
-    batch_size: int | Literal["auto"] = option(
-        "auto", help="pairs per batch; auto: 64 on a CPU, 256 on a GPU", min=1
-    )
-    workers: int | Literal["auto"] = option("auto", help="processes that decode images", min=0)
-    shard_size: int | Literal["auto"] = option("auto", help="pairs per shard", min=1)
-    part: str | None = option(
-        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
-    )
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(config: Config) -> int:
@@ -70,12 +76,11 @@ def run(config: Config) -> int:
         rows = len(pairs.ids)
         captions: Sequence[str | None] = pairs.captions or [None] * rows
         output = FeatureWriter(
-            config.output, identity, rows, automatic(config.shard_size, None), part,
+            config.output, identity, rows, config.shard_size, part,
             samples=list(zip(pairs.ids, captions, strict=True)),
         )  # fmt: skip
-        batch_size = automatic(config.batch_size, {"cpu": 64, "cuda": 256}[device.type])
-        workers = automatic(config.workers, None)
-        result = embed_pairs(pairs, encoder, output, device, batch_size, workers)
+        batch_size = config.batch_size or {"cpu": 64, "cuda": 256}[device.type]
+        result = embed_pairs(pairs, encoder, output, device, batch_size, config.workers)
         if distributed.is_main():
             print_summary(config.output, result)
     return 0
@@ -89,11 +94,6 @@ def parse_part(part: str | None) -> tuple[int, int]:
     if not 1 <= number <= count:
         raise UserError(f"--part must be one of 1/N … N/N, for example 3/16, not {part!r}")
     return number - 1, count
-
-
-def automatic(value: Any, default: Any) -> Any:
-    """An option's value, or what stands for its "auto"."""
-    return default if value == "auto" else value
 
 
 def images_of(path: object, about: Mapping[str, Any], given: str | None, flag: str) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from infogrowth.threads import run_ahead
 
@@ -47,9 +46,7 @@ class Config:
         "where the results go; none: into --image_root, or into its folder packed/ if it is a "
         "downloader's own folder",
     )
-    workers: int | Literal["auto"] = option(
-        "auto", "threads that decode; auto: one per processor", min=1
-    )
+    workers: int | None = option(None, "threads that decode; auto: one per processor", min=1)
     max_pixels: int = option(MAX_PIXELS, "larger images are skipped", min=1)
 
 
@@ -69,7 +66,7 @@ def run(config: Config) -> int:
         raise UserError(f"give --output_root: results cannot be written to {root}")
     sources = open_splits(root)
     output = output_folder(Path(root), config.output_root, sources)
-    workers = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
+    workers = config.workers or len(os.sched_getaffinity(0))
     for split, source in sources.items():
         print(pack(source, output, split, workers, config.max_pixels), flush=True)
     return 0

@@ -6,7 +6,7 @@ Which samples want one: those that growth drops, or would drop, for their alignm
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from infogrowth.annotations import SPACES, read_ids
 from infogrowth.commands.embed import (
-    automatic,
+    EncodingConfig,
     encoder_identity,
     images_of,
     parse_part,
@@ -45,11 +45,10 @@ _SAMPLES = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(EncodingConfig):
     """Options of `recaption`."""
 
-    output: str = option(help="the recaptions folder to write; an interrupted one is continued")
     features: str | None = option(
         None, help="before growing: recaption what lies under --min-align in this features folder"
     )
@@ -83,18 +82,6 @@ class Config:
     )
     lmdb: str | None = option(None, help="LMDB or source of the images [that of the features]")
     encoder: str | None = option(None, help="encoder of the text [that of the features]")
-    vocabulary: str | None = option(
-        None, help="vocab.txt for BLIP checkpoints that have none beside them"
-    )
-    batch_size: int | Literal["auto"] = option(
-        "auto", help="images per batch; auto: 16 on a CPU, 128 on a GPU", min=1
-    )
-    workers: int | Literal["auto"] = option("auto", help="processes that decode images", min=0)
-    shard_size: int | Literal["auto"] = option("auto", help="samples per shard", min=1)
-    part: str | None = option(
-        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
-    )
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(config: Config) -> int:
@@ -130,13 +117,12 @@ def run(config: Config) -> int:
             **checked,
             "min_align": pending and pending.min_align,
         }
-        size = automatic(config.shard_size, None)
-        output = FeatureWriter(config.output, identity, len(pairs.ids), size, part)
-        batch_size = automatic(config.batch_size, {"cpu": 16, "cuda": 128}[device.type])
+        output = FeatureWriter(config.output, identity, len(pairs.ids), config.shard_size, part)
+        batch_size = config.batch_size or {"cpu": 16, "cuda": 128}[device.type]
         extra: dict[str, list[Any]] = {}
         if captioner is not None and pending is not None:
             extra = {name: pending.samples[name].to_pylist() for name in _SAMPLES.names[1:]}
-        workers = automatic(config.workers, None) if captioner is not None else 0
+        workers = config.workers if captioner is not None else 0
         result = embed_pairs(pairs, encoder, output, device, batch_size, workers, captioner, extra)
         if distributed.is_main():
             if pending is not None:

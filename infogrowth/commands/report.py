@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from infogrowth.annotations import load_annotations
 from infogrowth.config import option
@@ -35,8 +35,8 @@ class Config:
         needs="growth",
     )
     title: str | None = option(None, "title of the page; by default the folder's name")
-    duplicate_distance: float | Literal["auto"] = option(
-        "auto",
+    duplicate_distance: float | None = option(
+        None,
         "images within this cosine distance are near-duplicates; auto: a fifth of the distance at "
         "which a kept image usually finds its nearest",
         min=0,
@@ -83,8 +83,7 @@ def _dataset(config: Config) -> dict[str, Any]:
     if path := config.atlas:
         write_atlas(path, table, thumbnails)
         log.info("wrote %s; look at it with: %s", path, ATLAS_COMMAND.format(path=path))
-    distance = None if config.duplicate_distance == "auto" else config.duplicate_distance
-    context = dataset_context(table, thumbnails, distance)
+    context = dataset_context(table, thumbnails, config.duplicate_distance)
     context |= {"title": table.name, "truth": None}
     if config.truth:  # captions before and after, where the right ones are known
         captions = {entry["image"]: entry["caption"] for entry in load_annotations(config.truth)}

@@ -61,9 +61,7 @@ class Config:
     vocabulary: str | None = option(None, help="vocab.txt for a BLIP that has none beside it")
     feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
     batch_size: int = option(64, help="pairs per batch of itm", min=1)
-    workers: int | Literal["auto"] = option(
-        "auto", help="processes that decode images for itm", min=0
-    )
+    workers: int | None = option(None, help="processes that decode images for itm, or auto", min=0)
     device: str = option("auto", help="auto, cpu or cuda")
 
 
@@ -144,7 +142,7 @@ def _itm(config: Config, features: FeatureStream, device: "torch.device") -> tup
     images = images_of(config.features, features.description, config.images, "--images")
     with distributed.main_first():  # rank 0 downloads, the others find the files
         matcher = load_matcher(str(name), device, config.vocabulary)
-    workers = workers_for(device) if config.workers == "auto" else config.workers
+    workers = workers_for(device) if config.workers is None else config.workers
 
     def match(batch: dataset.DecodedBatch) -> np.ndarray:
         if batch.tokens is None or not isinstance(batch.images, torch.Tensor):
