@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
@@ -102,15 +103,15 @@ def run(config: Config) -> int:
     from infogrowth.commands.grow_session import GrowSession
     from infogrowth.distributed import barrier, is_main, process_group
 
-    with process_group(config.device) as device:
-        with GrowSession(config, device, features, recaptions) as session:
-            session.seed(seeds, seed_ids)
-            session.grow()
-            if is_main():
-                folder = session.folder()
-                _write_outputs(config, folder)
-                if log.isEnabledFor(logging.INFO):
-                    print(_summary(config, folder, session.processed, time.monotonic() - started))
+    with process_group(config.device) as device, ExitStack() as stack:
+        session = GrowSession(config, device, features, recaptions, stack)
+        session.seed(seeds, seed_ids)
+        session.grow()
+        if is_main():
+            folder = session.folder()
+            _write_outputs(config, folder)
+            if log.isEnabledFor(logging.INFO):
+                print(_summary(config, folder, session.processed, time.monotonic() - started))
         barrier()
     return 0
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -49,14 +50,15 @@ COMMIT_SECONDS = 60.0
 
 
 class GrowSession:
-    """The growth folder, opened for one run; a context manager. Raises UserError: the folder is in
-    use, is none, or was grown with other settings.
+    """The growth folder, opened for one run. Raises UserError: it is in use, is none, or was grown
+    with other settings.
 
     Args:
         config: the options of `grow`.
         device: of this rank.
         features: the samples to process.
         recaptions: the recaption table's stream, or None.
+        stack: closes the folder.
 
     Attributes:
         processed: samples that this run has decided about.
@@ -68,6 +70,7 @@ class GrowSession:
         device: torch.device,
         features: FeatureStream,
         recaptions: FeatureStream | None,
+        stack: ExitStack,
     ):
         self.processed = 0
         self._config, self._features = config, features
@@ -75,21 +78,15 @@ class GrowSession:
         self._recaptions_digest = recaptions.fingerprint(recaptions.rows) if recaptions else None
         self._ledger: GrowthLedger | None = None
         self._last_commit = time.monotonic()
-        try:
-            folder = on_main(self._open)
-            self._decided_before = folder.totals["pairs"]
-            self._sources = deepcopy(folder.sources)
-            self._engine = self._restored(folder, self._measure(folder), device)
-        except BaseException:
-            self.__exit__()
-            raise
 
-    def __enter__(self) -> GrowSession:
-        return self
+        def opened() -> GrowthFolder:
+            self._ledger = stack.enter_context(GrowthLedger(config.growth))
+            return self._ledger.folder()
 
-    def __exit__(self, *exception: object) -> None:
-        if self._ledger is not None:
-            self._ledger.__exit__(*exception)
+        folder = on_main(opened)
+        self._decided_before = folder.totals["pairs"]
+        self._sources = deepcopy(folder.sources)
+        self._engine = self._restored(folder, self._measure(folder), device)
 
     def folder(self) -> GrowthFolder:
         """What is committed (rank 0)."""
@@ -208,10 +205,6 @@ class GrowSession:
         chosen = np.full(self._features.rows, not is_retry)
         chosen[table["source_row"].to_numpy()] = is_retry
         return chosen
-
-    def _open(self) -> GrowthFolder:
-        self._ledger = GrowthLedger(self._config.growth)
-        return self._ledger.folder()
 
     def _measure(self, folder: GrowthFolder) -> Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""

@@ -15,18 +15,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 from infogrowth.errors import UserError
-
-
-class Features(Protocol):
-    """What is asked of a feature stream here."""
-
-    path: str
-    rows: int
-
-    def fingerprint(self, rows: int) -> str: ...
 
 
 @dataclass
@@ -62,24 +53,24 @@ class SourceProgress:
     def complete(self) -> bool:
         return self.position >= self.rows
 
-    def is_of(self, features: Features) -> bool:
+    def is_of(self, features: Any) -> bool:
         """Whether these features were read, wherever they lie now and whatever was added."""
         if self.position == 0:  # nothing was read yet
             return self.has_path_of(features)
         return self.position <= features.rows and self.digest == features.fingerprint(self.position)
 
-    def has_path_of(self, features: Features) -> bool:
+    def has_path_of(self, features: Any) -> bool:
         return os.path.abspath(self.features) == os.path.abspath(features.path)
 
 
 def plan_seeds(
-    sources: list[SourceProgress], features: Features | None, seed_ids: str | None = None
+    sources: list[SourceProgress], features: Any, seed_ids: str | None = None
 ) -> list[int]:
     """Numbers of the seed sources that are to be read now (one or none); may append one. Raises
     UserError: seeding was interrupted and is not continued, or the seeds come too late.
 
     Args:
-        features: where the seeds are, or None when no seeds were given.
+        features: the FeatureStream of the seeds, or None when no seeds were given.
         seed_ids: fingerprint of the list of ids that are the seeds, None for all rows.
     """
     for number, source in enumerate(sources):
@@ -109,7 +100,7 @@ def plan_seeds(
 
 
 def plan_stream(
-    sources: list[SourceProgress], features: Features, recaptions: str | None = None
+    sources: list[SourceProgress], features: Any, recaptions: str | None = None
 ) -> list[int]:
     """Numbers of the sources to be read now, in order: new samples, then retries; may append.
     Raises UserError: the features changed while they were half read.
