@@ -130,17 +130,12 @@ def _check(config: Config) -> None:
         )
     align, recaption_align = config.min_align, config.min_recaption_align
     Thresholds.requested(DEFAULT_MIN_ALIGN if align is None else align, recaption_align)
-    if config.clean_by in ("cosine", "negclip"):
-        return
-    if not config.scores:
+    is_auto = isinstance(align, str) or isinstance(recaption_align, str)
+    if config.clean_by not in ("cosine", "negclip") and (is_auto or not config.scores):
         raise UserError(
-            f"--clean-by {config.clean_by} needs --scores FILE.parquet with that column; "
-            "without a table there are cosine and negclip"
-        )
-    if isinstance(align, str) or isinstance(recaption_align, str):
-        raise UserError(
-            f"--clean-by {config.clean_by} is a table's column, which has no scores of swapped "
-            "captions to find a threshold from: give a number"
+            f"--clean-by {config.clean_by} is neither cosine nor negclip but a column of a table, "
+            "which has no scores of swapped captions: it needs --scores FILE.parquet, and "
+            "thresholds that are numbers"
         )
 
 

@@ -73,30 +73,28 @@ def plan_seeds(
         features: the FeatureStream of the seeds, or None when no seeds were given.
         seed_ids: fingerprint of the list of ids that are the seeds, None for all rows.
     """
-    for number, source in enumerate(sources):
-        if source.kind != "seed":
-            continue
-        if features is None and not source.complete:
+    seeds = sources[0] if sources and sources[0].kind == "seed" else None
+    if features is None:
+        if seeds is not None and not seeds.complete:
             raise UserError(
-                f"seeding from {source.features} was interrupted; give the same seeds again to "
+                f"seeding from {seeds.features} was interrupted; give the same seeds again to "
                 "finish it"
             )
-        if features is not None and source.seed_ids == seed_ids and source.is_of(features):
-            if seed_ids is None and source.rows != features.rows:
-                raise UserError(
-                    f"the seeds {features.path} had {source.rows} rows when the dataset was begun "
-                    f"and have {features.rows} now; give the new ones as --features"
-                )
-            return [] if source.complete else [number]
-    if features is None:
         return []
-    if sources:
+    if not sources:
+        seeds = SourceProgress("seed", features.path, rows=features.rows, seed_ids=seed_ids)
+        sources.append(seeds)
+    if seeds is None or seeds.seed_ids != seed_ids or not seeds.is_of(features):
         raise UserError(
             f"the seeds {features.path} are not those this dataset was begun with, and seeds must "
             "come first; leave them out, give them as --features, or begin another --growth folder"
         )
-    sources.append(SourceProgress("seed", features.path, rows=features.rows, seed_ids=seed_ids))
-    return [0]
+    if seed_ids is None and seeds.rows != features.rows:
+        raise UserError(
+            f"the seeds {features.path} had {seeds.rows} rows when the dataset was begun and have "
+            f"{features.rows} now; give the new ones as --features"
+        )
+    return [] if seeds.complete else [0]
 
 
 def plan_stream(

@@ -91,9 +91,9 @@ def renamed(folder):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--clean-by", "itm"], "needs --scores"),
+        (["--clean-by", "itm"], "--scores"),
         (["--clean-by", "itm", "--scores", "s.parquet"], "columns id and itm"),
-        (["--clean-by", "t", "--scores", "s.parquet", "--min-align", "auto"], "give a number"),
+        (["--clean-by", "t", "--scores", "s.parquet", "--min-align", "auto"], "numbers"),
         (["--clean-by", "t", "--scores", "s.parquet", "--recaptions", "f"], "recaption_t"),
         (["--clean-by", "t", "--scores", "missing.parquet"], "missing.parquet"),
     ],
