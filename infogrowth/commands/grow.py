@@ -20,12 +20,7 @@ from infogrowth.files import remove_leftovers
 from infogrowth.growth.decisions import Reason
 from infogrowth.growth.ledger import GrowthFolder
 from infogrowth.growth.sampling import normalized_gains
-from infogrowth.growth.thresholds import (
-    DEFAULT_MIN_ALIGN,
-    PAPERS_RULE,
-    StreamEstimate,
-    Thresholds,
-)
+from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, PAPERS_RULE, StreamEstimate, Thresholds
 
 log = logging.getLogger(__name__)
 

@@ -26,15 +26,7 @@ from infogrowth.annotations import SPACES
 from infogrowth.data.feature_stream import FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.errors import UserError
-from infogrowth.growth.cleaning import (
-    Measure,
-    NegClip,
-    ScoreColumn,
-    cosine,
-    draw_reference,
-    reference_path,
-    stream_alignments,
-)
+from infogrowth.growth import cleaning
 from infogrowth.growth.decisions import Decisions, Reason, Recaption
 from infogrowth.growth.engine import InfoGrowth
 from infogrowth.growth.ledger import GrowthFolder, GrowthLedger
@@ -111,7 +103,7 @@ class GrowSession:
             if not thresholds.resolved and thresholds.purity:
                 log.info("estimating how many captions of %s are wrong", self._features.path)
                 stream_of = self._features, seed_ids or (), self._engine.measure
-                alignments = on_main(partial(stream_alignments, *stream_of))
+                alignments = on_main(partial(cleaning.stream_alignments, *stream_of))
             # The thresholds come from all seeds together, so they are inserted in one step.
             size = self._config.batch_size if thresholds.resolved else stream.rows
             insert = partial(self._engine.seed, stream=alignments)
@@ -206,22 +198,26 @@ class GrowSession:
         chosen[table["source_row"].to_numpy()] = is_retry
         return chosen
 
-    def _measure(self, folder: GrowthFolder) -> Measure:
+    def _measure(self, folder: GrowthFolder) -> cleaning.Measure:
         """What --clean-by asks for; the reference of a folder that has begun counts, no new one."""
         name = self._config.clean_by
         if name == "cosine":
-            return cosine
+            return cleaning.cosine
         if name == "negclip":
-            path = reference_path(self._config.growth)
+            path = cleaning.reference_path(self._config.growth)
             if folder.settings and path.is_file():
-                return NegClip.load(path)
-            reference = draw_reference(self._features)
+                return cleaning.NegClip.load(path)
+            reference = cleaning.draw_reference(self._features)
             if self._ledger is not None:
                 reference.save(path)
             return reference
-        return ScoreColumn(self._config.scores, name, recaptions=self._recaptions is not None)
+        return cleaning.ScoreColumn(
+            self._config.scores, name, recaptions=self._recaptions is not None
+        )
 
-    def _restored(self, folder: GrowthFolder, measure: Measure, device: torch.device) -> InfoGrowth:
+    def _restored(
+        self, folder: GrowthFolder, measure: cleaning.Measure, device: torch.device
+    ) -> InfoGrowth:
         """The engine as the folder left it, or a new one; other settings than its own are refused.
         What growth.json is to hold is noted."""
         config, settings, features = self._config, folder.settings, self._features

@@ -17,13 +17,7 @@ from infogrowth.data.feature_stream import FeatureBatch, FeatureStream
 from infogrowth.data.features import open_features
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write, atomic_write_json, read_json, remove_leftovers
-from infogrowth.growth.cleaning import (
-    REFERENCE_ROWS,
-    TEMPERATURE,
-    NegClip,
-    draw_reference,
-    reference_path,
-)
+from infogrowth.growth import cleaning
 from infogrowth.growth.decisions import Recaption
 from infogrowth.rows import row_products, unit_pairs
 
@@ -53,9 +47,11 @@ class Config:
         None, help="take negclip's reference of this growth folder, grown with --clean-by negclip"
     )
     temperature: float = option(
-        TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's", min=1e-3, max=10
+        cleaning.TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's", min=1e-3, max=10
     )
-    reference_rows: int = option(REFERENCE_ROWS, help="pairs in negclip's reference", min=1)
+    reference_rows: int = option(
+        cleaning.REFERENCE_ROWS, help="pairs in negclip's reference", min=1
+    )
     images: str | None = option(None, help="for itm: LMDB, folder or shards [those embedded]")
     matcher: str | None = option(None, help="for itm: the BLIP that judges [the encoder]")
     vocabulary: str | None = option(None, help="vocab.txt for a BLIP that has none beside it")
@@ -86,10 +82,10 @@ def run(config: Config) -> int:
                 scores[name], models[name] = _itm(config, features, device)
             elif name == "negclip":
                 if config.growth:
-                    negclip = NegClip.load(reference_path(config.growth))
+                    negclip = cleaning.NegClip.load(cleaning.reference_path(config.growth))
                 else:
                     size = config.reference_rows
-                    negclip = draw_reference(features, config.temperature, size)
+                    negclip = cleaning.draw_reference(features, config.temperature, size)
                 scores[name], models[name] = _of_features(negclip), negclip.digest()
             else:
                 scores[name] = _of_features(row_products)

@@ -13,13 +13,7 @@ import pyarrow as pa
 from infogrowth.annotations import Annotation, gains_array, load_annotations
 from infogrowth.commands.embed import images_of
 from infogrowth.config import option
-from infogrowth.data.exports import (
-    check_outputs,
-    is_folder_output,
-    uid_repeats,
-    write_export,
-    write_shards,
-)
+from infogrowth.data import exports
 from infogrowth.data.sample_table import SampleTable, columns_of
 from infogrowth.errors import UserError
 from infogrowth.growth.ledger import read_growth
@@ -89,14 +83,14 @@ def run(config: Config) -> int:
         probability = normalized_gains(choice.gains)
     choice = replace(choice, positions=choice.positions[rows], gains=choice.gains[rows])
     for path in config.output:
-        if is_folder_output(path):
+        if exports.is_folder_output(path):
             _write_shards(config, Path(path), choice)
             continue
-        repeats = partial(uid_repeats, probability[rows], config.uid_repeats)
+        repeats = partial(exports.uid_repeats, probability[rows], config.uid_repeats)
         # What a result JSON knows is in its entries, unless a condition added to it.
         tables = choice.rows if choice.entries is None or choice.extra else None
         options = config.legacy_strings, repeats, config.file_ending
-        write_export(path, choice.samples(), tables, *options)
+        exports.write_export(path, choice.samples(), tables, *options)
     log.info(
         "selected %s of %s samples (mean gain %.4f, before %.4f)\nwritten: %s",
         *(f"{len(rows):,}", f"{len(before):,}", choice.gains.mean(), before.mean()),
@@ -149,14 +143,14 @@ class _Choice:
 
 
 def _check(config: Config) -> None:
-    check_outputs(config.output, folders=True)
+    exports.check_outputs(config.output, folders=True)
     if config.annotations is None and config.growth is None:
         raise UserError("give either --annotations FILE.json or --growth DIR to select from")
     if config.top is None and not config.bernoulli and config.where is None:
         raise UserError(
             "give either --top N or --bernoulli (with --seed S), or a condition with --where"
         )
-    if any(map(is_folder_output, config.output)) and not (config.growth or config.images):
+    if any(map(exports.is_folder_output, config.output)) and not (config.growth or config.images):
         raise UserError("shards hold images: give --images, the LMDB or folder that has them")
 
 
@@ -220,7 +214,7 @@ def _write_shards(config: Config, folder: Path, choice: _Choice) -> None:
     ids = [sample["image"] for sample in choice.samples()]
     images, records = open_images(where, ids), choice.records()
     quiet = not log.isEnabledFor(logging.INFO)
-    written = write_shards(folder, records, len(ids), images.find, config.shard_size, quiet)
+    written = exports.write_shards(folder, records, len(ids), images.find, config.shard_size, quiet)
     count = f"{written.samples:,}"
     earlier = f" ({written.resumed} of them by an earlier run)" if written.resumed else ""
     log.info("%s: %s samples in %s shards%s", *(folder, count, written.shards, earlier))

@@ -28,16 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infogrowth import files
 from infogrowth.annotations import SPACES, Annotation
 from infogrowth.errors import UserError, refusing
-from infogrowth.files import (
-    TEMPORARY_MARK,
-    atomic_write,
-    atomic_write_array,
-    atomic_write_json,
-    read_json,
-    remove_leftovers,
-)
 from infogrowth.growth.decisions import SCHEMA, Decisions, Reason
 from infogrowth.growth.sources import SourceProgress
 from infogrowth.growth.thresholds import MIN_SEEDS, StreamEstimate, estimate_stream
@@ -78,7 +71,7 @@ class GrowthFolder:
         """The commit: from now on this is what the folder holds."""
         manifest = {name: getattr(self, name) for name in ("parts", "rows", "totals")}
         manifest = {"format": FORMAT, **manifest, "sources": list(map(asdict, self.sources))}
-        atomic_write_json(self.directory / "manifest.json", manifest, indent=1)
+        files.atomic_write_json(self.directory / "manifest.json", manifest, indent=1)
 
     @property
     def spaces(self) -> tuple[str, ...]:
@@ -233,7 +226,9 @@ def _data_files(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path, "the growth folder's file") if path.is_file() else {"format": FORMAT}
+    if not path.is_file():
+        return {}
+    content = files.read_json(path, "the growth folder's file")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} has an unknown format; this version reads {FORMAT}")
     return content if len(content) > 1 else {}
@@ -268,7 +263,7 @@ class GrowthLedger:
             folder = _read_folder(path)
             for part in (path, path / "decisions", path / "kept"):
                 part.mkdir(exist_ok=True)
-                remove_leftovers(part)
+                files.remove_leftovers(part)
             for file in _data_files(path):  # what a killed run left beside what is committed
                 number = file.stem.rpartition("_")[2]
                 if number.isdigit() and int(number) >= folder.parts:
@@ -327,7 +322,7 @@ def _commit(
 ) -> GrowthFolder:
     """Write a part, if anything was recorded, and the manifest; returns the folder as it is now."""
     if settings != before.settings:
-        atomic_write_json(before.directory / "growth.json", settings, indent=1)
+        files.atomic_write_json(before.directory / "growth.json", settings, indent=1)
     if not (before.directory / "manifest.json").is_file():
         before.write_manifest()
     after = replace(before, settings=settings, sources=sources)
@@ -337,8 +332,10 @@ def _commit(
         numbers = np.arange(before.rows, before.rows + len(table), dtype=np.int64)
         table = table.combine_chunks().add_column(0, "row", pa.array(numbers)).cast(SCHEMA)
         for space in after.spaces:
-            atomic_write_array(before.file(before.parts, space), *(f[space] for f in features))
-        with atomic_write(before.file(before.parts)) as file:
+            files.atomic_write_array(
+                before.file(before.parts, space), *(f[space] for f in features)
+            )
+        with files.atomic_write(before.file(before.parts)) as file:
             pq.write_table(table, file, compression="zstd")
         rows = before.rows + len(table)
         totals = deepcopy(before.totals)
@@ -358,7 +355,7 @@ def _take_lock(directory: Path) -> int:
     with refusing(directory, "the growth folder", action="use"):
         directory.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in directory.iterdir()}
-        foreign = [name for name in sorted(names - _OURS) if TEMPORARY_MARK not in name]
+        foreign = [name for name in sorted(names - _OURS) if files.TEMPORARY_MARK not in name]
         if foreign and "growth.json" not in names:
             raise UserError(
                 f"{directory} is not a growth folder: it holds {foreign[0]!r}; "

@@ -16,17 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from infogrowth.annotations import SPACES
-from infogrowth.report import dataset, formatting
-from infogrowth.report.charts import (
-    NARROW,
-    SMALL,
-    draw_alignment,
-    draw_gain,
-    draw_growth,
-    draw_purity,
-    draw_visits,
-    svg,
-)
+from infogrowth.report import charts, dataset, formatting
 from infogrowth.report.dataset import GrowthTable
 from infogrowth.report.galleries import Thumbnails, galleries, samples
 from infogrowth.report.projection import kept_map
@@ -88,18 +78,22 @@ def _figures(
     gains = dict(zip(SPACES, table.gains[table.kept].T, strict=True))
     if not table.has_text:
         del gains["text"]
-    charts: dict[str, Callable[..., Markup]] = {
-        "gain": partial(svg, "gains", SMALL, draw_gain, gains),
-        "visits": partial(svg, "visits", SMALL, draw_visits, visits),
+    figures: dict[str, Callable[..., Markup]] = {
+        "gain": partial(charts.svg, "gains", charts.SMALL, charts.draw_gain, gains),
+        "visits": partial(charts.svg, "visits", charts.SMALL, charts.draw_visits, visits),
     }
     if table.neighbors is not None:
         data: tuple[Any, ...] = (curve, dataset.source_starts(table))
-        narrow = NARROW, 380
-        charts["growth"] = partial(svg, "growth", (680, 380), draw_growth, *data, narrow=narrow)
+        narrow = charts.NARROW, 380
+        figures["growth"] = partial(
+            charts.svg, "growth", (680, 380), charts.draw_growth, *data, narrow=narrow
+        )
     if table.rows.alignment.notna().any():
         data = table.rows.alignment.to_numpy(), table.rows.verdict.to_numpy(), table.min_align
-        charts["alignment"] = partial(svg, "alignment", SMALL, draw_alignment, *data)
+        figures["alignment"] = partial(
+            charts.svg, "alignment", charts.SMALL, charts.draw_alignment, *data
+        )
     if table.estimate is not None:
         data = table.estimate, table.min_align
-        charts["purity"] = partial(svg, "purity", SMALL, draw_purity, *data)
-    return charts
+        figures["purity"] = partial(charts.svg, "purity", charts.SMALL, charts.draw_purity, *data)
+    return figures
