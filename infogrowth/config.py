@@ -29,9 +29,9 @@ def option(
     max: float | None = None,
     short: str | None = None,
     positional: bool = False,
-    extensions: tuple[str, ...] = (),
-    excludes: tuple[str, ...] = (),
-    needs: str | None = None,
+    extensions: str = "",
+    excludes: str = "",
+    needs: str = "",
 ) -> Any:
     """A configuration field.
 
@@ -41,7 +41,7 @@ def option(
         min, max: the smallest and the largest that a number, or each of several, may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
         positional: the command line takes it by its position, without a flag.
-        extensions: one of which the name of a file must end in.
+        extensions: the name of a file must end in one of them (words of a string, as below).
         excludes: options that are refused beside it.
         needs: the option without which it is refused.
     """
@@ -98,7 +98,7 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") 
     }
     for name, flag in chosen.items():
         about = fields[name].metadata
-        for other in about.get("excludes", ()):
+        for other in about.get("excludes", "").split():
             if other in chosen:
                 raise UserError(f"give either {flag} or {chosen[other]}, not both")
         if (needed := about.get("needs")) and needed not in chosen:
@@ -108,15 +108,15 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") 
 
 def _check_value(value: Any, about: Mapping[str, Any], where: str) -> None:
     """Refuse a number out of bounds, and a file of another kind."""
+    low, high, endings = (about.get(name) for name in ("min", "max", "extensions"))
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, int | float):
-            low, high = about.get("min"), about.get("max")
             if low is not None and not item >= low:  # NaN is refused too
                 raise UserError(f"{where} must be at least {low}, not {item}")
             if high is not None and not item <= high:
                 raise UserError(f"{where} must be at most {high}, not {item}")
-        elif item and not item.lower().endswith(about.get("extensions") or ""):
-            raise UserError(f"{where} {item} must end in {' or '.join(about['extensions'])}")
+        elif item and endings and not item.lower().endswith(tuple(endings.split())):
+            raise UserError(f"{where} {item} must end in {endings.replace(' ', ' or ')}")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ class Config:
     b: str = option(help="the other one", positional=True)
     limit: int = option(10, "how many ids to list of what only one kept", min=0)
     output: str | None = option(
-        None, "also write a page with images: FILE.html", short="-o", extensions=(".html",)
+        None, "also write a page with images: FILE.html", short="-o", extensions=".html"
     )
     lmdb: str | None = option(None, "LMDB of the images for the page")
     json: bool = option(False, "print JSON instead of text")

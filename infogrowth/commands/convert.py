@@ -17,9 +17,7 @@ logger = logging.getLogger(__name__)
 class Config:
     """Options of ``infogrowth convert``."""
 
-    input: str = option(
-        help="BLIP folder, checkpoint of ours, official .pth, or Hugging Face name", positional=True
-    )
+    input: str = option(help="BLIP folder, checkpoint, .pth or Hugging Face name", positional=True)
     output: str = option(help="a .pth file (official) or a folder (huggingface)", positional=True)
     to: Literal["official", "huggingface"] = option(help="the layout that is written")
     task: Literal["auto", "retrieval", "captioning"] = option(

@@ -18,17 +18,11 @@ class EncodingConfig:
     """Options of the commands that run a model over a dataset, shard by shard."""
 
     output: str = option(help="the folder to write; an interrupted one is continued")
-    vocabulary: str | None = option(
-        None, help="vocab.txt for BLIP checkpoints that have none beside them"
-    )
-    batch_size: int | None = option(
-        None, help="samples per batch; auto: what suits the device", min=1
-    )
+    vocabulary: str | None = option(None, "vocab.txt for BLIP checkpoints that have none")
+    batch_size: int | None = option(None, "samples per batch; auto: what suits the device", min=1)
     workers: int | None = option(None, help="processes that decode images, or auto", min=0)
     shard_size: int | None = option(None, help="samples per shard, or auto", min=1)
-    part: str | None = option(
-        None, help="3/16: only the third of 16 parts, so that independent jobs share the folder"
-    )
+    part: str | None = option(None, "3/16: the third of 16 parts, for jobs that share the folder")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N")
 
 
@@ -42,7 +36,7 @@ class Config(EncodingConfig):
         None,
         help="instead of an LMDB: a folder of images with captions, or of shards (.tar, .parquet), "
         "as img2dataset, webdataset and Hugging Face write them",
-        excludes=("lmdb", "annotations"),
+        excludes="lmdb annotations",
     )
     encoder: str = option(
         "tiny",

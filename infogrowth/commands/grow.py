@@ -37,12 +37,8 @@ class Config:
         help="files to write: .json (result), .parquet (all decisions), .npy (DataComp uids), "
         ".jsonl (Hugging Face metadata)"
     )
-    seed_features: str | None = option(
-        None, help="a clean starting set: kept without a check", excludes=("seed_ids",)
-    )
-    seed_ids: str | None = option(
-        None, help="JSON list of ids: these rows of --features are the clean starting set"
-    )
+    seed_features: str | None = option(None, "a clean start, never filtered", excludes="seed_ids")
+    seed_ids: str | None = option(None, "JSON list of ids of --features: the clean start")
     recaptions: str | None = option(None, help="a table of other captions (infogrowth recaption)")
     min_align: float | str | None = option(
         None,
@@ -66,9 +62,7 @@ class Config:
         "pair", help="pair: image and caption; image: images with class labels as captions"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to search")
-    batch_size: int = option(
-        8192, help="samples looked up together; does not change the result", min=1
-    )
+    batch_size: int = option(8192, "samples looked up together; does not change the result", min=1)
     memory_mb: int = option(256, help="scratch memory of a search, MB", min=1)
     feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
     commit_rows: int = option(65536, help="samples per commit, at most; also every 60 s", min=1)

@@ -55,7 +55,7 @@ class Config(EncodingConfig):
     growth: str | None = option(
         None,
         help="after growing: recaption what this growth folder dropped for its alignment",
-        excludes=("features",),
+        excludes="features",
     )
     min_align: float | str = option(
         0.4, help="with --features: a number, auto or auto:0.98 (from the seeds, as `grow` does)"
@@ -74,12 +74,8 @@ class Config(EncodingConfig):
     prompt: str = option("", help="words that the caption continues, or a chat model's question")
     beams: int = option(3, help="hypotheses of the beam search", min=1)
     max_tokens: int = option(30, help="longest caption, in tokens", min=1)
-    min_margin: float = option(
-        0.0, help="with nearest:FILE: how much nearer the best caption must be than the next"
-    )
-    seed_check: int = option(
-        100, help="seeds on which the captioner's captions are compared with the true ones"
-    )
+    min_margin: float = option(0.0, "with nearest:FILE: lead of the best over the next one")
+    seed_check: int = option(100, "seeds on which new captions are compared with the true ones")
     lmdb: str | None = option(None, help="LMDB or source of the images [that of the features]")
     encoder: str | None = option(None, help="encoder of the text [that of the features]")
 

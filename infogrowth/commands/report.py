@@ -17,16 +17,14 @@ class Config:
     """Options of ``infogrowth report``."""
 
     growth: str | None = option(None, "growth folder (GROWTH_DIR) to show", positional=True)
-    annotations: str | None = option(
-        None, "a result JSON to show instead of a growth folder", excludes=("growth",)
-    )
+    annotations: str | None = option(None, "a result JSON, not a growth folder", excludes="growth")
     lmdb: str | None = option(None, "LMDB of the images; by default the one the growth used")
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
     output: str = option("report.html", "the page to write", short="-o")
     atlas: str | None = option(
         None,
         "also write the decisions as FILE.parquet for Embedding Atlas, for large sets",
-        extensions=(".parquet",),
+        extensions=".parquet",
         needs="growth",
     )
     truth: str | None = option(

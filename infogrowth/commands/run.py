@@ -47,13 +47,6 @@ DEFAULTS = {
     "select": {"output": "selected.json", "growth": "growth"},
     "report": {"output": "report.html", "growth": "growth"},
 }
-# Each of these keys says what the stage reads: where one is given, none of them has a default.
-SOURCES = {
-    "embed": {"source", "lmdb", "annotations"},
-    "recaption": {"features", "growth"},
-    "select": {"annotations", "growth"},
-    "report": {"annotations", "growth"},
-}
 
 
 @dataclass(frozen=True)
@@ -155,8 +148,10 @@ def _stage(
     config = import_module(f"infogrowth.commands.{name}").Config
     known = {field.name for field in fields(config)}
     without_default = set() if "recaption" in present else {"recaptions"}
-    if given.keys() & SOURCES.get(name, set()):
-        without_default |= SOURCES[name]
+    for field in fields(config):  # of options that exclude each other one is given: no default then
+        group = {field.name, *field.metadata["excludes"].split()}
+        if len(group) > 1 and given.keys() & group:
+            without_default |= group
     values: dict[str, tuple[Any, str]] = {
         key: (str(output / default), f"the default of {key!r}")
         for key, default in DEFAULTS[name].items()

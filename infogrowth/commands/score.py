@@ -40,18 +40,12 @@ class Config:
         ["cosine", "negclip"],
         help="cosine, negclip (from the features), itm (reads the images with a BLIP)",
     )
-    recaptions: str | None = option(
-        None, help="score the captions of this recaption table too: columns recaption_…"
-    )
-    growth: str | None = option(
-        None, help="take negclip's reference of this growth folder, grown with --clean-by negclip"
-    )
+    recaptions: str | None = option(None, "score this recaption table too: columns recaption_…")
+    growth: str | None = option(None, "a growth folder whose negclip reference to take")
     temperature: float = option(
         cleaning.TEMPERATURE, help="of negclip: 0.01 as CLIP's, 0.07 as BLIP's", min=1e-3, max=10
     )
-    reference_rows: int = option(
-        cleaning.REFERENCE_ROWS, help="pairs in negclip's reference", min=1
-    )
+    reference_rows: int = option(cleaning.REFERENCE_ROWS, "pairs in negclip's reference", min=1)
     images: str | None = option(None, help="for itm: LMDB, folder or shards [those embedded]")
     matcher: str | None = option(None, help="for itm: the BLIP that judges [the encoder]")
     vocabulary: str | None = option(None, help="vocab.txt for a BLIP that has none beside it")

@@ -33,13 +33,9 @@ class Config:
         help="files to write: .json, .parquet, .npy (DataComp uids), .jsonl (Hugging Face "
         "metadata); or a folder of webdataset shards"
     )
-    annotations: str | None = option(
-        None, help="select from a result (JSON or parquet) of `grow`", excludes=("growth",)
-    )
+    annotations: str | None = option(None, "a result (JSON, parquet) of `grow`", excludes="growth")
     growth: str | None = option(None, help="select from a growth folder: all columns of decisions")
-    scores: list[str] = option(
-        [], help="parquet files with ids and more columns for --where", needs="where"
-    )
+    scores: list[str] = option([], "parquet files of ids and columns for --where", needs="where")
     where: str | None = option(
         None, help="condition in SQL: \"gain >= 0.05 and aesthetic > 4.5 and verdict = 'kept'\""
     )
@@ -50,12 +46,10 @@ class Config:
     bernoulli: bool = option(
         False,
         help="take each sample with its gain (over the 0.99 quantile) as the chance",
-        excludes=("top",),
+        excludes="top",
     )
     seed: int = option(0, help="of the random choice")
-    images: str | None = option(
-        None, help="for shards: LMDB, folder or shards of the images [those of the growth folder]"
-    )
+    images: str | None = option(None, "for shards: LMDB or folder [those of the growth folder]")
     shard_size: int = option(10_000, min=1, help="samples per webdataset shard")
     legacy_strings: bool = option(False, help="write JSON gains as strings, as the paper's files")
     uid_repeats: int = option(1, min=1, help="repeat a .npy uid up to this often, by its gain")

@@ -32,12 +32,10 @@ class Config:
     """Options of ``infogrowth sweep``."""
 
     growth: str = option(help="growth folder (GROWTH_DIR)", positional=True)
-    min_align: list[float] = option(
-        [], "thresholds to try; by default a grid over the alignments", min=-1, max=1
-    )
+    min_align: list[float] = option([], "thresholds to try [a grid of them]", min=-1, max=1)
     tops: list[int] = option([], "sizes of static selections; by default tenths of the kept set")
     output: str | None = option(
-        None, "also write the plot: FILE.html or FILE.png", short="-o", extensions=(".html", ".png")
+        None, "also write the plot: FILE.html or FILE.png", short="-o", extensions=".html .png"
     )
     json: bool = option(False, "print JSON instead of tables")
 
