@@ -61,7 +61,7 @@ def compare(a: GrowthTable, b: GrowthTable, limit: int = 10) -> dict[str, Any]:
     """Compare what A and B kept; ``limit`` ids are listed per part.
 
     Returns:
-        ready for JSON: ``both``, ``only_a`` and ``only_b`` (count, mean gains, and the ids of
+        a record ready for JSON: ``both``, ``only_a`` and ``only_b`` (count, mean gains, and the ids of
         largest mean gain; gains of ``both`` are A's), ``overlap`` (intersection over union), and
         over what is in both the number of ``other_caption``, the mean ``gain_difference``
         |A's − B's| and Pearson's ``gain_correlation``.

@@ -11,7 +11,7 @@ import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +178,12 @@ def draw_reference(
     if features.rows > rows:
         number = -(-rows // _TOGETHER)
         blocks = np.sort(generator(seed, "negclip").choice(blocks, number, replace=False))
-    starts = (blocks * _TOGETHER).tolist()
-    parts = [
-        next(features.batches(_TOGETHER, start, min(start + _TOGETHER, features.rows)))
-        for start in starts
-    ]
-    image, text, usable = unit_pairs(
-        *(np.concatenate([getattr(part, space) for part in parts]) for space in ("image", "text"))
-    )
-    if not usable.any():
+    read = _read_blocks(features, _TOGETHER, blocks)
+    parts = [(image[usable], text[usable]) for _, image, text, usable in read]
+    image, text = (np.concatenate(part)[:rows] for part in zip(*parts, strict=True))
+    if not len(image):
         raise UserError(f"no pair of {features.path} has usable features")
-    return NegClip(image[usable][:rows], text[usable][:rows], temperature)
+    return NegClip(image, text, temperature)
 
 
 def stream_alignments(
@@ -202,13 +197,19 @@ def stream_alignments(
     blocks = -(-features.rows // _ALIGNED_ROWS)
     chosen = np.unique(np.linspace(0, blocks - 1, min(blocks, _ALIGNED_BLOCKS)).round().astype(int))
     parts = [np.empty(0)]
-    for start in (chosen * _ALIGNED_ROWS).tolist():
-        stop = min(start + _ALIGNED_ROWS, features.rows)
-        for batch in features.batches(_ALIGNED_ROWS, start, stop):
-            image, text, usable = unit_pairs(batch.image, batch.text)
-            usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
-            parts.append(measure(image, text)[usable])
+    for batch, image, text, usable in _read_blocks(features, _ALIGNED_ROWS, chosen):
+        usable &= np.fromiter((name not in seed_ids for name in batch.ids), bool, len(batch))
+        parts.append(measure(image, text)[usable])
     return np.concatenate(parts)
+
+
+def _read_blocks(
+    features: Any, size: int, blocks: np.ndarray
+) -> Iterator[tuple[Any, np.ndarray, np.ndarray, np.ndarray]]:
+    """These blocks of `size` rows of a FeatureStream: the samples, and what unit_pairs gives."""
+    for start in (blocks * size).tolist():
+        for batch in features.batches(size, start, min(start + size, features.rows)):
+            yield batch, *unit_pairs(batch.image, batch.text)
 
 
 def reference_path(growth: str | os.PathLike[str]) -> Path:

@@ -87,13 +87,10 @@ class Thresholds:
     @property
     def requests(self) -> dict[str, Any]:
         """What `requested` was given, by name."""
-
         asked: dict[str, Any] = {}
         for name in ("min_align", "min_recaption_align"):
-            rule = getattr(self, f"{name}_rule")
-            asked[name] = getattr(self, name) if rule == "given" else rule.partition(": ")[0]
-        if self.min_recaption_align_rule == PAPERS_RULE:
-            asked["min_recaption_align"] = None
+            rule = getattr(self, f"{name}_rule").partition(": ")[0]
+            asked[name] = {"given": getattr(self, name), PAPERS_RULE: None}.get(rule, rule)
         return asked
 
     @property
