@@ -47,9 +47,7 @@ def match(
     a: GrowthTable, b: GrowthTable
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows of kept samples by id, with or without an extension; the first of equal ids counts.
-
-    Returns:
-        rows of A and of B that are the same sample, in A's order; those only in A; only in B.
+    Returns rows of A and of B that are the same sample, in A's order; those only in A; only in B.
     """
     kept_a, kept_b = _by_key(a), _by_key(b)
     in_both = kept_a.index[kept_a.index.isin(kept_b.index)]
@@ -61,7 +59,7 @@ def compare(a: GrowthTable, b: GrowthTable, limit: int = 10) -> dict[str, Any]:
     """Compare what A and B kept; ``limit`` ids are listed per part.
 
     Returns:
-        a record ready for JSON: ``both``, ``only_a`` and ``only_b`` (count, mean gains, and the ids of
+        ready for JSON: ``both``, ``only_a`` and ``only_b`` (count, mean gains, and the ids of
         largest mean gain; gains of ``both`` are A's), ``overlap`` (intersection over union), and
         over what is in both the number of ``other_caption``, the mean ``gain_difference``
         |A's − B's| and Pearson's ``gain_correlation``.

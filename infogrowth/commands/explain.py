@@ -58,7 +58,7 @@ def explain(table: GrowthTable, sample_id: str) -> list[dict[str, Any]]:
     with the nearest ids.
 
     Returns:
-        a record ready for JSON, the fields of a `Decision` (None is unknown; neighbors have ``id``,
+        ready for JSON, the fields of a `Decision` (None is unknown; neighbors have ``id``,
         ``distance`` and ``caption``) and ``row`` (its position in the stream, from 0), ``source``,
         ``why``, ``min_align``, ``gain_rank`` (percent of the kept samples with a smaller mean gain)
         and, if it is kept, ``visits``: those expected per epoch, by sampler.

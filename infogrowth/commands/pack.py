@@ -107,15 +107,13 @@ def pack(source: Source, output: Path, split: str, workers: int, max_pixels: int
 
     An image is decoded in full before it is stored, and stored as it came. Of several samples with
     one id the first good one is kept. The JSON is sorted by id. Raises UserError: the LMDB holds
-    images of another source, the disk is full, or no sample is good.
+    images of another source, the disk is full, or no sample is good. Returns what was found,
+    packed, skipped, repaired and ignored, in a few lines.
 
     Args:
         output: gets ``lmdb_{split}``, ``cc3m_{split}.json`` and ``lmdb_{split}_skipped.jsonl``.
         workers: threads that read and decode (decoders let other threads run).
         max_pixels: larger images are skipped.
-
-    Returns:
-        what was found, packed, skipped, repaired and ignored, in a few lines.
     """
     lmdb, captions = output / f"lmdb_{split}", output / f"cc3m_{split}.json"
     losses = output / f"lmdb_{split}_skipped.jsonl"

@@ -69,7 +69,7 @@ def sweep(
     UserError: no alignments on record, or a top that is not between 1 and the kept count.
 
     Returns:
-        a record ready for JSON, ``thresholds``, a record for each (``kept_at_most`` is more than ``kept``
+        ready for JSON, ``thresholds``, a record for each (``kept_at_most`` is more than ``kept``
         where recaptions whose fit is not on record could add to it; ``purity`` and ``right_lost``
         are the estimated shares of right captions above it, and of the stream's right captions
         below it); ``tops``, a record for each static selection (``information`` is its share of

@@ -32,13 +32,11 @@ def normalized_gains(gains: np.ndarray) -> np.ndarray:
 
     When more than 99 % of the samples have no gain at all the quantile is zero; the limit of the
     same rule then gives 1 to every sample that has some gain and 0 to the others. Raises UserError:
-    no samples, a gain that is not finite, or no positive gain at all.
+    no samples, a gain that is not finite, or no positive gain at all. Returns ``(N,)`` float64 in
+    [0, 1], at least one of them 1.
 
     Args:
         gains: ``(N, 2)`` image and text gains, or ``(N,)`` their means; any real numbers.
-
-    Returns:
-        ``(N,)`` float64 in [0, 1], at least one of them 1.
     """
     mean = _mean_gains(gains)
     if not (mean > 0).any():
@@ -53,11 +51,8 @@ def normalized_gains(gains: np.ndarray) -> np.ndarray:
 
 
 def select_bernoulli(gains: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Static selection: each sample is taken with its normalised gain as the probability.
-
-    Returns:
-        ascending row numbers, int64; the same for the same ``seed`` on every machine.
-    """
+    """Static selection: each sample is taken with its normalised gain as the probability. Returns
+    ascending row numbers, int64; the same for the same ``seed`` on every machine."""
     probability = normalized_gains(gains)
     return np.flatnonzero(generator(seed, "select").random(len(probability)) < probability)
 
@@ -67,10 +62,7 @@ def select_top(gains: np.ndarray, count: int) -> np.ndarray:
 
     Unlike the random selection it orders by the gain before clipping, so that the samples above the
     0.99 quantile still differ. Raises UserError: no samples, a gain that is not finite, or
-    ``count`` is not in 1 … N.
-
-    Returns:
-        ascending row numbers, int64.
+    ``count`` is not in 1 … N. Returns ascending row numbers, int64.
     """
     mean = _mean_gains(gains)
     if not 1 <= count <= len(mean):
