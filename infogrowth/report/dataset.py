@@ -4,6 +4,7 @@ Everything else in this package works on :class:`GrowthTable` and knows no file 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,16 +170,14 @@ def _last_decisions(table: pa.Table, sources: list[SourceProgress]) -> pa.Table:
 
 def _skipped(sources: list[SourceProgress]) -> dict[str, int]:
     """Samples without features by reason; features that were read twice are counted once."""
-    counts = pd.DataFrame(
-        [
-            (source.features, reason, count)
-            for source in sources
-            for reason, count in source.skipped.items()
-        ],
-        columns=["features", "reason", "count"],
-    )
-    of_features = counts.groupby(["features", "reason"], sort=False)["count"].max()
-    return {str(r): int(n) for r, n in of_features.groupby("reason", sort=False).sum().items()}
+    most: dict[tuple[str, str], int] = {}
+    for source in sources:
+        for reason, count in source.skipped.items():
+            most[source.features, reason] = max(count, most.get((source.features, reason), 0))
+    total: Counter[str] = Counter()
+    for (_, reason), count in most.items():
+        total[reason] += count
+    return total
 
 
 # --- figures: pure functions of a table ---------------------------------------------------------

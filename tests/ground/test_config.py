@@ -21,6 +21,9 @@ class Example:
     index: Literal["auto", "exact"] = option("auto")
     shards: list[int] = option([1, 2])
     output: str = option("out", short="-o")
+    plot: str | None = option(None, extensions=".html .png", excludes="seeds")
+    marks: list[float] = option([], min=0, max=1, needs="plot")
+    workers: int | None = option(None, min=0)
 
 
 def from_yaml(tmp_path, text):
@@ -55,6 +58,8 @@ def test_lists_and_optionals():
     config = from_flags("--features", "f", "--shards", "3", "4", "--seeds", "none")
     assert config.shards == [3, 4] and config.seeds is None
     assert asdict(config)["shards"] == [3, 4]
+    assert from_flags("--features", "f", "--workers", "auto").workers is None
+    assert from_flags("--features", "f", "--plot", "A.PNG", "--marks", "0", "1").marks == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,12 @@ def test_lists_and_optionals():
         ("just text", "key: value"),
         ("k: 4", "features"),
         ("features: true", "text"),
+        ("plot: a.pdf", r"a\.pdf must end in \.html or \.png"),
+        ("features: f\nplot: a.png\nseeds: s", "either --plot or --seeds, not both"),
+        ("features: f\nmarks: [0.5]", "--marks goes with --plot"),
+        ("plot: a.html\nmarks: [0.5, 1.5]", "at most 1, not 1.5"),
+        ("plot: a.html\nmarks: [.nan]", "at least 0"),
+        ("workers: -1", "at least 0"),
     ],
 )
 def test_a_bad_config_is_one_sentence(tmp_path, text, message):
