@@ -11,7 +11,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -213,43 +213,31 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             close = nearest(str(value), [str(a) for a in arguments])
             wanted.append(f"one of {', '.join(map(str, arguments))}{close}")
         elif kind in _SCALARS:
-            name, convert = _SCALARS[kind]
             try:
-                return convert(value)
+                return _scalar(kind, value)
             except (KeyError, TypeError, ValueError, OverflowError):
-                wanted.append(f"{name}, not {value!r}")
+                wanted.append(f"{_SCALARS[kind]}, not {value!r}")
     raise UserError(f"{where} must be {' or '.join(wanted)}")
 
 
-def _as_bool(value: Any) -> bool:
-    return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _as_int(value: Any) -> int:
-    number = _as_float(value)
+def _scalar(kind: type, value: Any) -> Any:
+    """``value`` as one of _SCALARS, or any of the errors of Python's own conversions."""
+    if kind is bool:
+        return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
+    single = isinstance(value, str | int | float | os.PathLike) and not isinstance(value, bool)
+    if not single:
+        raise TypeError(value)
+    if kind is str:
+        return str(value)
+    number = float(value)
+    if kind is float:
+        return number
     if not number.is_integer():  # infinities and NaN are no integers either
         raise ValueError(value)
     return int(value) if isinstance(value, int) else int(number)
-
-
-def _as_float(value: Any) -> float:
-    if isinstance(value, bool | bytes):
-        raise TypeError(value)
-    return float(value)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
-        raise TypeError(value)
-    return str(value)
-
-
-_SCALARS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    bool: ("true or false", _as_bool),
-    int: ("a whole number", _as_int),
-    float: ("a number", _as_float),
-    str: ("text", _as_text),
-}
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -267,9 +255,8 @@ def _on_command_line(field: dataclasses.Field) -> str:
 
 def _help(field: dataclasses.Field, hint: Any) -> str:
     text = field.metadata["help"].replace("%", "%%")
-    choices = [a for a in typing.get_args(hint) if isinstance(a, str)]
     if typing.get_origin(hint) is Literal:
-        text += f" ({', '.join(choices)})"
+        text += f" ({', '.join(typing.get_args(hint))})"
     if field.default not in (dataclasses.MISSING, None) and hint is not bool:
         text += f" [{field.default}]".replace("%", "%%")
     return text
