@@ -41,11 +41,8 @@ def load_annotations(path: str | os.PathLike[str]) -> Sequence[Annotation]:
     """
     if os.fspath(path).endswith(".parquet"):
         return AnnotationTable(path)
-    entries = read_json(path, "the annotation file")
-    if not isinstance(entries, list):
-        kind = type(entries).__name__
-        raise UserError(f"the annotation file {path} must hold a list of samples, not a {kind}")
-    return [_checked(entry, position, path) for position, entry in enumerate(entries)]
+    entries = read_json(path, "the annotation file", list)
+    return [_checked(entry, f"sample {row} of {path}") for row, entry in enumerate(entries)]
 
 
 def save_annotations(
@@ -98,13 +95,12 @@ def read_ids(path: str | os.PathLike[str], what: str = "the seed list") -> froze
     Raises:
         UserError: it is neither, or empty.
     """
-    ids = read_json(path, what)
-    if isinstance(ids, list) and all(isinstance(entry, dict) for entry in ids):
-        ids = [entry.get("image") for entry in ids]
-    names = [as_id(name) for name in ids] if isinstance(ids, list) else []
-    if not names or None in names:
+    entries = read_json(path, what, list)
+    ids = [as_id(entry.get("image") if isinstance(entry, dict) else entry) for entry in entries]
+    names = frozenset(name for name in ids if name is not None)
+    if not ids or None in ids:
         raise UserError(f"{what} {path} must be a JSON list of sample ids, or an annotation file")
-    return frozenset(name for name in names if name is not None)
+    return names
 
 
 def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:
@@ -124,44 +120,42 @@ def gains_array(annotations: Sequence[Annotation]) -> np.ndarray:
     return np.array([entry["gains"] for entry in annotations], dtype=np.float64).reshape(-1, 2)
 
 
-def _checked(entry: Any, position: int, path: str | os.PathLike[str]) -> Annotation:
-    where = f"sample {position} of {path}"
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must be an object with image and caption, not {entry!r:.60}")
-    if (image := as_id(entry.get("image"))) is None:
-        raise UserError(f"{where} has no image id: the key 'image' must be a non-empty string")
-    if image != entry["image"]:
-        entry = {**entry, "image": image}
-    where = f"{where} ({entry['image']!r})"
+def _checked(entry: Any, where: str) -> Annotation:
+    """An entry with its id as text and its gains as floats."""
+    entry = {**entry} if isinstance(entry, dict) else {}
+    if (name := as_id(entry.get("image"))) is None:
+        raise UserError(f"{where} has no image id: an object with text under 'image' is needed")
+    entry["image"] = name
+    where = f"{where} ({name!r})"
     caption = entry.get("caption")
     captions = caption if isinstance(caption, list) else [caption]
     if not captions or not all(isinstance(text, str) for text in captions):
         raise UserError(f"{where} has no caption: the key 'caption' must be text or a list of text")
+    if "gains" in entry:
+        entry["gains"] = _numbers(gains := entry["gains"])
+        if not entry["gains"]:
+            raise UserError(
+                f"{where} has gains {gains!r:.60}, but they must be two numbers [image, text], "
+                "finite and not negative"
+            )
     try:  # what could not be written again: half of a surrogate pair, NaN, values nested too deeply
-        others = {key: value for key, value in entry.items() if key != "gains"}
-        json.dumps(others, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where} has what JSON cannot hold ({shorten(error)}); correct it, or take it out"
         ) from error
-    if "gains" not in entry:
-        return entry
-    return {**entry, "gains": _checked_gains(entry["gains"], where)}
+    return entry
 
 
-def _checked_gains(gains: Any, where: str) -> list[float]:
+def _numbers(gains: Any) -> list[float]:
+    """Gains as floats; none if they are no gains."""
     listed = gains if isinstance(gains, list) else []
     try:  # as text, since a whole number may lie beyond all floats: it is infinite then
         numbers = [gain if type(gain) is float else float(str(gain)) for gain in listed]
     except ValueError:
-        numbers = []
-    if len(numbers) != 2:
-        raise UserError(f"{where} has gains {gains!r:.60}, not two numbers [image, text]")
-    if not all(math.isfinite(gain) for gain in numbers):
-        raise UserError(f"{where} has gains that are not finite: {gains!r:.60}")
-    if min(numbers) < -_ROUNDING:
-        raise UserError(f"{where} has negative gains, but they are distances: {gains!r:.60}")
-    return numbers
+        return []
+    fine = len(numbers) == 2 and all(-_ROUNDING <= gain < math.inf for gain in numbers)
+    return numbers if fine else []
 
 
 class AnnotationTable(Sequence[Annotation]):
@@ -181,10 +175,8 @@ class AnnotationTable(Sequence[Annotation]):
         self._path = str(path)
         with refusing(path, "the annotation file", pa.ArrowException):
             names = pq.read_schema(path).names
-            wanted = [
-                n for n in (*_IDS, "caption", "gain_image", "gain_text", "verdict") if n in names
-            ]
-            table = pq.read_table(path, columns=wanted)
+            known = (*_IDS, "caption", "gain_image", "gain_text", "verdict")
+            table = pq.read_table(path, columns=[name for name in known if name in names])
         self._id = next((name for name in _IDS if name in names), "")
         if not self._id or "caption" not in names:
             raise UserError(
@@ -193,12 +185,19 @@ class AnnotationTable(Sequence[Annotation]):
             )
         if self._id == "id" and "verdict" in names:  # all decisions, as `grow` writes them
             table = table.filter(pc.not_equal(table["verdict"], "dropped"))
-        for column in (self._id, "caption"):
-            if table[column].null_count:
-                row = pc.index(pc.is_null(table[column]), True).as_py()
-                raise UserError(f"sample {row} of {path} has no {column}")
         self._table = table.combine_chunks()
-        self.gains: np.ndarray | None = self._checked_gains() if "gain_image" in names else None
+        self.gains: np.ndarray | None = None
+        invalid = np.zeros(len(table), bool)
+        for column in (self._id, "caption"):
+            invalid |= pc.is_null(table[column]).to_numpy()
+        if "gain_image" in names:
+            # Growth in the image space alone has one gain: both columns hold it.
+            columns = "gain_image", "gain_text" if "gain_text" in names else "gain_image"
+            image, text = (table[name].to_numpy().astype(np.float64) for name in columns)
+            self.gains = np.stack([image, np.where(np.isnan(text), image, text)], axis=1)
+            invalid |= ~(np.isfinite(self.gains) & (self.gains >= -_ROUNDING)).all(axis=1)
+        for row in np.flatnonzero(invalid).tolist():
+            _checked(self[row], f"sample {row} of {path}")  # says what is wrong with it
 
     def __len__(self) -> int:
         return len(self._table)
@@ -219,20 +218,3 @@ class AnnotationTable(Sequence[Annotation]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AnnotationTable, (self._path,)
-
-    def _checked_gains(self) -> np.ndarray:
-        """(N, 2) float64; growth in the image space alone has one gain, both columns hold it."""
-        image = self._table["gain_image"].to_numpy().astype(np.float64)
-        text = image
-        if "gain_text" in self._table.column_names:
-            text = self._table["gain_text"].to_numpy().astype(np.float64)
-            text = np.where(np.isnan(text), image, text)
-        gains = np.stack([image, text], axis=1)
-        bad = ~np.isfinite(gains).all(axis=1) | (gains < -_ROUNDING).any(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            raise UserError(
-                f"sample {row} of {self._path} has gains {gains[row].tolist()}, but they are "
-                "distances: finite and not negative"
-            )
-        return gains

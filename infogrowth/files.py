@@ -98,23 +98,31 @@ def atomic_write_array(path: str | os.PathLike[str], *parts: "np.ndarray") -> No
             file.write(part.tobytes() if not part.flags.c_contiguous else part.data)
 
 
-def read_json(path: str | os.PathLike[str] | RemotePath, what: str = "the JSON file") -> Any:
+def read_json(
+    path: str | os.PathLike[str] | RemotePath, what: str = "the JSON file", holds: type = object
+) -> Any:
     """Parse the JSON at ``path``; a whole number of thousands of digits comes back as infinity.
 
     Args:
         what: how the error names the file, for example ``"the annotation file"``.
+        holds: what it must be: ``list`` or ``dict``.
 
     Raises:
-        UserError: missing, unreadable, not UTF-8, or not JSON (with line and column).
+        UserError: missing, unreadable, not UTF-8, not JSON (with line and column), or of another
+            kind.
     """
     with refusing(path, what, ValueError, fault="is not valid JSON"):
         text = as_path(path).read_bytes().decode("utf-8-sig")
         try:
-            return json.loads(text)
+            content = json.loads(text)
         except json.JSONDecodeError:
             raise
         except ValueError:  # a whole number of more digits than Python converts
-            return json.loads(text, parse_int=_int_or_infinity)
+            content = json.loads(text, parse_int=_int_or_infinity)
+    if not isinstance(content, holds):
+        kind = {list: "a list", dict: "an object"}[holds]
+        raise UserError(f"{what} {path} must hold {kind}, not a {type(content).__name__}")
+    return content
 
 
 def _int_or_infinity(digits: str) -> int | float:

@@ -256,9 +256,9 @@ class FeatureWriter:
     def _description(self) -> dict[str, Any]:
         """What features.json says; empty for a new folder."""
         path = self.directory / "features.json"
-        description = read_json(path, "the description of the features") if path.is_file() else {}
-        other = self.directory.is_file() or any(self.directory.glob("*_emb"))
-        if not isinstance(description, dict) or (other and not description):
+        what = "the description of the features"
+        description = read_json(path, what, dict) if path.is_file() else {}
+        if not description and (self.directory.is_file() or any(self.directory.glob("*_emb"))):
             raise UserError(f"{self.directory} holds something else; give --output another folder")
         return description
 

@@ -21,7 +21,7 @@ from infogrowth.data.loading import check_shared_memory
 from infogrowth.data.sources import open_source
 from infogrowth.data.text import NO_CAPTION, first_caption, image_key
 from infogrowth.encoders.models import Preprocess, Tokenize, Tokens
-from infogrowth.errors import BadSample, UserError
+from infogrowth.errors import BadSample
 from infogrowth.files import read_json
 
 Entry = tuple[str, str, str | None]  # id, caption, and what is wrong
@@ -126,10 +126,7 @@ def captions_of_file(path: str, wanted: Sequence[str] | None) -> ListedPairs:
 def _entries(path: str, what: str) -> Iterator[Entry]:
     """What a file of captions lists; other commands refuse such a file whole, but one bad line in
     a dataset of millions is no reason not to embed the others."""
-    entries = read_json(path, what)
-    if not isinstance(entries, list):
-        raise UserError(f"{what} {path} must hold a list, not a {type(entries).__name__}")
-    for row, entry in enumerate(entries):
+    for row, entry in enumerate(read_json(path, what, list)):
         name = as_id(entry.get("image")) if isinstance(entry, dict) else None
         caption = first_caption(entry.get("caption")) if name is not None else None
         if name is None:

@@ -133,7 +133,7 @@ def _is_blip(path: Path) -> bool:
     """
     if path.is_file():
         return True
-    config = read_json(path / "config.json", "the model's config")
+    config = read_json(path / "config.json", "the model's config", dict)
     return config.get("model_type", "blip") == "blip"
 
 

@@ -89,7 +89,7 @@ def test_golden_annotations_hold_their_gains(golden):
         ('[{"image": "x", "caption": [1]}]', "'x'.*caption"),
         ('[{"image": "x", "caption": "c", "gains": [1]}]', "two numbers"),
         ('[{"image": "x", "caption": "c", "gains": ["a", "b"]}]', "two numbers"),
-        ('[{"image": "x", "caption": "c", "gains": [NaN, 1]}]', "not finite"),
+        ('[{"image": "x", "caption": "c", "gains": [NaN, 1]}]', "finite"),
     ],
 )
 def test_a_broken_file_is_one_sentence_that_names_the_place(tmp_path, content, message):
@@ -103,9 +103,9 @@ def test_a_broken_file_is_one_sentence_that_names_the_place(tmp_path, content, m
 @pytest.mark.parametrize(
     ("gains", "message"),
     [
-        ("[1" + "0" * 400 + ", 1]", "not finite"),
-        ("[1" + "0" * 5000 + ", 1]", "not finite"),
-        ("[1e999, 1]", "not finite"),
+        ("[1" + "0" * 400 + ", 1]", "finite"),
+        ("[1" + "0" * 5000 + ", 1]", "finite"),
+        ("[1e999, 1]", "finite"),
         ('"12"', "two numbers"),
         ('{"1": 0, "2": 0}', "two numbers"),
         ("[0.5, true]", "two numbers"),
