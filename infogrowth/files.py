@@ -120,7 +120,7 @@ def read_json(
         except ValueError:  # a whole number of more digits than Python converts
             content = json.loads(text, parse_int=_int_or_infinity)
     if not isinstance(content, holds):
-        kind = {list: "a list", dict: "an object"}[holds]
+        kind = "a list" if holds is list else "an object"
         raise UserError(f"{what} {path} must hold {kind}, not a {type(content).__name__}")
     return content
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from infogrowth.data.text import texts_of, values_of
+from infogrowth.data.text import text_of, texts_of, values_of
 from infogrowth.errors import UserError, refusing
 from infogrowth.remote import AnyPath
 
@@ -93,7 +93,13 @@ class FeatureShard:
         self._loaded: tuple[pa.Table, dict[str, Any]] | None = None
         self.name = next(iter(arrays.values())).name
         self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
-        self.rows = same_rows({part.name: part.shape[0] for part in (*arrays.values(), table)})
+        counts = {part.name: part.shape[0] for part in (*arrays.values(), table)}
+        self.rows = table.shape[0]
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} has {rows}" for name, rows in counts.items())
+            raise UserError(
+                f"row counts do not agree: {listed}; the shard is damaged, write it again"
+            )
 
     def read(self, first: int, start: int, stop: int) -> FeatureBatch:
         """Rows ``start … stop − 1`` of a stream in which this shard's rows begin at ``first``."""
@@ -120,19 +126,11 @@ class FeatureShard:
         self._loaded = None
 
 
-def same_rows(counts: Mapping[str, int]) -> int:
-    """The one number of rows that all parts of a shard, by name, must have."""
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} has {rows}" for name, rows in counts.items())
-        raise UserError(f"row counts do not agree: {listed}; the shard is damaged, write it again")
-    return next(iter(counts.values()))
-
-
 def reading(path: AnyPath, fault: str = "cannot be read") -> AbstractContextManager[None]:
     """What numpy, zipfile or pyarrow say of a damaged file becomes one sentence that names it."""
     return refusing(
         str(path), "the file", ValueError, TypeError, EOFError, RuntimeError,
-        zipfile.BadZipFile, zlib.error, pa.ArrowException, fault=fault,
+        KeyError, zipfile.BadZipFile, zlib.error, pa.ArrowException, fault=fault,
     )  # fmt: skip
 
 
@@ -155,7 +153,8 @@ class FeatureStream:
         description: dict[str, Any],
     ):
         self.path, self._folder = str(folder), folder
-        self.layout, self.shards, self.description = layout, list(shards), description
+        self.layout, self.description = layout, description
+        self.shards = list(shards)
         self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
         self.rows = self._ends[-1] if self._ends else 0
         self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
@@ -198,30 +197,21 @@ class FeatureStream:
         """How many samples got no features, by reason, as ``embed`` recorded it.
 
         Raises:
-            UserError: the record is damaged; the sentence names the file.
+            UserError: the record is damaged.
         """
         counts, path = self.description.get("skipped"), self._folder / "skipped.jsonl"
-        if counts is not None:
-            numbers = counts.values() if isinstance(counts, dict) else [None]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                file = self._folder / "features.json"
-                raise UserError(f'"skipped" must be counts by reason in {file}, not {counts!r:.60}')
-            return dict(counts)
-        reasons: Counter[str] = Counter()
-        lines = []
-        if path.is_file():
-            with reading(path):
-                lines = path.read_bytes().splitlines()  # text would be split at U+2028 too
-        for number, line in enumerate(lines, start=1):
-            try:
-                reason = json.loads(line)["reason"]
-                reason.encode("utf-8")  # half a surrogate pair could not be written again
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"line {number} of {path} is not a skipped sample: {error}"
-                ) from error
-            reasons[reason] += 1
-        return dict(reasons)
+        if counts is None and path.is_file():
+            with reading(path):  # not as text, which would be split at U+2028 too
+                lines = map(json.loads, path.read_bytes().splitlines())
+                return dict(Counter(text_of(line["reason"]) for line in lines))
+        counts = {} if counts is None else counts
+        numbers = counts.values() if isinstance(counts, dict) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise UserError(
+                f'"skipped" must be counts by reason in {self.path}/features.json, '
+                f"not {counts!r:.60}"
+            )
+        return dict(counts)
 
     def batches(
         self,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infogrowth.annotations import SPACES
-from infogrowth.data.feature_stream import FeatureShard, FeatureStream, Part, reading, same_rows
+from infogrowth.data.feature_stream import FeatureShard, FeatureStream, Part, reading
 from infogrowth.data.text import text_of, unicode_values
 from infogrowth.errors import UserError
 from infogrowth.files import TEMPORARY_MARK, read_json
@@ -37,16 +37,16 @@ _ARRAY_NAMES = {
     "ids": ("ids", "id", "image_ids", "uids", "keys", "image_paths"),
     "captions": ("captions", "caption", "texts", "labels", "label"),
 }
+# By what a folder of npy and parquet files holds: names of its subfolder, the first recommended.
 _FOLDERS = {
     "image": ("img_emb", "image_emb", "img_embs", "image_embs", "img_embeddings", "images"),
     "text": ("text_emb", "txt_emb", "text_embs", "txt_embs", "text_embeddings", "texts"),
     "metadata": ("metadata", "meta"),
 }
-_PARTS = {"image": "image features", "text": "text features", "metadata": "metadata"}
 _MISSING = {
-    "text": "; add text_emb/, or grow in the image space alone with --modality image",
-    "image": "; add img_emb/ (a folder of captions alone is a --recaptions table)",
-    "metadata": "",
+    "text": "add text_emb/, or grow in the image space alone with --modality image",
+    "image": "add img_emb/ (a folder of captions alone is a --recaptions table)",
+    "metadata": "add metadata/",
 }
 _OPENED_AT_ONCE = 16  # each waits for its headers, at an address for some time
 Openable = Callable[[], FeatureShard]
@@ -83,7 +83,15 @@ def open_features(
         return stream("arrays", [partial(arrays_shard, folder, spaces, extra)], {})
     if not folder.is_dir():
         raise UserError(f"the features {path} do not exist; check the path")
-    description = _describe(folder)
+    about = folder / "features.json"
+    description: dict[str, Any] = {}
+    if about.is_file():
+        description = read_json(about, "the features' description", dict)
+    if description.get("finished") is False:
+        raise UserError(
+            f"the features in {path} are not finished (the run that writes them was interrupted "
+            "or is still going); run the same command again, then this one"
+        )
     if shards := find_shards(folder, spaces, extra):
         planned = description.get("shards")
         if isinstance(planned, int) and planned != len(shards):
@@ -101,21 +109,6 @@ def open_features(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
     )
-
-
-def _describe(path: AnyPath) -> dict[str, Any]:
-    file = path / "features.json"
-    if not file.is_file():
-        return {}
-    description = read_json(file, "the features' description")
-    if not isinstance(description, dict):
-        raise UserError(f"{file} must hold an object; run `python -m infogrowth embed` again")
-    if description.get("finished") is False:
-        raise UserError(
-            f"the features in {path} are not finished (the run that writes them was interrupted "
-            "or is still going); run the same command again, then this one"
-        )
-    return description
 
 
 def _tail(path: AnyPath) -> bytes:
@@ -136,23 +129,16 @@ def find_shards(directory: AnyPath, spaces: Sequence[str], extra: Sequence[str])
         UserError: a space or file is missing, or row counts do not agree, each named.
     """
     found = {space: _numbered(directory, _FOLDERS[space], "npy") for space in ("image", "text")}
-    have = " and ".join(_PARTS[space] for space in found if found[space])
-    if not have:
+    if not any(found.values()):
         return []  # DataComp's metadata/ has names without numbers: it is not looked at here
     found["metadata"] = _numbered(directory, _FOLDERS["metadata"], "parquet")
     needed = {part: found[part] for part in (*spaces, "metadata")}
     numbers = sorted(set().union(*needed.values()))
     for part, files in needed.items():
-        if not files:
-            raise UserError(
-                f"{directory} has {have} but no {_PARTS[part]} ({_FOLDERS[part][0]}/)"
-                f"{_MISSING[part]}"
-            )
         if missing := [number for number in numbers if number not in files]:
-            raise UserError(
-                f"shard {missing[0]} of {directory} has no {_PARTS[part]} file; "
-                "every number needs one file of each kind"
-            )
+            what = "metadata" if part == "metadata" else f"{part} features"
+            advice = "every number needs one file of each kind" if files else _MISSING[part]
+            raise UserError(f"shard {missing[0]} of {directory} has no {what} file; {advice}")
     shards = [{part: needed[part][number] for part in needed} for number in numbers]
     return [partial(_npy_shard, files, extra) for files in shards]
 
@@ -235,14 +221,12 @@ def _open_table(path: AnyPath, extra: Sequence[str]) -> Part:
 
 
 def _column(path: AnyPath, names: Sequence[str], wanted: Sequence[str]) -> str:
-    name = next((name for name in wanted if name in names), None)
-    if name is None:
+    name = next((name for name in wanted if name in names), wanted[0])
+    if names.count(name) != 1:
         raise UserError(
-            f"{path} has no column {wanted[0]!r} (or {', '.join(wanted[1:])}); it has "
+            f"{path} needs one column {name!r} (or {', '.join(wanted[1:])}); it has "
             f"{', '.join(names) or 'no columns'}"
         )
-    if names.count(name) > 1:
-        raise UserError(f"{path} has {names.count(name)} columns named {name!r}; leave one of them")
     return name
 
 
@@ -273,12 +257,13 @@ def find_datacomp(
     with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
         names = sorted(content.files)
     present = [k for k in ("b32", "l14") if any(name.startswith(f"{k}_") for name in names)]
-    if key is None and len(present) > 1:
-        raise UserError(f"{archive} has features of b32 and l14; choose with --feature-key")
-    chosen = key or next(iter(present), None)
-    if chosen not in present:
-        have = ", ".join(names) or "nothing"
-        raise UserError(f"{archive} has no features {key or 'b32_img, b32_txt'}: it holds {have}")
+    wanted = [k for k in present if key in (None, k)]
+    if len(wanted) != 1:
+        raise UserError(
+            "choose b32_img and b32_txt, or l14_img and l14_txt, with --feature-key: "
+            f"{archive} holds {', '.join(names) or 'nothing'}"
+        )
+    chosen = wanted[0]
     members = {space: f"{chosen}_{'img' if space == 'image' else 'txt'}" for space in spaces}
 
     stems = sorted(tables)
@@ -304,11 +289,12 @@ def _member(archive: AnyPath, member: str) -> Part:
         with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
             return content[member]
 
-    with reading(archive), np.load(opened(archive), allow_pickle=False) as content:
-        if member not in content.files:
-            raise UserError(f"{archive} has no array {member}; see --feature-key")
-        with content.zip.open(f"{member}.npy") as file:
-            shape, _, dtype = npy_header(file)
+    with (
+        reading(archive),
+        np.load(opened(archive), allow_pickle=False) as content,
+        content.zip.open(f"{member}.npy") as file,
+    ):
+        shape, _, dtype = npy_header(file)
     _check(name := f"{archive}:{member}", shape, dtype)
     return Part(name, shape, load)
 
@@ -340,9 +326,10 @@ def arrays_shard(path: AnyPath, spaces: Sequence[str], extra: Sequence[str]) -> 
         else:
             lists[part] = list(map(text_of, _as_list(path, part, value)))
     lists |= {n: unicode_values(_as_list(path, n, content[n])) for n in extra if n in content}
-    rows = same_rows({f"{path}:{name}": len(values) for name, values in lists.items()})
-    table = pa.table([_column_of(values) for values in lists.values()], list(lists))
-    return FeatureShard(arrays, Part(f"{path}:ids", (rows,), lambda: table), lambda: _tail(path))
+    with reading(path):
+        table = pa.table([_column_of(values) for values in lists.values()], list(lists))
+    ids = Part(f"{path}:ids", (len(table),), lambda: table)
+    return FeatureShard(arrays, ids, lambda: _tail(path))
 
 
 def _as_list(path: AnyPath, name: str, values: Any) -> list[Any]:
@@ -373,14 +360,12 @@ def _read_torch(path: AnyPath) -> dict[str, Any]:
     import torch
 
     try:
-        content = torch.load(opened(path), map_location="cpu", weights_only=True)
+        content = dict(torch.load(opened(path), map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a damaged or unsafe file makes the restricted loader say
         raise UserError(
-            f"{path} cannot be read as tensors and plain lists (weights_only); save a dictionary "
-            "of these with torch.save, without other Python objects: ids and captions as lists"
+            f"{path} cannot be read as a dictionary of tensors and plain lists (weights_only); "
+            "save one with torch.save, without other Python objects: ids and captions as lists"
         ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} must hold a dictionary with ids, captions, image and text")
     arrays = {}
     for name, value in content.items():
         if isinstance(value, torch.Tensor):  # of half precision or bfloat16: as float32
