@@ -32,7 +32,6 @@ from infogrowth.config import option
 from infogrowth.data.feature_writer import FeatureWriter
 from infogrowth.encoders.dataset import (
     DecodedBatch,
-    ListedPairs,
     Pairs,
     SourcePairs,
     decoded_batches,
@@ -154,7 +153,7 @@ def made_up_pairs(count: int, side: int) -> Pairs:
     words = ["".join(map(chr, word)) for word in letters.tolist()]
     captions = [" ".join(words[i] for i in random.integers(0, 2000, 10)) for _ in range(997)]
     entries = [(f"{i:09d}", captions[i % len(captions)], None) for i in range(count)]
-    return ListedPairs(entries, MadeUpImages(side))
+    return Pairs(entries, MadeUpImages(side))
 
 
 def _photograph(random: np.random.Generator, side: int) -> bytes:

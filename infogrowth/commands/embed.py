@@ -57,9 +57,8 @@ def run(config: Config) -> int:
     from infogrowth.encoders.loading import load_encoder
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
-        pairs: Pairs
         if config.source is not None:
-            pairs = SourcePairs(config.source)
+            pairs: Pairs = SourcePairs(config.source)
         else:
             pairs = pairs_of_lmdb(str(config.lmdb), str(config.annotations))
         if not pairs.ids:

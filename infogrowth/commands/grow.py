@@ -135,17 +135,12 @@ def _opened(
     go with. A recaption table may be empty: nothing needed a caption."""
     extra = ("label",) if config.modality == "image" else ()
     stream = open_features(path, spaces, config.feature_key, extra)
-    if stream.rows == 0:
-        if spaces == ("text",):
-            return stream
-        raise UserError(f"the features {path} hold no samples")
-    width = stream.dimension  # refuses image and text features of different width
-    if like is None:
+    if like is None or stream.rows == 0:
         return stream
-    if width != like.dimension:
+    if stream.dimension != like.dimension:
         raise UserError(
-            f"{path} has features of dimension {width}, and {like.path} of {like.dimension}; "
-            "they must come from the same encoder"
+            f"{path} has features of dimension {stream.dimension}, and {like.path} of "
+            f"{like.dimension}; they must come from the same encoder"
         )
     ours, theirs = like.encoder, stream.encoder
     if bool(ours) != bool(theirs):

@@ -186,7 +186,7 @@ def _pending(config: Config) -> tuple[dict[str, Any], _Pending | None]:
         return growth.settings, _Pending(growth.pending(), min_align, growth.totals["pairs"])
     if config.features is None:
         return {}, None
-    features = _open_pairs(config.features)
+    features = open_features(config.features)
     if config.all:
         return features.description, _badly_aligned(features, None)
     thresholds = Thresholds.requested(config.min_align)
@@ -243,7 +243,7 @@ def _seeds(config: Config) -> _Seeds | None:
     if folder is None or (config.seed_ids is None and config.seed_features is None):
         return None
     ids = read_ids(config.seed_ids) if config.seed_ids else None
-    stream = _open_pairs(folder)
+    stream = open_features(folder)
     joined = FeatureBatch.join(
         [
             batch.take(np.flatnonzero([ids is None or name in ids for name in batch.ids]))
@@ -290,13 +290,6 @@ def _seed_check(
             check["captioned"] += len(written)
             check["better_than_true"] += int(better.sum())
     return check
-
-
-def _open_pairs(path: str) -> FeatureStream:
-    """Features of image and text that lie in one space."""
-    features = open_features(path)
-    _ = features.dimension  # raises where image and text differ
-    return features
 
 
 def _print_seed_check(check: dict[str, int]) -> None:

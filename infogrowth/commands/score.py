@@ -60,9 +60,6 @@ def run(config: Config) -> int:
     if not config.by:
         raise UserError("--by is empty: give cosine, negclip or itm")
     features = open_features(config.features, ("image", "text"), config.feature_key)
-    if features.rows == 0:
-        raise UserError(f"the features {config.features} hold no samples")
-    features.dimension  # noqa: B018 - refuses image and text features of different width
     # torch is slow to import: bad input is refused first.
     from infogrowth import distributed
     from infogrowth.commands.grow_session import RecaptionTable

@@ -141,8 +141,12 @@ class FeatureStream:
         path: the folder or file, as given.
         layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
         rows: number of samples.
-        dimensions: feature width per space that is read.
+        dimension: the one width of all features, 0 where there are none.
+        dimensions: it by the spaces that are read.
         description: features.json of a folder written by ``embed``, else what is known.
+
+    Raises:
+        UserError: shards, or image and text, differ in width: no cosine exists between them.
     """
 
     def __init__(
@@ -158,33 +162,16 @@ class FeatureStream:
         self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
         self.rows = self._ends[-1] if self._ends else 0
         self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
+        self.dimension = next(iter(self.dimensions.values()), 0)
         for shard in self.shards:
             for space, width in shard.dimensions.items():
-                if width != self.dimensions[space]:
+                if width != self.dimension:
                     raise UserError(
                         f"{shard.name} has {space} features of dimension {width}, but "
-                        f"{self.shards[0].name} has {self.dimensions[space]}; one folder holds "
-                        "one encoder's"
+                        f"{self.shards[0].name} has {next(iter(self.dimensions))} features of "
+                        f"{self.dimension}; one folder holds one dual encoder's"
                     )
         self._signatures: list[bytes] = []
-
-    @property
-    def dimension(self) -> int:
-        """The one width of all features.
-
-        Raises:
-            UserError: image and text features differ in width, so no cosine exists between them.
-        """
-        widths = set(self.dimensions.values())
-        if not widths:
-            raise UserError(f"the features {self.path} hold no samples")
-        if len(widths) > 1:
-            listed = ", ".join(f"{space} {width}" for space, width in self.dimensions.items())
-            raise UserError(
-                f"the features of {self.path} differ in dimension ({listed}); image and text "
-                "features must come from one dual encoder"
-            )
-        return widths.pop()
 
     @property
     def encoder(self) -> dict[str, Any] | None:

@@ -70,13 +70,17 @@ def open_features(
         extra: metadata columns wanted besides id and caption; absent ones are left out.
 
     Raises:
-        UserError: nothing readable there, an unfinished ``embed``, files whose row counts do not
-            agree (named), a missing space or column.
+        UserError: nothing readable there, an unfinished ``embed``, files whose row counts or
+            widths do not agree (named), a missing space or column, no samples (where text alone is
+            asked for, as of a table of recaptions, there may be none).
     """
 
     def stream(layout: str, shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            return FeatureStream(folder, layout, list(pool.map(call, shards)), about)
+            found = FeatureStream(folder, layout, list(pool.map(call, shards)), about)
+        if found.rows == 0 and tuple(spaces) != ("text",):
+            raise UserError(f"the features {path} hold no samples")
+        return found
 
     folder = as_path(path)
     if folder.is_file():

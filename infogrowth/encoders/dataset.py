@@ -5,9 +5,9 @@ batches whoever computes them, so they are the same to the bit.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,53 +27,41 @@ from infogrowth.files import read_json
 Entry = tuple[str, str, str | None]  # id, caption, and what is wrong
 
 
-class Pairs(ABC):
+class Pairs:
     """Pairs to be embedded, row by row; picklable, opened anew in each worker process.
-
-    Attributes:
-        ids: the samples' names.
-        captions: those of the rows, where they are at hand without reading every row.
-        has_images: False for captions without images.
-        origin: where it all comes from, for features.json.
-    """
-
-    ids: Sequence[str]
-    captions: Sequence[str] | None = None
-    has_images = True
-    origin: Mapping[str, Any]
-
-    @abstractmethod
-    def read(self, row: int) -> tuple[str, bytes | None]:
-        """Caption and encoded image of a row; raises BadSample with a reason when the pair is not
-        to be had."""
-
-
-class ListedPairs(Pairs):
-    """Pairs of a list, with images from a store, or without any.
 
     Args:
         entries: id and caption of each row, and what is wrong with it, if anything is.
+        images: where its image is; None for captions without images.
+        origin: where it all comes from, for features.json.
+
+    Attributes:
+        ids: the samples' names.
+        captions: those of the rows; None where they are not at hand without reading every row.
+        has_images: False for captions without images.
     """
 
     def __init__(
         self,
         entries: Sequence[Entry],
         images: ImageStore | None,
-        origin: Mapping[str, Any] | None = None,
+        origin: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self._entries, self._images, self.origin = entries, images, origin or {}
-        self.ids = [name for name, *_ in entries]
-        self.captions = [caption for _, caption, _ in entries]
+        self._entries, self._images, self.origin = entries, images, dict(origin)
+        self.ids: Sequence[str] = [name for name, *_ in entries]
+        self.captions: Sequence[str] | None = [caption for _, caption, _ in entries]
         self.has_images = images is not None
 
     def read(self, row: int) -> tuple[str, bytes | None]:
+        """Caption and encoded image of a row; raises BadSample with a reason when the pair is not
+        to be had."""
         name, caption, problem = self._entries[row]
         if problem:
             raise BadSample(problem)
         return caption, None if self._images is None else self._images.find(name)
 
 
-def pairs_of_lmdb(lmdb: str, annotations: str) -> ListedPairs:
+def pairs_of_lmdb(lmdb: str, annotations: str) -> Pairs:
     """The samples of an annotation JSON, in its order, with images from an LMDB (or a folder).
 
     An entry with several captions is embedded with the first one that is not blank: a pair is one
@@ -86,10 +74,10 @@ def pairs_of_lmdb(lmdb: str, annotations: str) -> ListedPairs:
     with open(annotations, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     origin = {"images": lmdb, "annotations": annotations, "samples": digest}
-    return ListedPairs(entries, open_images(lmdb), origin)
+    return Pairs(entries, open_images(lmdb), origin)
 
 
-def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> ListedPairs:
+def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> Pairs:
     """Images of some ids, with these captions, from whatever ``embed`` took them from.
 
     Raises:
@@ -97,10 +85,10 @@ def pairs_by_id(path: str, ids: Sequence[str], captions: Sequence[str]) -> Liste
     """
     entries = [(name, caption, None) for name, caption in zip(ids, captions, strict=True)]
     images = open_images(path, ids)
-    return ListedPairs(entries, images, {"images": path, "samples": list_digest(ids)})
+    return Pairs(entries, images, {"images": path, "samples": list_digest(ids)})
 
 
-def captions_of_file(path: str, wanted: Sequence[str] | None) -> ListedPairs:
+def captions_of_file(path: str, wanted: Sequence[str] | None) -> Pairs:
     """Captions made elsewhere, ``[{"image", "caption"}]``, without images.
 
     Args:
@@ -120,7 +108,7 @@ def captions_of_file(path: str, wanted: Sequence[str] | None) -> ListedPairs:
         keys = [(name, image_key(name)) for name in wanted]
         entries = [(name, *found[key][1:]) for name, key in keys if key in found]
     digest = list_digest(f"{name}\t{caption}" for name, caption, _ in entries)
-    return ListedPairs(entries, None, {"captions": path, "samples": digest})
+    return Pairs(entries, None, {"captions": path, "samples": digest})
 
 
 def _entries(path: str, what: str) -> Iterator[Entry]:
@@ -147,6 +135,7 @@ class SourcePairs(Pairs):
 
     def __init__(self, path: str) -> None:
         source = self._source = open_source(path)
+        self.captions, self.has_images = None, True
         self.ids = [*source.ids, *(name for name, _ in source.notes)]
         versions = source.versions()
         shards = {container.name for container in source.containers if container.kind != "folder"}

@@ -110,18 +110,16 @@ def find_model(name: str, what: str) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
-    if path.is_dir():
+    is_checkpoint = path.suffix in CHECKPOINT_SUFFIXES
+    if path.is_file() and is_checkpoint:
+        return path
+    if path.exists() or is_checkpoint or not _HUB_NAME.fullmatch(name):
+        state = "has no config.json" if path.is_dir() else "is no checkpoint file"
         raise UserError(
-            f"{what} {name} has no config.json; give a BLIP folder, a Hugging Face folder, "
-            "a training output with model/ in it, or a checkpoint file"
+            f"{what} {name} {state if path.exists() else 'does not exist'}; give 'tiny', a BLIP or "
+            "Hugging Face folder, a training output with model/ in it, a checkpoint file "
+            f"({', '.join(CHECKPOINT_SUFFIXES)}), or a hub name"
         )
-    if path.is_file():
-        if path.suffix in CHECKPOINT_SUFFIXES:
-            return path
-        kinds = ", ".join(CHECKPOINT_SUFFIXES)
-        raise UserError(f"{what} {name} is not a checkpoint ({kinds}) or a folder")
-    if not _HUB_NAME.fullmatch(name) or path.suffix in CHECKPOINT_SUFFIXES:
-        raise UserError(f"{what} {name} does not exist; give 'tiny', a path, or a hub name")
     return _download(name, what)
 
 

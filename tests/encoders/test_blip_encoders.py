@@ -147,7 +147,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
 
     from infogrowth.data.feature_writer import FeatureWriter
     from infogrowth.data.features import open_features
-    from infogrowth.encoders.dataset import ListedPairs
+    from infogrowth.encoders.dataset import Pairs
     from infogrowth.encoders.embedding import EMPTY_CAPTION, embed_pairs
 
     class Images:
@@ -165,7 +165,7 @@ def test_a_caption_without_words_is_recorded_as_such(blip_folder, pil_images, tm
 
     encoder = load_encoder(str(blip_folder))
     output = FeatureWriter(tmp_path / "table", {}, rows=3, shard_size=3)
-    table = ListedPairs([(name, "old words", None) for name in "xyz"], Images())
+    table = Pairs([(name, "old words", None) for name in "xyz"], Images())
     embed_pairs(table, encoder, output, CPU, batch_size=3, captioner=Taciturn())
     batch = next(open_features(tmp_path / "table", ("text",)).batches(10))
     assert batch.ids == ["x", "z"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from infogrowth.encoders.dataset import ListedPairs, decoded_batches
+from infogrowth.encoders.dataset import Pairs, decoded_batches
 from infogrowth.encoders.embedding import threads_for, workers_for
 from infogrowth.encoders.loading import load_captioner, load_encoder
 from infogrowth.encoders.models import DualEncoder, half_products, halving
@@ -109,7 +109,7 @@ class Unreadable:
 
 def test_an_error_in_a_decoding_worker_is_one_sentence(blip_folder):
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = ListedPairs(ENTRIES, Unreadable())
+    table = Pairs(ENTRIES, Unreadable())
     for workers in (0, 1):
         batches = decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers)
         with pytest.raises(UserError) as raised:
@@ -126,7 +126,7 @@ def test_full_shared_memory_is_one_sentence_of_the_worker(blip_folder, pil_image
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: (64 << 20, 64 << 20, 0))
     preprocess = load_encoder(str(blip_folder)).preprocess
-    table = ListedPairs(ENTRIES, Images())
+    table = Pairs(ENTRIES, Images())
     with pytest.raises(UserError, match="shm"):
         next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, workers=1))
     assert len(next(decoded_batches(table, preprocess, None, [(0, range(2))], 2, 0)).rows) == 2
