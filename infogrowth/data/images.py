@@ -5,7 +5,6 @@ reason, and whoever reads a dataset decides what to do with it.
 """
 
 import io
-import struct
 import zlib
 from contextlib import suppress
 
@@ -91,7 +90,9 @@ def _decoded(data: bytes | memoryview, max_pixels: int, at_least: int | None) ->
             if scale >= 2:  # several times quicker for a large photograph
                 image.draft(None, (image.width // scale, image.height // scale))
         image.load()  # before anything is asked for: asking a PNG for its EXIF may hide an error
-        turn = _TURNS.get(_orientation(image))
+        turn = None
+        with suppress(Exception):  # damaged metadata does not make a bad image
+            turn = _TURNS.get(int(image.getexif().get(_ORIENTATION, 1)))
         return _rgb(image if turn is None else image.transpose(turn))
     except BadSample:
         raise
@@ -140,26 +141,6 @@ def _without_metadata(data: bytes) -> bytes:
             kept.append(data[position : position + size])
         position += size
     return data[:2] + b"".join(kept) + data[position:]
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF tag, found by itself: whatever else is damaged there costs nothing."""
-    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-    order = "<" if exif.startswith(b"II") else ">"
-    with suppress(struct.error, ValueError):
-        (position,) = struct.unpack_from(order + "4xI", exif)
-        (count,) = struct.unpack_from(order + "H", exif, position)
-        for entry in range(position + 2, position + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == _ORIENTATION:
-                if kind == 2:  # text, against the rules
-                    return int(exif[entry + 8 : entry + 12].rstrip(b"\0 "))
-                layout = order + ("I" if kind in (4, 9) else "H")
-                return struct.unpack_from(layout, exif, entry + 8)[0]
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata does not make a bad image
-        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
