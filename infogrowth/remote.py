@@ -215,13 +215,11 @@ def _system(address: str) -> tuple[Any, str]:
         import fsspec
 
         return fsspec.core.url_to_fs(address)
-    except ImportError as error:  # fsspec names the package
+    except (ImportError, ValueError, OSError) as error:  # fsspec names what is missing
         raise UserError(
-            f"{address} needs a package that is not installed ({shorten(error)}); "
-            "pip install 'infogrowth[remote]' brings those of s3:// and https://"
+            f"{address} is no address that can be read: {shorten(error)} (pip install "
+            "'infogrowth[remote]' brings what s3:// and https:// need)"
         ) from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{address} is no address that can be read: {shorten(error)}") from error
 
 
 def _tried(address: str, action: Callable[[], Any]) -> Any:

@@ -60,8 +60,6 @@ def run(config: Config) -> int:
     samples are skipped and recorded; a killed run continues when it is started again.
     """
     root = config.image_root
-    if not is_remote(root) and not os.path.isdir(root):
-        raise UserError(f"--image_root {root} does not exist or is not a folder")
     if is_remote(root) and config.output_root is None:
         raise UserError(f"give --output_root: results cannot be written to {root}")
     sources = open_splits(root)

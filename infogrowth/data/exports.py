@@ -189,9 +189,7 @@ def write_shards(
         UserError: the folder holds shards of another selection, or the disk is full.
     """
     shards = range(-(-count // shard_size))
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output {directory} is a file; give a folder for the shards")
-    if directory.is_dir():
+    if directory.exists():
         remove_leftovers(directory)
         ours = {f"{number:05d}.{kind}" for number in shards for kind in ("tar", "parquet")}
         if other := sorted({path.name for path in directory.iterdir()} - ours - {_SIZES}):

@@ -198,7 +198,9 @@ class FeatureWriter:
             UserError: shards of this job are missing.
         """
         distributed.barrier()
-        return distributed.on_main(self._complete)
+        if not self.finished:
+            distributed.on_main(self._complete)
+        return distributed.on_main(self._description)
 
     def _open(self) -> tuple[bool, list[Sequence[int]], list[int], int]:
         """What is finished, all shards, which are left, and the width of their numbers; brings
@@ -329,10 +331,8 @@ class FeatureWriter:
 
         distributed.on_main(check)
 
-    def _complete(self) -> dict[str, Any]:
+    def _complete(self) -> None:
         """Mark the folder as finished if it is (rank 0)."""
-        if self.finished:
-            return self._description()
         deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
         while True:
             rows = finished_shards(self.directory)
@@ -360,7 +360,6 @@ class FeatureWriter:
                     reasons[entry["reason"]] += 1
                     merged.write(_json_line(entry))
             self._describe(finished=True, pairs=sum(rows.values()), skipped=dict(reasons))
-        return self._description()
 
 
 def _fingerprint(value: Any) -> Any:

@@ -300,10 +300,7 @@ def _score_tables(paths: Sequence[str]) -> list[ScoreTable]:
     """The score files by their columns, in the order in which they are given."""
     tables: dict[tuple[str, ...], ScoreTable] = {}
     for path in map(Path, paths):
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"--scores {path} is a folder without parquet files")
-        for file in files:
+        for file in sorted(path.glob("*.parquet")) or [path]:
             with refusing(file, "the table of --scores", pa.ArrowException):
                 names = tuple(pq.read_schema(file).names)
             if names not in tables:

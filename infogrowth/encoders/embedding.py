@@ -122,11 +122,18 @@ def embed_pairs(
     )
 
     timing, started, written = Timing(), time.perf_counter(), 0
-    results = _shown(computed(batches, compute, threads_for(device), timing), output)
-    for _, parts in groupby(results, lambda result: result[0].shard):
-        shard = list(parts)
-        with timing.of("writing"):
-            written += _write(shard, output, pairs.ids, extra)
+    results = computed(batches, compute, threads_for(device), timing)
+    rows = sum(len(output.shards[number]) for number in output.pending)
+    quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
+    share = rows // distributed.world_size()  # rank 0's, likely
+    with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
+        for _, parts in groupby(results, lambda result: result[0].shard):
+            shard = []
+            for batch, features in parts:
+                shard.append((batch, features))
+                bar.update(len(batch.rows) + len(batch.skipped))
+            with timing.of("writing"):
+                written += _write(shard, output, pairs.ids, extra)
     seconds = time.perf_counter() - started
     description = output.finish()
     totals = distributed.all_gather_objects((written, seconds))
@@ -140,19 +147,6 @@ def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
     if isinstance(batch.images, torch.Tensor):
         return captioner.caption(batch.images)
     return captioner.caption([torch.as_tensor(image) for image in batch.images])
-
-
-def _shown(
-    results: Iterator[tuple[DecodedBatch, Features]], output: FeatureWriter
-) -> Iterator[tuple[DecodedBatch, Features]]:
-    """The results, with a progress bar."""
-    rows = sum(len(output.shards[number]) for number in output.pending)
-    quiet = not (distributed.is_main() and logger.isEnabledFor(logging.INFO))
-    share = rows // distributed.world_size()  # rank 0's, likely
-    with tqdm(total=share, unit=" pairs", unit_scale=True, disable=quiet or None) as bar:
-        for batch, features in results:
-            bar.update(len(batch.rows) + len(batch.skipped))
-            yield batch, features
 
 
 def _write(
