@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import infogrowth.threads  # noqa: F401 - before torch
 
@@ -32,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infogrowth import distributed
 from infogrowth.blip.config import preset
-from infogrowth.blip.losses import negative_weights
 from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.cli import run_script
 from infogrowth.config import option
@@ -45,6 +45,8 @@ from infogrowth.training.epoch import TrainingState, adamw, on_device, optimizer
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.options import Precision, PrecisionName, RunOptions, Schedule, Vit
 
+# What draws the negatives of a step.
+DRAW = "infogrowth.blip.momentum.sample_negatives"
 TEXT_LENGTH = 30
 IMAGES = 512
 EPOCH = 200  # batches: workers have as much ahead of them as in a real run
@@ -109,21 +111,11 @@ class StraightforwardBlip(BlipPretrain):
             image_tokens_GLW = image_tokens_GLW[image_rows_N]
         return super().itm_logits(image_tokens_GLW, ids_NT, mask_NT)
 
-    def hard_negatives(
-        self,
-        to_images_BC: torch.Tensor,
-        to_texts_BC: torch.Tensor,
-        forbidden_BC: torch.Tensor,
-        floor: float,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Negatives that are drawn row by row, each read back from the device."""
-        wrong = []
-        for logits_BC in (to_images_BC, to_texts_BC):
-            weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
-            rows = [int(torch.multinomial(row, 1, generator=generator)) for row in weights_BC]
-            wrong.append(torch.tensor(rows, device=logits_BC.device))
-        return wrong[0], wrong[1], exists_B
+
+def negatives_row_by_row(weights_BC: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As ``sample_negatives``, each draw read back from the device."""
+    drawn = [int(torch.multinomial(row, 1, generator=generator)) for row in weights_BC]
+    return torch.tensor(drawn, device=weights_BC.device)
 
 
 def losses(
@@ -236,7 +228,8 @@ def straightforward(config: Config, images: Path, model: BlipPretrain, device: A
 
     def step() -> float:
         optimizer.zero_grad()
-        parts = losses(model, on_device(next(stream), device), 0.4, negatives)
+        with mock.patch(DRAW, negatives_row_by_row):
+            parts = losses(model, on_device(next(stream), device), 0.4, negatives)
         sum(parts.values()).backward()
         optimizer.step()
         return sum(part.item() for part in parts.values())

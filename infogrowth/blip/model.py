@@ -7,7 +7,6 @@ width, D feature width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -45,8 +44,6 @@ class BlipDual(nn.Module):
         vit_grad_ckpt, vit_ckpt_layer: see :func:`infogrowth.blip.vision.build_vision`.
     """
 
-    learn_padding: ClassVar = False  # see build_text_encoder
-
     def __init__(
         self,
         config: BlipConfig,
@@ -59,7 +56,7 @@ class BlipDual(nn.Module):
         self.config = config
         with seeded(seed):
             self.visual_encoder = build_vision(config, vit_grad_ckpt, vit_ckpt_layer)
-            self.text_encoder = build_text_encoder(config, self.learn_padding)
+            self.text_encoder = build_text_encoder(config)
             self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.text_proj = nn.Linear(config.text_width, config.embed_dim)
             self.itm_head = nn.Linear(config.text_width, 2)

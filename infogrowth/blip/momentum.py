@@ -98,7 +98,7 @@ class MomentumBlip(BlipDual):
         with seeded(seed + 1):
             self.visual_encoder_m = build_vision(config)
             self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)
-            self.text_encoder_m = build_text_encoder(config, self.learn_padding)
+            self.text_encoder_m = build_text_encoder(config)
             self.text_proj_m = nn.Linear(config.text_width, config.embed_dim)
             for name in ("image_queue", "text_queue"):
                 self.register_buffer(name, random_feature_queue(config.embed_dim, queue_size))
@@ -179,42 +179,42 @@ class MomentumBlip(BlipDual):
         columns = [distributed.all_gather(rows) for rows in new.values()]
         write_queue(queues, self.get_buffer(self.pointer_name), columns)
 
-    def hard_negatives(
-        self,
-        to_images_BC: torch.Tensor,
-        to_texts_BC: torch.Tensor,
-        forbidden_BC: torch.Tensor,
-        floor: float,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A wrong image for each text and a wrong text for each image, alike ones likelier: their
-        columns, and whether there are any, ``(B,)`` each; see :func:`negative_weights`."""
-        wrong = []
-        for logits_BC in (to_images_BC, to_texts_BC):  # all images are drawn first
-            weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
-            wrong.append(sample_negatives(weights_BC, generator))
-        return wrong[0], wrong[1], exists_B
-
     def matching(
         self,
-        image_tokens_GLW: torch.Tensor,
-        wrong_B: torch.Tensor,
+        image_tokens_BLW: torch.Tensor,
         texts: Texts,
-        wrong_texts: Texts,
-        exists_B: torch.Tensor,
+        logits: BothWays,
+        forbidden_BC: torch.Tensor,
+        generator: torch.Generator | None,
+        floor: float = 0.0,
+        pool: tuple[torch.Tensor, Texts] | None = None,
     ) -> torch.Tensor:
-        """Matching loss (ITM): own pairs against each text with a wrong image, each image with a
-        wrong text.
+        """Matching loss (ITM): own pairs against each image with a wrong text, each text with a
+        wrong image, drawn from C candidates, alike ones likelier (:func:`negative_weights`).
 
         Args:
-            image_tokens_GLW: the texts' own images come first.
-            wrong_B: which of the G images are the texts' wrong ones.
-            exists_B: which rows have wrong partners at all.
+            logits: images to the candidates' texts, texts to their images, ``(B, C)`` each.
+            forbidden_BC: candidates that are not wrong.
+            pool: image tokens and texts of the candidates; default: the batch is the pool.
         """
-        ids_NT, mask_NT = (torch.cat([o, o, w]) for o, w in zip(texts, wrong_texts, strict=True))
-        own_B = torch.arange(len(wrong_B), device=wrong_B.device)
-        rows_N = torch.cat([own_B, wrong_B, own_B])
-        return matching_loss(self.itm_logits(image_tokens_GLW, ids_NT, mask_NT, rows_N), exists_B)
+        wrong = []
+        for logits_BC in reversed(logits):  # all images are drawn first
+            weights_BC, exists_B = negative_weights(logits_BC, forbidden_BC, floor)
+            wrong.append(sample_negatives(weights_BC, generator))
+        wrong_image_B, wrong_text_B = wrong
+        own_B = torch.arange(len(wrong_image_B), device=wrong_image_B.device)
+        pool_texts = texts
+        if pool is not None:
+            # Own images, then the wrong ones: of a large pool only those are read.
+            pool_tokens_CLW, pool_texts = pool
+            image_tokens_BLW = torch.cat([image_tokens_BLW, pool_tokens_CLW[wrong_image_B]])
+            wrong_image_B = own_B + len(own_B)
+        ids_NT, mask_NT = (
+            torch.cat([own, own, candidates[wrong_text_B]])
+            for own, candidates in zip(texts, pool_texts, strict=True)
+        )
+        rows_N = torch.cat([own_B, wrong_image_B, own_B])
+        return matching_loss(self.itm_logits(image_tokens_BLW, ids_NT, mask_NT, rows_N), exists_B)
 
 
 def random_feature_queue(dimension: int, size: int) -> torch.Tensor:

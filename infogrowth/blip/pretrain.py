@@ -14,7 +14,7 @@ from torch import nn
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import class_loss, copies_of_row, language_loss, same_id_targets
 from infogrowth.blip.model import seeded
-from infogrowth.blip.momentum import BatchFeatures, BothWays, MomentumBlip, Texts
+from infogrowth.blip.momentum import BatchFeatures, BothWays, MomentumBlip
 from infogrowth.blip.text import attention_bias, build_text_decoder, open_with
 
 # Keeps every other pair of the batch possible as a negative, however unlike it is.
@@ -51,7 +51,6 @@ class BlipPretrain(MomentumBlip):
         options: as for :class:`MomentumBlip`.
     """
 
-    learn_padding = True
     pointer_name = "queue_ptr"
     queue_ptr: torch.Tensor
 
@@ -69,6 +68,8 @@ class BlipPretrain(MomentumBlip):
     ) -> None:
         with_ids = id_aware_targets or class_positives
         super().__init__(config, with_ids=with_ids, seed=seed, **options)
+        # In the paper's pretraining [PAD] learns too: resized embeddings forget which row it is.
+        self.text_encoder.embeddings.word_embeddings.padding_idx = None
         self.label_smoothing, self.objectives = label_smoothing, frozenset(objectives)
         self.id_aware_targets, self.class_positives = id_aware_targets, class_positives
         with seeded(seed + 2):
@@ -127,7 +128,18 @@ class BlipPretrain(MomentumBlip):
                     )
             self.enqueue(features, ids_B)
             if "itm" in self.objectives:
-                losses["itm"] = self._matching_in_batch(features, texts, copies_BC, generator)
+                i2t_BC, t2i_NC = features.logits
+                forbidden_BB = torch.eye(rows, dtype=torch.bool, device=images_BCHW.device)
+                if copies_BC is not None:
+                    forbidden_BB |= copies_BC[:, :rows]
+                losses["itm"] = self.matching(
+                    image_tokens_BLW,
+                    texts,
+                    (i2t_BC[:, :rows], t2i_NC[:rows, :rows]),
+                    forbidden_BB,
+                    generator,
+                    NEGATIVE_FLOOR,
+                )
         if "lm" in self.objectives:
             logits_BTV = self.text_decoder(
                 input_ids=open_with(texts[0], self.config.bos_token_id),
@@ -151,22 +163,3 @@ class BlipPretrain(MomentumBlip):
             same_id_targets(ids_B, torch.cat([text_ids_N, queued])),
             same_id_targets(text_ids_N, torch.cat([ids_B, queued])),
         )
-
-    def _matching_in_batch(
-        self,
-        features: BatchFeatures,
-        texts: Texts,
-        copies_BC: torch.Tensor | None,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """Matching loss against the hard negatives of this rank's own batch."""
-        rows = len(features.image)
-        forbidden_BB = torch.eye(rows, dtype=torch.bool, device=features.image.device)
-        if copies_BC is not None:
-            forbidden_BB = forbidden_BB | copies_BC[:, :rows]
-        i2t_BC, t2i_NC = features.logits
-        wrong_image_B, wrong_text_B, exists_B = self.hard_negatives(
-            t2i_NC[:rows, :rows], i2t_BC[:, :rows], forbidden_BB, NEGATIVE_FLOOR, generator
-        )
-        wrong_texts = (texts[0][wrong_text_B], texts[1][wrong_text_B])
-        return self.matching(features.image_tokens, wrong_image_B, texts, wrong_texts, exists_B)

@@ -11,7 +11,7 @@ import torch
 from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.losses import same_id_targets, similarity_logits
-from infogrowth.blip.momentum import BatchFeatures, MomentumBlip, Texts
+from infogrowth.blip.momentum import MomentumBlip
 
 
 class BlipRetrieval(MomentumBlip):
@@ -55,36 +55,21 @@ class BlipRetrieval(MomentumBlip):
         targets_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
         ita = features.contrastive_loss((targets_BC, targets_BC), alpha)
         self.enqueue(features, image_ids)
-        itm = self._matching_over_ranks(features, (ids_BT, mask_BT), image_ids, generator)
-        return {"ita": ita, "itm": itm}
-
-    def _matching_over_ranks(
-        self,
-        features: BatchFeatures,
-        texts: Texts,
-        image_ids: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """Matching loss against hard negatives of other images, of this rank or of all."""
         pool_tokens_GLW = features.image_tokens
-        pool = [features.image.detach(), features.text.detach(), image_ids, *texts]
+        pool = [features.image.detach(), features.text.detach(), image_ids, ids_BT, mask_BT]
         if self.negative_all_rank:
             pool_tokens_GLW = distributed.all_gather_with_grad(pool_tokens_GLW)
             pool = [distributed.all_gather(each) for each in pool]
         image_GD, text_GD, ids_G, pool_ids_GT, pool_mask_GT = pool
         with torch.no_grad():
-            wrong_image_B, wrong_text_B, exists_B = self.hard_negatives(
-                similarity_logits(features.text, image_GD, self.temp),
-                similarity_logits(features.image, text_GD, self.temp),
-                image_ids[:, None] == ids_G[None, :],
-                0.0,
-                generator,
-            )
-        # Own images, then the wrong ones: of a large pool only those are read.
-        return self.matching(
-            torch.cat([features.image_tokens, pool_tokens_GLW[wrong_image_B]]),
-            torch.arange(len(image_ids), 2 * len(image_ids), device=image_ids.device),
-            texts,
-            (pool_ids_GT[wrong_text_B], pool_mask_GT[wrong_text_B]),
-            exists_B,
+            i2t_BG = similarity_logits(features.image, text_GD, self.temp)
+            t2i_BG = similarity_logits(features.text, image_GD, self.temp)
+        itm = self.matching(
+            features.image_tokens,
+            (ids_BT, mask_BT),
+            (i2t_BG, t2i_BG),
+            image_ids[:, None] == ids_G[None, :],
+            generator,
+            pool=(pool_tokens_GLW, (pool_ids_GT, pool_mask_GT)),
         )
+        return {"ita": ita, "itm": itm}

@@ -169,14 +169,8 @@ def _text_config(config: BlipConfig) -> BlipTextConfig:
     return built
 
 
-def build_text_encoder(config: BlipConfig, learn_padding: bool) -> BlipTextModel:
-    """The text encoder; with image tokens given it reads them by cross-attention.
-
-    Args:
-        learn_padding: whether the [PAD] row of the word embeddings gets a gradient. In the paper's
-            pretraining it does (its embeddings are resized, which forgets the padding row), in
-            its retrieval it does not.
-    """
+def build_text_encoder(config: BlipConfig) -> BlipTextModel:
+    """The text encoder; with image tokens given it reads them by cross-attention."""
     encoder = BlipTextModel(_text_config(config), add_pooling_layer=False)
     layer: Any
     for index, layer in enumerate(encoder.encoder.layer):
@@ -184,8 +178,6 @@ def build_text_encoder(config: BlipConfig, learn_padding: bool) -> BlipTextModel
         shared.load_state_dict(layer.crossattention.self.state_dict())
         layer.crossattention.self = shared
     layer.__class__ = LastLayer
-    if learn_padding:
-        encoder.embeddings.word_embeddings.padding_idx = None
     return encoder
 
 

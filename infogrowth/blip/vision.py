@@ -8,18 +8,15 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from infogrowth.blip.config import BlipConfig
 
 # Channels of the convolutional stem: its first convolution, then one residual stage each.
 STEM_CHANNELS = (32, 64, 128, 256)
 
-
-class VisionEncoder(VisionTransformer):
-    """A ViT whose call gives all tokens, ``(B, 3, H, W) -> (B, L, width)``, [CLS] first."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.forward_features(images)
+# A convolution without bias, and BatchNorm.
+_convolution = partial(Conv2dNormActivation, activation_layer=None)
 
 
 class RecomputedBlock(Block):
@@ -78,23 +75,17 @@ class ResidualStage(nn.Module):
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
 
 
-def _convolution(width: int, wider: int, side: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(width, wider, side, stride, padding=side // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(wider))
-
-
 def build_vision(
-    config: BlipConfig,
-    gradient_checkpointing: bool = False,
-    checkpoint_layers: int = 0,
-) -> VisionEncoder:
-    """Build the image transformer under its official parameter names.
+    config: BlipConfig, vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0
+) -> VisionTransformer:
+    """A ViT under its official names, whose call gives all tokens, [CLS] first:
+    ``(B, 3, H, W) -> (B, L, width)``.
 
     Args:
-        gradient_checkpointing: recompute activations in the backward pass (``vit_grad_ckpt``).
-        checkpoint_layers: how many of the last blocks recompute (``vit_ckpt_layer``); 0 means all.
+        vit_grad_ckpt: recompute activations in the backward pass.
+        vit_ckpt_layer: how many of the last blocks recompute; 0 means all.
     """
-    vision = VisionEncoder(
+    vision = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.vision_width,
@@ -106,12 +97,12 @@ def build_vision(
         drop_path_rate=config.drop_path,
         embed_layer=ConvStem if config.vision_stem == "conv" else PatchEmbed,
         num_classes=0,
+        global_pool="",
     )
-    if gradient_checkpointing:
+    if vit_grad_ckpt:
         from fairscale.nn.checkpoint import checkpoint_wrapper  # only who recomputes needs it
 
-        first = len(vision.blocks) - checkpoint_layers if checkpoint_layers else 0
-        for block in list(vision.blocks)[max(first, 0) :]:
+        for block in vision.blocks[-vit_ckpt_layer:]:
             block.__class__ = RecomputedBlock
             # The wrapper replaces the block's forward only, so state dict names stay official.
             checkpoint_wrapper(block)
