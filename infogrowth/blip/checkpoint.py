@@ -22,7 +22,6 @@ from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.blip.text import VOCABULARY_FILE, load_tokenizer, save_vocabulary
 from infogrowth.blip.weights import (
-    HUB_FILES,
     WORD_EMBEDDINGS,
     Weights,
     download,
@@ -254,9 +253,12 @@ def initialize(model: BlipDual, vision: PathLike = "auto", text: PathLike = "aut
     ):
         if source in ("random", "fan_in"):
             continue
-        published = _PUBLISHED.get(str(source))
-        file = download(published, *HUB_FILES) if published else locate(source)
-        tensors = _official(read_file(file)[0], layout, model.state_dict())
+        file = locate(_PUBLISHED.get(str(source), source))
+        tensors = read_file(file)[0]
+        if layout == "timm":
+            tensors = {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
+        else:
+            tensors = _from_bert(tensors, model.state_dict())
         report = load_weights(model, Weights(tensors, str(file), layout), strict=False)
         # What such a file never holds may be missing, nothing else.
         report.missing = [
@@ -281,23 +283,21 @@ def _scale_to_fan_in(*parts: nn.Module) -> None:
             module.weight *= module.in_features**-0.5 / module.weight.std()
 
 
-def _official(
-    tensors: dict[str, torch.Tensor], layout: str, own: dict[str, torch.Tensor]
+def _from_bert(
+    tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A timm ViT's or BERT's weights under the names of the model's image encoder, or of its text
-    encoder and decoder. Of words that BERT does not have, the model keeps its own (random) rows."""
+    """BERT's weights under the names of the model's text encoder and decoder, as far as it has
+    them. Of words that BERT does not have, the model keeps its own (random) rows."""
     named: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         # Old BERT files call the scale and shift of a layer norm gamma and beta.
         inner = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         inner = inner.replace("LayerNorm.beta", "LayerNorm.bias").removeprefix("bert.")
-        if layout == "timm":
-            named[f"visual_encoder.{name}"] = tensor
-        elif inner.startswith(("embeddings.", "encoder.")):
+        if inner.startswith(("embeddings.", "encoder.")):
             named[f"text_encoder.{inner}"] = named[f"text_decoder.bert.{inner}"] = tensor
         elif name.startswith("cls.predictions.") and "decoder" not in name:
             named[f"text_decoder.{inner}"] = tensor
-    named = {n: t for n, t in named.items() if layout == "timm" or n in own}
+    named = {name: tensor for name, tensor in named.items() if name in own}
     for name, tensor in named.items():
         if name.endswith((WORD_EMBEDDINGS, "cls.predictions.bias")):
             named[name] = torch.cat([tensor, own[name][len(tensor) :]])

@@ -1,7 +1,6 @@
 """The sizes of a BLIP: one frozen dataclass, presets, and ``config.json`` in two dialects."""
 
 import dataclasses
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +12,6 @@ from infogrowth.files import atomic_write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 Stem = Literal["patch", "conv"]
 
 # A convolutional stem halves the image's sides four times.
@@ -24,22 +21,20 @@ FORMAT = "infogrowth-blip"
 CONFIG_FILE = "config.json"
 
 # What transformers calls the fields, in the two parts of its own configuration.
+_SIZES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "feedforward": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+}
 _VISION_NAMES = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "vision_width": "hidden_size",
-    "vision_depth": "num_hidden_layers",
-    "vision_heads": "num_attention_heads",
-    "vision_feedforward": "intermediate_size",
-    "vision_norm_eps": "layer_norm_eps",
+    **{f"vision_{ours}": theirs for ours, theirs in _SIZES.items()},
+    **{name: name for name in ("image_size", "patch_size")},
 }
 _TEXT_NAMES = {
-    "text_width": "hidden_size",
-    "text_depth": "num_hidden_layers",
-    "text_heads": "num_attention_heads",
-    "text_feedforward": "intermediate_size",
+    **{f"text_{ours}": theirs for ours, theirs in _SIZES.items()},
     "text_positions": "max_position_embeddings",
-    "text_norm_eps": "layer_norm_eps",
     "text_dropout": "hidden_dropout_prob",
     **{name: name for name in ("vocab_size", "pad_token_id", "sep_token_id", "bos_token_id")},
 }
@@ -116,14 +111,19 @@ class BlipConfig:
         atomic_write_json(Path(directory) / CONFIG_FILE, self.as_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "BlipConfig":
-        """The configuration of a ``config.json`` (``source``), in our dialect or Hugging Face's.
+    def from_dict(cls, values: object, source: str) -> "BlipConfig | None":
+        """The configuration of a ``config.json`` (``source``), in our dialect or Hugging Face's;
+        None when it is something else's.
 
         Raises:
             UserError: a key that does not belong, or a value of the wrong type.
         """
+        if not isinstance(values, dict):
+            return None
         if values.get("model_type") == "blip":
             values = _from_huggingface(values)
+        elif values.get("format") != FORMAT:
+            return None
         given = {k: (v, f"key {k!r} in {source}") for k, v in values.items() if k != "format"}
         return build_config(cls, given)
 
@@ -183,16 +183,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 def preset(name: str, **changes: Any) -> BlipConfig:
     """The configuration ``tiny`` (for a laptop), ``base`` (ViT-B/16) or ``large`` (ViT-L/16)."""
-    if name not in _PRESETS:
-        raise UserError(f"no BLIP preset is called {name!r}; there are {', '.join(_PRESETS)}")
     return BlipConfig(**{**_PRESETS[name], **changes})
-
-
-def is_blip_config(values: object) -> bool:
-    """Whether ``values`` describe a BLIP, in our dialect or Hugging Face's."""
-    return isinstance(values, dict) and (
-        values.get("format") == FORMAT or values.get("model_type") == "blip"
-    )
 
 
 def _from_huggingface(values: dict[str, Any]) -> dict[str, Any]:

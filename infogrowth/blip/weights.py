@@ -16,14 +16,14 @@ from urllib.parse import urlsplit
 import torch
 from safetensors import SafetensorError, safe_open
 
-from infogrowth.blip.config import CONFIG_FILE, STEM_PATCH, BlipConfig, is_blip_config
+from infogrowth.blip.config import CONFIG_FILE, STEM_PATCH, BlipConfig
 from infogrowth.errors import UserError, refusing, shorten
 from infogrowth.files import read_json
 
 logger = logging.getLogger(__name__)
 
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has
 _EXTENSIONS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 # Under what training programs keep a model's weights, and what wrappers do to the names.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -80,11 +80,10 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     tensors, config = read_file(file)
     if not Path(path).exists():  # a name on the hub: its configuration lands beside the weights
         download(str(path), CONFIG_FILE)
-    source, beside = file, file.parent / CONFIG_FILE
-    if not is_blip_config(config) and beside.is_file():
+    known, beside = BlipConfig.from_dict(config, str(file)), file.parent / CONFIG_FILE
+    if known is None and beside.is_file():
         # A run's folder may keep some other config.json beside its checkpoints.
-        source, config = beside, read_json(beside, "the model configuration")
-    known = BlipConfig.from_dict(config, str(source)) if is_blip_config(config) else None
+        known = BlipConfig.from_dict(read_json(beside, "the model configuration"), str(beside))
     if any(name.startswith("vision_model.") for name in tensors):
         return Weights(_from_huggingface(tensors), str(file), "huggingface", known)
     return Weights(tensors, str(file), "official", known)
@@ -102,7 +101,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         return local
     if local.is_absolute() or local.suffix in _EXTENSIONS or len(local.parts) > 2:
         raise UserError(f"the checkpoint {local} does not exist; check the path")
-    return download(str(path), *HUB_FILES)
+    return download(str(path), *_HUB_FILES)
 
 
 def download(name: str, *filenames: str) -> Path:
