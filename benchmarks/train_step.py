@@ -167,24 +167,24 @@ class Ours:
         self._state = TrainingState(
             model,
             adamw(model, 1e-4, 0.05),
+            Schedule("step", 1e-4, 1e-6, 1, ramp_epochs=2),
             loader,
             Precision(config.precision, device),
             RunOptions(output_dir="unused", max_epoch=1, init_lr=1e-4),
         )
-        self._schedule = Schedule("step", 1e-4, 1e-6, 1, ramp_epochs=2)
         model.train()
         self._stream = endless(loader)
         self._resident: Batch | None = None
 
     def step(self) -> None:
         """From the image files to new weights."""
-        optimizer_step(self._state, [next(self._stream)], losses, self._schedule)
+        optimizer_step(self._state, [next(self._stream)], losses)
 
     def step_alone(self) -> None:
         """With a batch that is on the device already."""
         if self._resident is None:
             self._resident = on_device(next(self._stream), self._state.device)
-        optimizer_step(self._state, [self._resident], losses, self._schedule)
+        optimizer_step(self._state, [self._resident], losses)
 
 
 def loader_rate(config: Config, images: Path, workers: int, device: torch.device) -> float:

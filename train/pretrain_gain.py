@@ -35,7 +35,7 @@ from infogrowth.data.transforms import Augment, EvaluationTransform, TrainingTra
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall
 from infogrowth.growth.sampling import GainSampler, Mode
-from infogrowth.training.checkpoints import Checkpoints
+from infogrowth.training import checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
@@ -115,22 +115,16 @@ def pretrain(config: PretrainConfig) -> int:
             ramp_epochs=2,  # as in BLIP
         )
         precision = Precision(config.precision, device)
-        state = TrainingState(model, optimizer, loader, precision, config)
-        output = Path(config.output_dir)
-        checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints)
-        checkpoints.resume(state, config.resume)
-        if distributed.is_main():  # beside the checkpoints, so that each is a whole model
-            save_vocabulary(tokenizer, checkpoints.directory)
+        state = TrainingState(model, optimizer, schedule, loader, precision, config)
+        checkpoints.resume(state)
+        save_vocabulary(tokenizer, state.checkpoints)  # so that each is a whole model
         validate = validation(config, model, tokenizer, precision)
         with Logger(state) as log:
             while not state.finished:
-                train_one_epoch(
-                    state, losses, schedule, checkpoints, log, validate, config.validate_every
-                )
+                train_one_epoch(state, losses, log, validate, config.validate_every)
                 if state.epoch_done:
                     log.epoch()
-                    if distributed.is_main():
-                        save_folder(model, output / "model", tokenizer)
+                    save_folder(model, Path(config.output_dir) / "model", tokenizer)
                     state.next_epoch()
                 checkpoints.save(state)
             log.done()
@@ -162,14 +156,18 @@ def validation(
     """What computes the recalls on the validation set by cosine alone, if there is a set."""
     if config.val_annotations is None:
         return None
-    transform, images = EvaluationTransform(config.image_size), config.val_images or config.images
+    images = RetrievalEvaluation(
+        config.val_annotations,
+        config.val_images or config.images,
+        EvaluationTransform(config.image_size),
+        config.max_words,
+        split="val",
+    )
     return partial(
         retrieval_recall,
         model,
         tokenizer,
-        RetrievalEvaluation(
-            config.val_annotations, images, transform, config.max_words, split="val"
-        ),
+        images,
         k_test=0,
         batch_size=config.batch_size,
         max_length=config.max_length,

@@ -36,7 +36,7 @@ from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall, save_tables
 from infogrowth.growth.sampling import GainSampler
-from infogrowth.training.checkpoints import Checkpoints
+from infogrowth.training import checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
@@ -106,22 +106,20 @@ def train(config: RetrievalConfig, precision: Precision) -> None:
         model.compile_encoders()
     optimizer = adamw(model, config.init_lr, config.weight_decay)
     schedule = Schedule(
-        decay="cosine",
-        init_lr=config.init_lr,
-        min_lr=config.min_lr,
-        max_epoch=config.max_epoch,
+        "cosine",
+        config.init_lr,
+        config.min_lr,
+        config.max_epoch,
         alpha=config.alpha,
         ramp_epochs=1,  # as in BLIP
     )
-    state = TrainingState(model, optimizer, loader, precision, config)
+    state = TrainingState(model, optimizer, schedule, loader, precision, config)
     output = Path(config.output_dir)
-    checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints)
-    checkpoints.resume(state, config.resume)
-    if distributed.is_main():  # beside the checkpoints, so that each is a whole model
-        save_vocabulary(tokenizer, checkpoints.directory)
+    checkpoints.resume(state)
+    save_vocabulary(tokenizer, state.checkpoints)  # so that each is a whole model
     with Logger(state) as log:
         while not state.finished:
-            train_one_epoch(state, losses, schedule, checkpoints, log)
+            train_one_epoch(state, losses, log)
             if state.epoch_done:
                 tables = evaluate(config, model, tokenizer, sets, precision)
                 # The val set chooses the best epoch, without one the test set, else the last is.
@@ -130,9 +128,8 @@ def train(config: RetrievalConfig, precision: Precision) -> None:
                 is_best = not best or deciding is None or deciding > best["r_mean"]
                 if is_best:
                     state.progress.best = {"epoch": epoch, "r_mean": deciding, "tables": tables}
-                if distributed.is_main():
-                    for name in ["model", "best_model"] if is_best else ["model"]:
-                        save_folder(model, output / name, tokenizer)
+                for name in ["model", "best_model"] if is_best else ["model"]:
+                    save_folder(model, output / name, tokenizer)
                 save_tables(tables, sets, output / f"epoch_{epoch:02d}")
                 log.epoch(recall=tables)
                 state.next_epoch()

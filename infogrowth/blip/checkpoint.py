@@ -18,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.blip.text import VOCABULARY_FILE, load_tokenizer, save_vocabulary
@@ -307,8 +308,10 @@ def _from_bert(
 def save_folder(
     model: BlipDual | BlipCaptioner, directory: PathLike, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write a BLIP folder: ``vocab.txt``, ``model.safetensors`` (each tensor once, none that only
-    training needs, the configuration in its metadata), and last ``config.json``."""
+    """Write a BLIP folder, on rank 0: ``vocab.txt``, ``model.safetensors`` (each tensor once, none
+    that only training needs, the configuration in its metadata), and last ``config.json``."""
+    if not distributed.is_main():
+        return
     once: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         if not is_momentum(name) and not is_queue(name):

@@ -22,6 +22,7 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextSelfAttention,
 )
 
+from infogrowth import distributed
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.weights import download
 from infogrowth.errors import UserError, refusing
@@ -78,13 +79,14 @@ def tokenize(
 
 
 def save_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str]) -> None:
-    """Write ``vocab.txt`` (without [DEC] and [ENC], which loading appends) into ``directory``."""
-    appended = {tokenizer.bos_token_id, tokenizer.enc_token_id}
-    words = sorted(
-        (index, word) for word, index in tokenizer.get_vocab().items() if index not in appended
-    )
+    """Write ``vocab.txt`` (without [DEC] and [ENC], which loading appends) into ``directory``, on
+    rank 0."""
+    if not distributed.is_main():
+        return
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(vocabulary.keys() - _APPENDED, key=vocabulary.get)  # type: ignore[arg-type]
     with atomic_write(Path(directory) / VOCABULARY_FILE, "w") as file:
-        file.write("".join(f"{word}\n" for _, word in words))
+        file.writelines(f"{word}\n" for word in words)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

@@ -32,90 +32,82 @@ _FREE = {
 }
 
 
-class Checkpoints:
-    """The checkpoints of one run.
+def save(state: "TrainingState") -> None:
+    """Write the newest checkpoint and remove those that are no longer kept, on rank 0: the other
+    ranks' state is the same."""
+    if not distributed.is_main():
+        return
+    path = state.checkpoints / f"step_{state.progress.step:08d}.pth"
+    with atomic_write(path, "wb") as file:
+        torch.save({"format": FORMAT, **state.state_dict()}, file)
+    with atomic_write(path.with_name(POINTER), "w") as file:
+        file.write(f"{path.name}\n")
+    newest_last = sorted(other for other in path.parent.glob("step_*.pth") if other <= path)
+    for old in newest_last[: -state.config.keep_checkpoints]:
+        old.unlink(missing_ok=True)
 
-    Args:
-        directory: where they are; made when first needed.
-        keep: how many of the newest stay, at least 1.
+
+def resume(state: "TrainingState") -> None:
+    """Load the checkpoint that the option ``resume`` means, if there is one.
+
+    Raises:
+        UserError: no such checkpoint, or one that does not fit.
     """
+    # Rank 0 looks: on another node the pointer may not have arrived yet.
+    path = distributed.on_main(lambda: find(state.checkpoints, state.config.resume))
+    if path is None:
+        return
+    content = load_checkpoint(path)
+    state.load_state_dict(content)
+    before, now = content["run"], asdict(state.config)
+    for key in now.keys() & before.keys() - _FREE:
+        if before[key] != now[key]:
+            logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])
+    progress = state.progress
+    logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        self.directory, self.keep = Path(directory), keep
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None when there is none.
+def find(directory: Path, wanted: str) -> Path | None:
+    """The checkpoint that ``--resume`` means: auto (of ``directory``), none or a path.
 
-        Raises:
-            UserError: the pointer names a file that is gone.
-        """
-        pointer = self.directory / POINTER
-        if not pointer.is_file():
-            return None
-        path = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not path.is_file():
+    Raises:
+        UserError: no such file; or ``none`` where a run already left checkpoints, which would be
+            lost.
+    """
+    remove_leftovers(directory)
+    if wanted == "auto":
+        return latest(directory)
+    if wanted == "none":
+        if latest(directory):
             raise UserError(
-                f"{pointer} names {path.name}, which is gone; restore it, give --resume PATH, "
-                f"or remove {pointer} to start anew"
+                f"{directory} holds checkpoints of an earlier run; resume it with --resume auto, "
+                "give another --output_dir, or remove them"
             )
-        return path
+        return None
+    path = Path(wanted)
+    if path.is_dir():
+        path = latest(path / "checkpoints") or latest(path) or path
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {wanted}; check --resume")
+    return path
 
-    def save(self, state: "TrainingState") -> None:
-        """Write the newest checkpoint and remove those that are no longer kept, on rank 0: the
-        other ranks' state is the same."""
-        if not distributed.is_main():
-            return
-        path = self.directory / f"step_{state.progress.step:08d}.pth"
-        with atomic_write(path, "wb") as file:
-            torch.save({"format": FORMAT, **state.state_dict()}, file)
-        with atomic_write(self.directory / POINTER, "w") as file:
-            file.write(f"{path.name}\n")
-        for old in sorted(p for p in self.directory.glob("step_*.pth") if p <= path)[: -self.keep]:
-            old.unlink(missing_ok=True)
 
-    def resume(self, state: "TrainingState", resume: str) -> None:
-        """Load the checkpoint that ``resume`` means (see :meth:`find`), if there is one.
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint, or None when there is none.
 
-        Raises:
-            UserError: no such checkpoint, or one that does not fit.
-        """
-        # Rank 0 looks: on another node the pointer may not have arrived yet.
-        path = distributed.on_main(lambda: self.find(resume))
-        if path is None:
-            return
-        content = load_checkpoint(path)
-        state.load_state_dict(content)
-        before, now = content["run"], asdict(state.config)
-        for key in now.keys() & before.keys() - _FREE:
-            if before[key] != now[key]:
-                logger.warning("%s was %s in the checkpoint, is %s now", key, before[key], now[key])
-        progress = state.progress
-        logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
-
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint that ``--resume`` means: auto, none or a path.
-
-        Raises:
-            UserError: no such file; or ``none`` where a run already left checkpoints, which would
-                be lost.
-        """
-        remove_leftovers(self.directory)
-        if resume == "auto":
-            return self.latest()
-        if resume == "none":
-            if self.latest():
-                raise UserError(
-                    f"{self.directory} holds checkpoints of an earlier run; resume it with "
-                    "--resume auto, give another --output_dir, or remove them"
-                )
-            return None
-        path = Path(resume)
-        if path.is_dir():
-            inner = path / "checkpoints"
-            path = Checkpoints(inner if inner.is_dir() else path).latest() or path
-        if not path.is_file():
-            raise UserError(f"there is no checkpoint at {resume}; check --resume")
-        return path
+    Raises:
+        UserError: the pointer names a file that is gone.
+    """
+    pointer = directory / POINTER
+    if not pointer.is_file():
+        return None
+    path = directory / pointer.read_text(encoding="utf-8").strip()
+    if not path.is_file():
+        raise UserError(
+            f"{pointer} names {path.name}, which is gone; restore it, give --resume PATH, or "
+            f"remove {pointer} to start anew"
+        )
+    return path
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

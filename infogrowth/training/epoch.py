@@ -13,11 +13,12 @@ if the batches were steps of their own; in-batch negatives come from one batch.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import normalized
 from infogrowth.errors import UserError, shorten
 from infogrowth.randomness import stream_key, torch_generator
-from infogrowth.training.checkpoints import Checkpoints
+from infogrowth.training import checkpoints
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
 from infogrowth.training.options import Precision, RunOptions, Schedule
@@ -63,12 +64,14 @@ class TrainingState:
         self,
         model: MomentumBlip,
         optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
         loader: EpochLoader,
         precision: Precision,
         config: RunOptions,
     ) -> None:
-        self.model, self.optimizer, self.loader = model, optimizer, loader
+        self.model, self.optimizer, self.schedule, self.loader = model, optimizer, schedule, loader
         self.precision, self.device, self.config = precision, precision.device, config
+        self.checkpoints = Path(config.output_dir) / "checkpoints"
         self.progress = Progress()
         self.parallel = distributed.data_parallel(model, self.device, config.compress_gradients)
 
@@ -158,8 +161,6 @@ def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ada
 def train_one_epoch(
     state: TrainingState,
     forward: Forward,
-    schedule: Schedule,
-    checkpoints: Checkpoints,
     logger: Logger,
     validate: Callable[[], dict[str, float]] | None = None,
     validate_every: int = 0,
@@ -178,7 +179,7 @@ def train_one_epoch(
     state.model.train()
     batches = state.loader.epoch(progress.epoch, start=progress.batch)
     while window := list(islice(batches, config.gradient_accumulation)):
-        losses = optimizer_step(state, window, forward, schedule)
+        losses = optimizer_step(state, window, forward)
         logger.advance()
         last_losses()
         step, ends = progress.step, state.steps_left <= 0 or state.epoch_done
@@ -199,7 +200,7 @@ def train_one_epoch(
 
 
 def optimizer_step(
-    state: TrainingState, window: list[Batch], forward: Forward, schedule: Schedule
+    state: TrainingState, window: list[Batch], forward: Forward
 ) -> Callable[[], dict[str, float]]:
     """One optimizer step over the batches of ``window``; what reads its losses, means over them and
     all ranks (see :func:`_read_later`). Nothing is read back from the device here.
@@ -210,9 +211,9 @@ def optimizer_step(
     for offset, batch in enumerate(window):
         last = offset == len(window) - 1
         with nullcontext() if last else no_sync():  # ranks exchange gradients once a step
-            readings.append(forward_backward(state, batch, forward, schedule, offset, len(window)))
+            readings.append(forward_backward(state, batch, forward, offset, len(window)))
     for group in state.optimizer.param_groups:
-        group["lr"] = schedule.rate(progress.epoch, progress.step)
+        group["lr"] = state.schedule.rate(progress.epoch, progress.step)
     if state.config.clip_grad_norm is not None:
         scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_grad_norm)
@@ -233,7 +234,6 @@ def forward_backward(
     state: TrainingState,
     batch: Batch,
     forward: Forward,
-    schedule: Schedule,
     offset: int = 0,
     window: int = 1,
 ) -> dict[str, torch.Tensor]:
@@ -244,13 +244,16 @@ def forward_backward(
     """
     progress, seed = state.progress, state.config.seed
     stream = (distributed.rank(), progress.forwards + offset)
-    alpha = schedule.ramped_alpha(
+    alpha = state.schedule.ramped_alpha(
         progress.epoch, progress.batch + offset, state.loader.count(progress.epoch)
     )
     negatives = torch_generator(seed, "negatives", *stream, device=state.device)
     batch = on_device(batch, state.device)
-    # Backward too: a checkpointed block runs forward again in it.
-    with _step_randomness(state.device, seed, "dropout", *stream):
+    # Dropout and stochastic depth can only draw from torch's global state: here it is a function of
+    # the forward pass, so none has to be saved. Backward too: a checkpointed block runs forward
+    # again in it.
+    with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
+        torch.manual_seed(stream_key(seed, "dropout", *stream) % 2**63)
         with state.precision.autocast():
             parts = forward(state.parallel, batch, alpha, negatives)
             total: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
@@ -299,17 +302,3 @@ def _read_later(
         return found
 
     return read
-
-
-@contextmanager
-def _step_randomness(device: torch.device, seed: int, *stream: int | str) -> Iterator[None]:
-    """Within the block torch's global state is a function of ``(seed, stream)``; then as before.
-
-    Dropout and stochastic depth can only draw from the global state. Seeding it per forward pass
-    means that no random state has to be saved: a resumed run names the same pass and draws the
-    same numbers.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(stream_key(seed, *stream) % 2**63)
-        yield

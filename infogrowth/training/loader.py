@@ -1,8 +1,4 @@
-"""From a sampler to batches: the order is the sampler's alone, however many workers decode.
-
-Each item is asked for as (row, epoch, position), so augmentation is a function of the position in
-the epoch and neither of the worker nor of what was decoded before.
-"""
+"""From a sampler to batches: the order is the sampler's alone, however many workers decode."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +19,8 @@ class EpochLoader:
     does, except where it would be the only one.
 
     Args:
-        dataset: items by ``(row, epoch, position)``.
+        dataset: items by (row, epoch, position), so that augmentation is a function of the position
+            in the epoch, and neither of the worker nor of what was decoded before.
         sampler: which rows.
         tokenize: captions to ids and mask, called in the workers.
         batch_size: rows per rank and forward pass.
@@ -77,7 +74,9 @@ class EpochLoader:
 
 
 class _RowBatches:
-    """A torch batch sampler: lists of (row, epoch, position), as many as are left in the epoch."""
+    """A torch batch sampler: lists of (row, epoch, position), as many as are left in the epoch.
+
+    Apart from the loader, whose worker processes then end with it."""
 
     remaining = 0
 

@@ -12,7 +12,7 @@ from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.text import load_tokenizer, tokenize
 from infogrowth.growth.sampling import GainSampler
 from infogrowth.randomness import generator
-from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
+from infogrowth.training import checkpoints
 from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
@@ -47,9 +47,8 @@ class SmallRun:
         config = RunOptions(**{**options, "output_dir": str(directory)})
         self.directory, self.model, self.loader = Path(directory), model, loader
         self.optimizer = adamw(model, 1e-3, 0.05)
-        self.state = TrainingState(model, self.optimizer, loader, precision, config)
-        self.schedule = Schedule("step", 1e-3, 1e-6, 3, 0.9, 1e-6, 4, ramp_epochs=2)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep=2)
+        schedule = Schedule("step", 1e-3, 1e-6, 3, 0.9, 1e-6, 4, ramp_epochs=2)
+        self.state = TrainingState(model, self.optimizer, schedule, loader, precision, config)
 
     @property
     def progress(self):
@@ -58,16 +57,20 @@ class SmallRun:
     def train(self):
         with Logger(self.state) as log:
             while not self.state.finished:
-                train_one_epoch(self.state, losses, self.schedule, self.checkpoints, log)
+                train_one_epoch(self.state, losses, log)
                 if self.state.epoch_done:
                     log.epoch()
                     self.state.next_epoch()
-                self.checkpoints.save(self.state)
+                checkpoints.save(self.state)
+        return self
+
+    def resume(self):
+        checkpoints.resume(self.state)
         return self
 
     def newest(self):
         """What the newest checkpoint holds."""
-        return load_checkpoint(self.checkpoints.latest())
+        return checkpoints.load_checkpoint(checkpoints.latest(self.state.checkpoints))
 
     def log(self):
         return records(self.directory)

@@ -13,31 +13,30 @@ from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.model import BlipDual
 from infogrowth.errors import UserError
 from infogrowth.training import checkpoints
-from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
+from infogrowth.training.checkpoints import find, latest, load_checkpoint, save
 
 
-def at(step):
-    """A run after so many steps, as far as its checkpoints ask."""
+def saved(directory, step=3, keep=2):
+    """The path of the checkpoint of a run after so many steps."""
     content = {"progress": {"step": step}, "model": {"weight": torch.arange(3.0)}}
-    return SimpleNamespace(state_dict=lambda: content, progress=SimpleNamespace(step=step))
-
-
-def saved(directory):
-    """The path of a checkpoint."""
-    Checkpoints(directory).save(at(3))
-    return Checkpoints(directory).latest()
+    state = SimpleNamespace(
+        state_dict=lambda: content,
+        progress=SimpleNamespace(step=step),
+        config=SimpleNamespace(keep_checkpoints=keep),
+        checkpoints=directory,
+    )
+    save(state)
+    return latest(directory)
 
 
 def test_the_last_n_are_kept_and_latest_names_the_newest(tmp_path):
-    kept = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 9, 100):
-        kept.save(at(step))
-        assert kept.latest().name == f"step_{step:08d}.pth"
+        assert saved(tmp_path, step).name == f"step_{step:08d}.pth"
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
         "step_00000009.pth",
         "step_00000100.pth",
     ]
-    assert torch.equal(load_checkpoint(kept.latest())["model"]["weight"], torch.arange(3.0))
+    assert torch.equal(load_checkpoint(latest(tmp_path))["model"]["weight"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("killed_at", range(8))
@@ -47,8 +46,7 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    kept = Checkpoints(tmp_path, keep=1)
-    kept.save(at(1))
+    saved(tmp_path, 1, keep=1)
     calls = []
 
     def dying(real):
@@ -65,39 +63,39 @@ def test_killed_at_any_system_call_the_latest_checkpoint_loads(tmp_path, monkeyp
             patch.setattr(os, name, dying(getattr(os, name)))
         patch.setattr(torch, "save", dying(torch.save))
         try:
-            kept.save(at(2))
+            saved(tmp_path, 2, keep=1)
             finished = True
         except Killed:
             finished = False
-    assert load_checkpoint(kept.latest())["progress"]["step"] in ((2,) if finished else (1, 2))
-    assert Checkpoints(tmp_path).find("auto") == kept.latest()
+    assert load_checkpoint(latest(tmp_path))["progress"]["step"] in ((2,) if finished else (1, 2))
+    assert find(tmp_path, "auto") == latest(tmp_path)
     assert not list(tmp_path.glob("*.tmp-*"))  # leftovers go when a run starts
 
 
 def test_resume_auto_without_checkpoints_starts_anew(tmp_path):
-    assert Checkpoints(tmp_path / "new").find("auto") is None
-    assert Checkpoints(tmp_path / "new").find("none") is None
+    assert find(tmp_path / "new", "auto") is None
+    assert find(tmp_path / "new", "none") is None
 
 
 def test_resume_none_does_not_throw_an_earlier_run_away(tmp_path):
-    Checkpoints(tmp_path).save(at(3))
+    saved(tmp_path)
     with pytest.raises(UserError, match="earlier run"):
-        Checkpoints(tmp_path).find("none")
+        find(tmp_path, "none")
 
 
 def test_resume_takes_a_file_a_checkpoint_folder_or_an_output_folder(tmp_path):
     path = saved(tmp_path / "run" / "checkpoints")
     for given in (path, path.parent, tmp_path / "run"):
-        assert Checkpoints(tmp_path / "other").find(str(given)) == path
+        assert find(tmp_path / "other", str(given)) == path
     with pytest.raises(UserError, match="absent"):
-        Checkpoints(tmp_path).find(str(tmp_path / "absent.pth"))
+        find(tmp_path, str(tmp_path / "absent.pth"))
 
 
 def test_a_pointer_to_nothing_is_an_error(tmp_path):
     path = saved(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="gone"):
-        Checkpoints(tmp_path).find("auto")
+        find(tmp_path, "auto")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -126,7 +124,7 @@ def test_loading_executes_nothing(tmp_path):
 def test_a_training_checkpoint_is_also_an_official_one(make_run):
     small = make_run(max_steps=1).train()
     model = BlipDual(small.model.config)
-    report = load_weights(model, small.checkpoints.latest())
+    report = load_weights(model, latest(small.state.checkpoints))
     assert not report.missing and not report.mismatched
     assert torch.equal(model.vision_proj.weight, small.model.vision_proj.weight)
 
@@ -141,7 +139,7 @@ def test_what_a_run_was_resumed_from_does_not_stay_in_memory(make_run, monkeypat
         return content
 
     monkeypatch.setattr(checkpoints, "load_checkpoint", watched)
-    again = make_run(max_steps=2)
-    again.checkpoints.resume(again.state, "auto")
+    again = make_run(max_steps=2).resume()
     gc.collect()
     assert len(read) > 100 and not any(tensor() is not None for tensor in read)
+    assert again.progress.step == 1

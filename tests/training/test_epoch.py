@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infogrowth.errors import UserError
+from infogrowth.training import checkpoints
 from infogrowth.training.epoch import forward_backward, optimizer_step
 from train.pretrain_gain import losses
 
@@ -40,8 +41,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(make_run, mode, stop):
     first = make_run("parts", mode=mode, checkpoint_every=2, max_steps=stop).train()
     assert first.progress.step == stop < whole.progress.step
     second = make_run("parts", mode=mode, checkpoint_every=2)
-    second.checkpoints.resume(second.state, "auto")
-    second.train()
+    second.resume().train()
     assert_same(second.state.state_dict(), whole.state.state_dict())
     assert second.log() == whole.log()
     newest = whole.newest()
@@ -55,8 +55,7 @@ def test_work_done_after_the_checkpoint_is_forgotten_and_done_again(make_run):
     with open(make_run("killed").directory / "log.jsonl", "a") as file:
         file.write(json.dumps({"kind": "step", "epoch": 0, "step": 4, "loss": 9.0}) + '\n{"kin')
     again = make_run("killed")
-    again.checkpoints.resume(again.state, "auto")
-    again.train()
+    again.resume().train()
     assert_same(again.state.state_dict(), whole.state.state_dict())
     assert again.log() == whole.log()
 
@@ -87,7 +86,7 @@ def test_batches_left_are_counted_to_what_ends_the_run(make_run, window):
     short.train()
     assert short.state.batches_left() == 0
     again = make_run("short", max_epoch=100_000, max_steps=7, **options)
-    again.checkpoints.resume(again.state, "auto")
+    again.resume()
     assert again.state.batches_left() == 2 * window
 
 
@@ -121,10 +120,10 @@ def test_accumulation_is_the_mean_gradient_of_its_batches(make_run):
         seen.update({n: p.grad.clone() for n, p in parameters if p.grad is not None})
 
     small.optimizer.register_step_pre_hook(spy)
-    optimizer_step(small.state, batches, losses, small.schedule)
+    optimizer_step(small.state, batches, losses)
     apart = make_run(dropout=0.0)
     for number, batch in enumerate(batches):
-        forward_backward(apart.state, batch, losses, apart.schedule, number, 3)
+        forward_backward(apart.state, batch, losses, number, 3)
     expected = {n: p.grad for n, p in apart.model.named_parameters() if p.grad is not None}
     assert seen.keys() == expected.keys() and len(seen) > 50
     for name, gradient in expected.items():
@@ -159,7 +158,7 @@ def test_padding_to_the_longest_caption_of_the_batch_gives_the_same_losses(make_
     found = []
     for small in (short, full):
         batch = next(small.loader.epoch(0))
-        found.append(forward_backward(small.state, batch, losses, small.schedule))
+        found.append(forward_backward(small.state, batch, losses))
     assert batch["ids"].shape[1] == 12
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], rtol=1e-5), name
@@ -207,7 +206,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_of_it(
     with pytest.raises(UserError, match="step 3"):
         small.train()
     if checkpoint_every == 100:
-        assert small.checkpoints.latest() is None
+        assert checkpoints.latest(small.state.checkpoints) is None
         return
     saved = small.newest()
     assert saved["progress"]["step"] == 2
@@ -245,7 +244,7 @@ def test_an_optimizer_step_never_waits_for_the_device(make_run, monkeypatch, opt
     batches = list(small.loader.epoch(0))[:2]
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("read from the device"))
     with Waiting() as counted:
-        optimizer_step(small.state, batches, losses, small.schedule)
+        optimizer_step(small.state, batches, losses)
     assert counted.waits == []
 
 
@@ -263,7 +262,7 @@ def test_fp16_resumes_with_its_loss_scale(make_run):
     whole = make_run("whole", precision="fp16", max_steps=6).train()
     make_run("parts", precision="fp16", max_steps=3).train()
     second = make_run("parts", precision="fp16", max_steps=6)
-    second.checkpoints.resume(second.state, "auto")
+    second.resume()
     assert_same(second.train().state.state_dict(), whole.state.state_dict())
 
 
@@ -276,7 +275,7 @@ def test_clipping_bounds_the_gradient(make_run):
         norms.append(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item())
 
     small.optimizer.register_step_pre_hook(spy)
-    optimizer_step(small.state, list(small.loader.epoch(0))[:1], losses, small.schedule)
+    optimizer_step(small.state, list(small.loader.epoch(0))[:1], losses)
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 

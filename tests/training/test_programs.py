@@ -28,7 +28,7 @@ from infogrowth.data.image_stores import LmdbWriter
 from infogrowth.data.transforms import EvaluationTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import recall_table
-from infogrowth.training.checkpoints import Checkpoints, load_checkpoint
+from infogrowth.training.checkpoints import latest, load_checkpoint
 from train.pretrain_gain import PretrainConfig, pretrain
 from train.train_retrieval import RetrievalConfig, train_or_evaluate
 
@@ -132,18 +132,18 @@ def test_killed_with_sigkill_it_resumes_to_the_same_bits(
     command = [sys.executable, str(repository / "train" / "pretrain_gain.py")]
     command += flags(options(world, output))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        for line in process.stderr:  # blocks until the program has logged its fifth step
-            if " step 5 " in line:
+        for line in process.stderr:  # blocks until the program has logged its third step
+            if " step 3 " in line:
                 process.send_signal(signal.SIGKILL)
                 break
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    stopped_at = load_checkpoint(Checkpoints(output / "checkpoints").latest())["progress"]["step"]
+    stopped_at = load_checkpoint(latest(output / "checkpoints"))["progress"]["step"]
     assert stopped_at < read_log(uninterrupted)[-1]["step"]
     done = program(repository, "pretrain_gain.py", options(world, output))
     assert done.returncode == 0, done.stderr
     assert f"step {stopped_at}" in done.stderr and "resumed" in done.stderr
-    newest = [Checkpoints(path / "checkpoints").latest() for path in (output, uninterrupted)]
+    newest = [latest(path / "checkpoints") for path in (output, uninterrupted)]
     assert_same_weights(*newest)
     assert read_log(output) == read_log(uninterrupted)
     for name in ("model.safetensors", "config.json", "vocab.txt"):
@@ -170,8 +170,7 @@ def test_two_ranks_train_on_what_one_process_trains_on(read_log, repository, wor
         assert two[0][key] == one[0][key]
     assert two[0]["loss_lm"] == pytest.approx(one[0]["loss_lm"], rel=1e-5)
     both, alone = (
-        load_checkpoint(Checkpoints(tmp_path / name / "checkpoints").latest())["model"]
-        for name in ("two", "one")
+        load_checkpoint(latest(tmp_path / name / "checkpoints"))["model"] for name in ("two", "one")
     )
     assert both["queue_ptr"] == alone["queue_ptr"] == 4
     ranks_first = [0, 2, 1, 3]  # rank 0 takes positions 0 and 2
@@ -187,7 +186,7 @@ def test_the_run_leaves_config_versions_and_a_model_that_loads(uninterrupted, wo
     assert again == PretrainConfig(**options(world, uninterrupted))
     model, tokenizer, report = load_blip(uninterrupted / "model", BlipDual)
     assert not report.missing and len(tokenizer) == 17
-    checkpoint = Checkpoints(uninterrupted / "checkpoints").latest()
+    checkpoint = latest(uninterrupted / "checkpoints")
     same, _, _ = load_blip(checkpoint, BlipDual)
     assert torch.equal(model.itm_head.weight, same.itm_head.weight)
 
@@ -202,7 +201,7 @@ def test_validation_is_logged_and_changes_nothing_of_the_training(
     pretrain(PretrainConfig(**{**values, "max_steps": 6}))
     pretrain(PretrainConfig(**values))  # resumed between two validations
     assert_same_weights(
-        *(Checkpoints(p / "checkpoints").latest() for p in (tmp_path / "validated", uninterrupted))
+        *(latest(p / "checkpoints") for p in (tmp_path / "validated", uninterrupted))
     )
     records = read_log(tmp_path / "validated")
     assert [r for r in records if r["kind"] != "val"] == read_log(uninterrupted)
@@ -272,7 +271,7 @@ def test_fine_tuning_lowers_the_loss_keeps_the_best_epoch_and_resumes(
     whole = run("whole")
     run("parts", max_steps=8)
     parts = run("parts")
-    assert_same_weights(*(Checkpoints(p / "checkpoints").latest() for p in (parts, whole)))
+    assert_same_weights(*(latest(p / "checkpoints") for p in (parts, whole)))
     for name in ("best.json", "best.txt", "best_model/model.safetensors"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     epochs = [r for r in read_log(whole) if r["kind"] == "epoch"]
@@ -294,7 +293,7 @@ def test_evaluation_prints_and_saves_the_recall_table(tmp_path, retrieval_option
     assert (tmp_path / "folder" / "evaluation.txt").read_text() == printed
     assert f"{table['txt_r5']:.2f}" in printed and "val (chance)" in printed
     run = Path(retrieval_options["pretrained"]).parent
-    checkpoint = Checkpoints(run / "checkpoints").latest()
+    checkpoint = latest(run / "checkpoints")
     assert evaluate("checkpoint", pretrained=checkpoint) == table
     assert evaluate("karpathy", k_test=3) != table
 
