@@ -87,9 +87,6 @@ def write_shard(
     texts = {"image_path": ids, "caption": captions}
     columns: dict[str, Any] = {k: pa.array(v, pa.string()) for k, v in texts.items()}
     columns |= {name: list(values) for name, values in (extra or {}).items()}
-    lengths = {name: len(values) for name, values in (columns | arrays).items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"shard {name}: lengths differ: {lengths}")
     for kind, features_ND in arrays.items():
         rows = np.asarray(features_ND, np.float32)
         norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1, keepdims=True))
@@ -198,21 +195,23 @@ class FeatureWriter:
             UserError: shards of this job are missing.
         """
         distributed.barrier()
-        if not self.finished:
-            distributed.on_main(self._complete)
-        return distributed.on_main(self._description)
+        return distributed.on_main(self._complete)
 
     def _open(self) -> tuple[bool, list[Sequence[int]], list[int], int]:
         """What is finished, all shards, which are left, and the width of their numbers; brings
         features.json up to that (rank 0)."""
-        existing = self._description()
+        path, what = self.directory / "features.json", "the description of the features"
+        existing = read_json(path, what, dict) if path.is_file() else {}
+        if not existing and (self.directory.is_file() or any(self.directory.glob("*_emb"))):
+            raise UserError(f"{self.directory} holds something else; give --output another folder")
         self._width = min((len(marker.stem) for marker in _markers(self.directory)), default=0)
-        earlier = self._earlier(existing)
+        earlier = self._earlier(existing) if existing else []
         shards = self._split(earlier)
         self._width = self._width or len(str(max(len(shards) - 1, 0)))
         self.identity["shards"] = len(shards)
         if earlier:
             self.identity["earlier_shards"] = earlier
+        self._description = existing
         done = finished_shards(self.directory)
         first, step = self._part
         own = range(first, len(shards), step)
@@ -224,14 +223,11 @@ class FeatureWriter:
                 shard = re.search(r"(\d+)\.\w+$", path.name.partition(TEMPORARY_MARK)[0])
                 if step == 1 or (shard and int(shard[1]) in own):
                     path.unlink(missing_ok=True)
-            if existing != {**self.identity, "finished": False}:
-                self._describe(finished=False)
+            self._describe(finished=False)
         return finished, shards, [number for number in own if number not in done], self._width
 
     def _earlier(self, existing: Mapping[str, Any]) -> list[int]:
         """The shards that were made before the dataset grew; refuses a folder of something else."""
-        if not existing:
-            return []
         grown = self._samples is not None and existing.get("samples") != self.identity.get(
             "samples"
         )
@@ -255,17 +251,11 @@ class FeatureWriter:
         logger.info("%s: embedding what is new", self.directory)
         return sorted(finished_shards(self.directory))
 
-    def _description(self) -> dict[str, Any]:
-        """What features.json says; empty for a new folder."""
-        path = self.directory / "features.json"
-        what = "the description of the features"
-        description = read_json(path, what, dict) if path.is_file() else {}
-        if not description and (self.directory.is_file() or any(self.directory.glob("*_emb"))):
-            raise UserError(f"{self.directory} holds something else; give --output another folder")
-        return description
-
     def _describe(self, **state: Any) -> None:
-        atomic_write_json(self.directory / "features.json", {**self.identity, **state}, indent=2)
+        """Bring features.json up to date."""
+        before, self._description = self._description, {**self.identity, **state}
+        if self._description != before:
+            atomic_write_json(self.directory / "features.json", self._description, indent=2)
 
     def _split(self, earlier: Sequence[int]) -> list[Sequence[int]]:
         """Rows by shard; those of earlier shards are theirs already, so they get none."""
@@ -331,8 +321,10 @@ class FeatureWriter:
 
         distributed.on_main(check)
 
-    def _complete(self) -> None:
+    def _complete(self) -> dict[str, Any]:
         """Mark the folder as finished if it is (rank 0)."""
+        if self.finished:
+            return self._description
         deadline = time.monotonic() + (_LISTING_DELAY if distributed.world_size() > 1 else 0)
         while True:
             rows = finished_shards(self.directory)
@@ -360,6 +352,7 @@ class FeatureWriter:
                     reasons[entry["reason"]] += 1
                     merged.write(_json_line(entry))
             self._describe(finished=True, pairs=sum(rows.values()), skipped=dict(reasons))
+        return self._description
 
 
 def _fingerprint(value: Any) -> Any:

@@ -229,14 +229,19 @@ def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Rec
         missing, notes = [], []
         try:
             lines, repairs = _lines(tree, table)
-            for line, fields, problem in lines:
+            for line, record, problem in lines:
+                items = record.items() if isinstance(record, Mapping) else ()
+                fields = {str(field).strip().lower(): value for field, value in items}
                 names = (as_id(fields.get(field)) or "" for field in _FILE_FIELDS)
                 name = next((name.strip() for name in names if name.strip()), None)
                 split = split_of(table, fields.get("split"))
                 if name is None:
                     notes.append((f"{table}:{line}", problem or "the line names no file_name"))
                 elif (file := _find(name, folder, tree.root, known)) is not None:
-                    found.append((file, problem or _caption(fields), split))
+                    try:
+                        found.append((file, problem or caption_of(fields), split))
+                    except BadSample as error:
+                        found.append((file, str(error), split))
                 else:
                     form = name.replace("\\", "/")
                     outside = form.startswith("/") or ".." in form.split("/")
@@ -257,13 +262,6 @@ def read_records(tree: Tree, files: Sequence[str], tables: Sequence[str]) -> Rec
     return records
 
 
-def _caption(fields: Mapping[str, Any]) -> Captioned | str:
-    try:
-        return caption_of(fields)
-    except BadSample as error:
-        return str(error)
-
-
 def _find(name: str, folder: str, root: str, known: Mapping[str, str]) -> str | None:
     """The file that a record means, in or below a folder above it: its path as it is."""
     for form in (name, name.replace("\\", "/"), re.sub(r"^(\d+)\.0$", r"\1", name)):
@@ -277,37 +275,31 @@ def _find(name: str, folder: str, root: str, known: Mapping[str, str]) -> str | 
     return None
 
 
-Line = tuple[int, dict[str, Any], str | None]  # number, fields by lower-case name, problem
+Line = tuple[int, Any, str | None]  # number, record (a mapping, or it is none), problem
 
 
 def _lines(tree: Tree, table: str) -> tuple[Iterable[Line], tuple[str, ...]]:
     """The lines of a table, and how its text was repaired."""
+    repairs: tuple[str, ...] = ()
     if extension_of(table) == ".parquet":
         with tree.path(table).open("rb") as file:
-            return _numbered(pq.read_table(file).to_pylist()), ()
-    text, repairs = decode_text(tree.path(table).read_bytes())
-    if extension_of(table) in (".csv", ".tsv"):
-        return _csv_lines(text), repairs
-    if text.lstrip().startswith("["):
-        return _numbered(json.loads(text)), repairs
-    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    return (_json_line(*line) for line in lines), repairs
-
-
-def _numbered(records: Iterable[Any]) -> Iterator[Line]:
-    return ((number, _fields(record), None) for number, record in enumerate(records, 1))
+            records = pq.read_table(file).to_pylist()
+    else:
+        text, repairs = decode_text(tree.path(table).read_bytes())
+        if extension_of(table) in (".csv", ".tsv"):
+            return _csv_lines(text), repairs
+        if not text.lstrip().startswith("["):
+            lines = enumerate(text.split("\n"), 1)
+            return (_json_line(number, line) for number, line in lines if line.strip()), repairs
+        records = json.loads(text)
+    return ((number, record, None) for number, record in enumerate(records, 1)), repairs
 
 
 def _json_line(number: int, line: str) -> Line:
     try:
-        return number, _fields(json.loads(line)), None
+        return number, json.loads(line), None
     except (ValueError, RecursionError):
-        return number, {}, "the line is not valid JSON"
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    items = record.items() if isinstance(record, Mapping) else ()
-    return {str(name).strip().lower(): value for name, value in items}
+        return number, None, "the line is not valid JSON"
 
 
 def _csv_lines(text: str) -> Iterator[Line]:
@@ -321,8 +313,8 @@ def _csv_lines(text: str) -> Iterator[Line]:
     except csv.Error:  # quotes that do not match: they cost their line, not all that follow
         lines = enumerate(text.splitlines(), 1)
         rows = [(n, row) for n, line in lines for row in csv.reader([line], delimiter=delimiter)]
-    header = [name.strip().lower() for name in rows[0][1]] if rows else []
-    if header and extension_of(header[0]) in IMAGE_EXTENSIONS:
+    header = rows[0][1] if rows else []
+    if header and extension_of(header[0].strip()) in IMAGE_EXTENSIONS:
         header = ["file_name", "text"]
     else:
         rows = rows[1:]
