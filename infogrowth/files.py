@@ -43,21 +43,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:  # the name, too: a rename is only on disk after this
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {shorten(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def sync_directory(directory: str | os.PathLike[str]) -> None:
-    """Make the names in ``directory`` durable: a rename is only on disk after this."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_leftovers(directory: str | os.PathLike[str], name: str = "") -> int:

@@ -267,7 +267,6 @@ def _seed_check(
     about its captions.
     """
     from infogrowth.encoders.dataset import decoded_batches, pairs_by_id
-    from infogrowth.encoders.embedding import captions_of
 
     seeds = _seeds(config) if config.seed_check > 0 else None
     images = config.lmdb or (seeds and seeds.images) or about.get("images")
@@ -279,7 +278,7 @@ def _seed_check(
     whole = [(0, range(len(rows)))]
     check = {"seeds": 0, "captioned": 0, "better_than_true": 0}
     for batch in decoded_batches(pairs, captioner.preprocess, None, whole, _CHECKED_AT_ONCE, 0):
-        captions = captions_of(batch, captioner)
+        captions = captioner.caption(batch.images)
         check["seeds"] += len(captions)
         written = [number for number, caption in enumerate(captions) if caption]
         if written:

@@ -292,22 +292,20 @@ def read_captioned_images(
 def _entries(content: Any, split: str | None, file: str) -> Iterator[tuple[Any, Any, Any]]:
     """Image, caption or captions, and id of the image, of every entry as it stands there."""
     if isinstance(content, list):
-        rows = [entry if isinstance(entry, dict) else {} for entry in content]
-        return ((row.get("image"), row, row.get("image_id")) for row in rows)
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        images = [image for image in content["images"] if isinstance(image, dict)]
-        if isinstance(content.get("annotations"), list):
-            return _official_entries(images, content["annotations"])
-        return _karpathy_entries(images, split, file)
-    raise UserError(
-        f"the caption file {file} is neither a list of images with captions, Karpathy's "
-        "dataset_coco.json, nor an official COCO caption file"
-    )
-
-
-def _karpathy_entries(
-    images: list[dict[str, Any]], split: str | None, file: str
-) -> Iterator[tuple[Any, Any, Any]]:
+        for entry in content:
+            row = entry if isinstance(entry, dict) else {}
+            yield row.get("image"), row, row.get("image_id")
+        return
+    listed = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise UserError(
+            f"the caption file {file} is neither a list of images with captions, Karpathy's "
+            "dataset_coco.json, nor an official COCO caption file"
+        )
+    images = [image for image in listed if isinstance(image, dict)]
+    if isinstance(content.get("annotations"), list):
+        yield from _official_entries(images, content["annotations"])
+        return
     present = {str(image.get("split")) for image in images}
     if split is None and len(present) > 1:
         raise UserError(

@@ -166,9 +166,6 @@ class LmdbImages(ImageStore):
                         return data
         raise BadSample(MISSING)
 
-    def __len__(self) -> int:
-        return _environment(self._real_path).stat()["entries"]
-
     def keys(self) -> Iterator[str]:
         """All keys, in order, as they are stored."""
         return _keys(_environment(self._real_path))

@@ -1,7 +1,7 @@
 """BLIP as an encoder, a judge of pairs and a captioner, whichever file layout it comes from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.data.text import pre_caption
 from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.models import (
+    Captioner,
     CaptionTokenizer,
     DualEncoder,
     Preprocess,
@@ -21,7 +22,6 @@ from infogrowth.encoders.models import (
     fingerprint,
     half_on_cuda,
     half_products,
-    halving,
     moved,
 )
 
@@ -115,7 +115,7 @@ class BlipMatcher(_Blip):
         return logits_B2.float().softmax(dim=1)[:, 1].cpu()
 
 
-class BlipDescriber(_Blip):
+class BlipDescriber(_Blip, Captioner):
     """BLIP's vision tower and text decoder as a captioner."""
 
     kind = BlipCaptioner
@@ -141,11 +141,7 @@ class BlipDescriber(_Blip):
         if self.device.type == "cuda":
             half_products(self._model)
 
-    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
-        stacked = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
-        return halving(self._caption, stacked)
-
-    def _caption(self, images_BCHW: torch.Tensor) -> list[str]:
+    def describe(self, images: list[torch.Tensor]) -> list[str]:
         with torch.inference_mode(), half_on_cuda(self.device):
-            pixels_BCHW = self._pixels(images_BCHW)
+            pixels_BCHW = self._pixels(torch.stack(images))
             return self._model.caption(pixels_BCHW, self._tokenizer, **self._options)

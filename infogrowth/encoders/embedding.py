@@ -96,7 +96,7 @@ def embed_pairs(
 
     def compute(batch: DecodedBatch) -> Features:
         if captioner is not None:
-            captions = captions_of(batch, captioner)
+            captions = captioner.caption(batch.images)
             with_words = [caption for caption in captions if caption]
             return captions, None, encoder.encode_texts(with_words) if with_words else nothing
         if batch.tokens is None:
@@ -138,15 +138,6 @@ def embed_pairs(
     description = output.finish()
     totals = distributed.all_gather_objects((written, seconds))
     return Summary(sum(w for w, _ in totals), max(s for _, s in totals), timing, description)
-
-
-def captions_of(batch: DecodedBatch, captioner: Captioner) -> list[str]:
-    """What a captioner writes for a batch's images, one caption each."""
-    if not batch.rows:
-        return []
-    if isinstance(batch.images, torch.Tensor):
-        return captioner.caption(batch.images)
-    return captioner.caption([torch.as_tensor(image) for image in batch.images])
 
 
 def _write(

@@ -1,7 +1,6 @@
 """Models of transformers by the files of their folder: dual encoders (CLIP, SigLIP, …) and
 image-to-text models (GIT, ViT-GPT2, BLIP-2, LLaVA, …)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from PIL import Image
 from infogrowth.data.transforms import pixels
 from infogrowth.encoders.models import (
     TOKENIZING,
+    Captioner,
     CaptionTokenizer,
     DualEncoder,
     Preprocess,
     Tokenize,
     Tokens,
     fingerprint,
-    halving,
 )
 from infogrowth.errors import UserError, shorten
 
@@ -87,7 +86,7 @@ class ProcessorTransform:
         return inputs["pixel_values"][0]
 
 
-class HuggingFaceCaptioner:
+class HuggingFaceCaptioner(Captioner):
     """A model of transformers' image-text-to-text family with the processor beside its weights.
 
     On CUDA the weights are bfloat16 (what such models are published in), on a CPU float32.
@@ -127,12 +126,9 @@ class HuggingFaceCaptioner:
         )
         self._model = model.eval().to(device, self._dtype)
 
-    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
-        return halving(self._caption, images)
-
-    def _caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
+    def describe(self, images: list[torch.Tensor]) -> list[str]:
         with TOKENIZING:
-            inputs = self._inputs(list(images)).to(self._device, self._dtype)
+            inputs = self._inputs(images).to(self._device, self._dtype)
         with torch.inference_mode():
             ids = self._model.generate(**inputs, **self._options).cpu()
         prompt = inputs.get("input_ids")

@@ -4,7 +4,6 @@ One captioner needs no model of its own: the nearest caption of a list that is t
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +150,7 @@ def _download(name: str, what: str) -> Path:
     raise UserError(f"{what} {name} holds no weights that can be loaded safely")
 
 
-class NearestCaptioner:
+class NearestCaptioner(Captioner):
     """Gives an image the candidate caption whose feature is nearest to its own.
 
     A candidate with several wordings stands for their mean, and gives its first. What is picked
@@ -185,13 +184,12 @@ class NearestCaptioner:
         }  # fmt: skip
         self.fingerprint = fingerprint({}, settings)
 
-    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
-        stacked = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
-        cosines_BC = self._encoder.encode_images(stacked) @ self._features_CD.T
+    def describe(self, images: list[torch.Tensor]) -> list[str]:
+        cosines_BC = self._encoder.encode_images(torch.stack(images)) @ self._features_CD.T
         best_B2, rows_B2 = cosines_BC.topk(min(2, len(self._captions)), dim=1)
         decided = (best_B2[:, 0] - best_B2[:, -1] >= self._min_margin).tolist()
         if len(self._captions) == 1 or self._min_margin <= 0:
-            decided = [True] * len(stacked)
+            decided = [True] * len(images)
         chosen = zip(rows_B2[:, 0].tolist(), decided, strict=True)
         return [self._captions[row] if sure else "" for row, sure in chosen]
 

@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -92,8 +92,7 @@ class DualEncoder(ABC):
             return rows
 
 
-@runtime_checkable
-class Captioner(Protocol):
+class Captioner(ABC):
     """A model that describes an image; the same image always gets the same words."""
 
     name: str
@@ -101,10 +100,15 @@ class Captioner(Protocol):
 
     preprocess: Preprocess
 
-    def caption(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[str]:
-        """What ``preprocess`` gave for some images (sizes may differ) to one caption each; an empty
-        string where the model had nothing to say."""
-        ...
+    def caption(self, images: Sequence[Any] | torch.Tensor) -> list[str]:
+        """What ``preprocess`` gave for some images, CHW each (sizes may differ), to one caption
+        each; an empty string where the model had nothing to say."""
+        tensors = [torch.as_tensor(image) for image in images]
+        return halving(self.describe, tensors) if tensors else []
+
+    @abstractmethod
+    def describe(self, images: list[torch.Tensor]) -> list[str]:
+        """As :meth:`caption`, of at least one image, on a device that has memory for all."""
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> str:

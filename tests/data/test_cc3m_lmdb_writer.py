@@ -376,5 +376,5 @@ def test_a_full_disk_keeps_what_was_packed_and_the_next_run_continues(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "40 samples, 40 packed" in done.stdout
     assert "lmdb_train: 100%" in done.stderr  # the progress bar
-    assert len(LmdbImages(tmp_path / "lmdb_train")) == 40
+    assert len(list(LmdbImages(tmp_path / "lmdb_train").keys())) == 40
     shutil.rmtree(tmp_path / "lmdb_train")

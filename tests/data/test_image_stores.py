@@ -89,7 +89,7 @@ def test_ids_that_no_lmdb_can_hold_are_refused_by_name(packed, name):
 def test_keys_come_in_order_and_are_counted(packed, jpegs):
     images = LmdbImages(packed)
     assert list(images.keys()) == sorted(jpegs)
-    assert len(images) == 12
+    assert len(list(images.keys())) == 12
 
 
 def test_what_is_stored_is_never_replaced(packed, jpegs):
@@ -137,7 +137,7 @@ def test_opening_is_lazy_and_one_environment_serves_all_readers_of_a_path(
 
 def test_a_path_can_be_read_written_and_read_again_in_one_process(packed):
     images = LmdbImages(packed)
-    assert len(images) == 12
+    assert len(list(images.keys())) == 12
     with LmdbWriter(packed) as writer:
         writer.put("later", b"x")
     assert images.read("later") == b"x"
