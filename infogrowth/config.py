@@ -41,8 +41,8 @@ def option(
         min, max: the smallest and the largest that a number, or each of several, may be.
         short: a one-letter flag beside the long one, for example ``"-o"``.
         positional: the command line takes it by its position, without a flag.
-        extensions: the name of a file must end in one of them (words of a string, as below).
-        excludes: options that are refused beside it.
+        extensions: what the name of a file may end in, for example ``".html .png"``.
+        excludes: the options that are refused beside it, separated by spaces.
         needs: the option without which it is refused.
     """
     shown: dict[str, Any] = {"help": help, "short": short, "positional": positional}

@@ -113,13 +113,15 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"--output {path} lies inside the growth folder {config.growth}; write it elsewhere"
             )
-    if config.modality == "image" and (config.recaptions or config.clean_by != "cosine"):
-        raise UserError(
-            "--recaptions and --clean-by judge captions, which --modality image does not have"
-        )
     align, recaption_align = config.min_align, config.min_recaption_align
     Thresholds.requested(DEFAULT_MIN_ALIGN if align is None else align, recaption_align)
     is_auto = isinstance(align, str) or isinstance(recaption_align, str)
+    of_captions = is_auto or config.recaptions or config.clean_by != "cosine"
+    if config.modality == "image" and of_captions:
+        raise UserError(
+            "--recaptions and --clean-by and thresholds auto judge captions, which --modality "
+            "image does not have"
+        )
     if config.clean_by not in ("cosine", "negclip") and (is_auto or not config.scores):
         raise UserError(
             f"--clean-by {config.clean_by} is neither cosine nor negclip but a column of a table, "

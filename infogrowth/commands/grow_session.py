@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from infogrowth.annotations import SPACES
+from infogrowth.commands.grow import Config
 from infogrowth.data.feature_stream import FeatureStream
 from infogrowth.distributed import is_main, on_main
 from infogrowth.errors import UserError
@@ -32,9 +33,6 @@ from infogrowth.growth.engine import InfoGrowth
 from infogrowth.growth.ledger import GrowthFolder, GrowthLedger
 from infogrowth.growth.sources import SourceProgress, plan_seeds, plan_stream
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
-
-if TYPE_CHECKING:
-    from infogrowth.commands.grow import Config
 
 log = logging.getLogger(__name__)
 
@@ -182,14 +180,12 @@ class GrowSession:
     def _chosen(self, number: int) -> np.ndarray | None:
         """The rows of the features to read for a source, None for all: for a retry those that pend
         and that the table has a caption for, else those that were not taken out as seeds."""
-        source, is_retry = self._sources[number], self._sources[number].kind == "retry"
-        sources = enumerate(self._sources)
-        seeds = [n for n, s in sources if s.seed_ids and s.is_of(self._features)]
-        if not (is_retry or seeds):
+        source, seeds = self._sources[number], self._sources[0]
+        is_retry = source.kind == "retry"
+        if not is_retry and not (seeds.seed_ids and seeds.is_of(self._features)):
             return None
         table = self.folder().decisions(("source", "source_row", "id"))
-        decided_as = pa.array([source.retries] if is_retry else seeds, pa.int32())
-        table = table.filter(pc.is_in(table["source"], decided_as))
+        table = table.filter(pc.equal(table["source"], source.retries if is_retry else 0))
         if is_retry:
             pending = self.folder().pending(before_source=number)["id"].to_pylist()
             wanted = set(pending).intersection(self._recaptions or ())
@@ -244,21 +240,21 @@ class GrowSession:
                 log.warning(
                     "it is not known whether these features have the encoder of the dataset"
                 )
-        options: dict[str, Any] = {
-            "index": config.index,
-            "device": device.type,
-            "memory_mb": config.memory_mb,
-        }
-        if folder.rows == 0:
-            engine = InfoGrowth(config.k, modality=config.modality, **requests, **options)
-        else:
-            table = pa.concat_tables(folder.kept_parts())
+        folder = replace(folder, settings=self._settings)
+        table = pa.concat_tables(folder.kept_parts())
+        if len(table):
             log.info("continuing with %s samples in the dataset", f"{len(table):,}")
-            ids, captions = table["id"].to_pylist(), table["caption"].to_pylist()
-            gains = np.stack([table["gain_image"], table["gain_text"]], axis=1)
-            for space in folder.spaces:
-                options[f"{space}_features"] = folder.kept_feature_parts(space)
-            engine = InfoGrowth.restore(settings, ids, captions, gains, **options)
+        engine = InfoGrowth.restore(
+            self._settings,
+            table["id"].to_pylist(),
+            table["caption"].to_pylist(),
+            np.stack([table["gain_image"], table["gain_text"]], axis=1),
+            folder.kept_feature_parts("image"),
+            folder.kept_feature_parts("text"),
+            index=config.index,
+            device=device.type,
+            memory_mb=config.memory_mb,
+        )
         engine.measure = measure
         return engine
 

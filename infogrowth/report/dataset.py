@@ -325,10 +325,9 @@ def duplicate_groups(
 
 def reason_counts(table: GrowthTable) -> list[tuple[str, int]]:
     """Why samples are not in the grown set: dropped and skipped ones by reason, most first."""
-    dropped = table.rows.reason[~table.kept].value_counts()
-    total = dropped.add(pd.Series(table.skipped, dtype=float), fill_value=0)
-    counts = [(str(reason), int(count)) for reason, count in total.items()]
-    return sorted(counts, key=lambda item: (-item[1], item[0]))
+    counts = Counter(table.rows.reason[~table.kept])
+    counts.update(table.skipped)
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def ranks_in_percent(values: pd.Series) -> pd.Series:

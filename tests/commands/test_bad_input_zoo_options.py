@@ -65,6 +65,7 @@ BAD_OPTIONS = {
         ["--modality", "image", "--recaptions", "r"],
         "--recaptions .*--modality image",
     ),
+    "auto for labels": (["--modality", "image", "--min-align", "auto"], "auto .*--modality image"),
 }
 
 
