@@ -162,16 +162,11 @@ class GainSampler:
         """Go back to where ``state`` was taken, also when the number of ranks has changed. Raises
         UserError: it was taken with other gains, another mode or another seed."""
         now = self.state_dict()
-        for key, what in (
-            ("mode", "sampler mode"),
-            ("seed", "seed"),
-            ("samples", "number of samples"),
-            ("gains", "gains in the annotation file"),
-        ):
+        for key in ("mode", "seed", "samples", "gains"):
             if state[key] != now[key]:
                 raise UserError(
-                    f"cannot resume: the {what} changed from {state[key]} to {now[key]} since the "
-                    "checkpoint; restore it, or start anew with --resume none"
+                    f"cannot resume: the sampler's {key} changed from {state[key]} to {now[key]} "
+                    "since the checkpoint; restore it, or start anew with --resume none"
                 )
         self.set_epoch(state["epoch"])
         self._skip = min(state["consumed"] // self.world_size, self.epoch_length(self.epoch))
