@@ -53,9 +53,7 @@ def option(
 
 
 def load_config(
-    cls: type[C],
-    path: str | os.PathLike[str] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    cls: type[C], path: str | os.PathLike[str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> C:
     """Build ``cls`` from a YAML file and parsed flags; a flag wins over the file. Raises UserError:
     no such file, not YAML, an unknown key (with the nearest valid name), a value of the wrong type,

@@ -110,24 +110,15 @@ def _check(config: Config) -> None:
     check_outputs(config.output)
     for path in config.output:
         if Path(realpath(path)).is_relative_to(realpath(config.growth)):
-            raise UserError(
-                f"--output {path} lies inside the growth folder {config.growth}; write it elsewhere"
-            )
+            raise UserError(f"--output {path} lies in the growth folder: write it elsewhere")
     align, recaption_align = config.min_align, config.min_recaption_align
     Thresholds.requested(DEFAULT_MIN_ALIGN if align is None else align, recaption_align)
     is_auto = isinstance(align, str) or isinstance(recaption_align, str)
     of_captions = is_auto or config.recaptions or config.clean_by != "cosine"
     if config.modality == "image" and of_captions:
-        raise UserError(
-            "--recaptions and --clean-by and thresholds auto judge captions, which --modality "
-            "image does not have"
-        )
+        raise UserError("--modality image has no captions: no --recaptions, --clean-by or auto")
     if config.clean_by not in ("cosine", "negclip") and (is_auto or not config.scores):
-        raise UserError(
-            f"--clean-by {config.clean_by} is neither cosine nor negclip but a column of a table, "
-            "which has no scores of swapped captions: it needs --scores FILE.parquet, and "
-            "thresholds that are numbers"
-        )
+        raise UserError(f"--clean-by {config.clean_by} needs --scores, and numbers as thresholds")
 
 
 def _opened(

@@ -237,9 +237,7 @@ class GrowSession:
             if settings.get("index") != config.index:
                 log.info("note: the dataset was begun with index %s", settings.get("index"))
             if bool(settings.get("encoder")) != bool(encoder):
-                log.warning(
-                    "it is not known whether these features have the encoder of the dataset"
-                )
+                log.warning("it is not known whether these features have the dataset's encoder")
         folder = replace(folder, settings=self._settings)
         table = pa.concat_tables(folder.kept_parts())
         if len(table):
@@ -315,7 +313,4 @@ def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
                 else given
                 for given in (value, now[name])
             )
-            raise UserError(
-                f"{folder.directory} was grown with {name} {then}, and this run has {here}; use "
-                "the same, or another --growth folder"
-            )
+            raise UserError(f"{folder.directory} was grown with {name} {then}, not {here}: use it")

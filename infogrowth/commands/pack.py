@@ -42,9 +42,7 @@ class Config:
         help="folder with cc3m_train/ and cc3m_val/, or with one set of pairs; or its address: s3://…"
     )
     output_root: str | None = option(
-        None,
-        "where the results go; none: into --image_root, or into its folder packed/ if it is a "
-        "downloader's own folder",
+        None, "where the results go [--image_root, or packed/ in a downloader's own folder]"
     )
     workers: int | None = option(None, "threads that decode; auto: one per processor", min=1)
     max_pixels: int = option(MAX_PIXELS, "larger images are skipped", min=1)
@@ -82,10 +80,7 @@ def output_folder(root: Path, given: str | None, sources: dict[str, Source]) -> 
     if given is None:
         return root / "packed" if root.resolve() in downloads else root
     if Path(given).resolve() in downloads:
-        raise UserError(
-            f"--output_root {given} is the downloader's own folder, whose resume would stumble "
-            "over the JSON files; give another one"
-        )
+        raise UserError(f"--output_root {given} is the downloader's own folder: give another one")
     return Path(given)
 
 

@@ -150,9 +150,7 @@ def _encoder(config: Config, about: dict[str, Any], device: "torch.device") -> "
     known = about.get("encoder") or {}
     name = config.encoder or known.get("name")
     if name is None:
-        raise UserError(
-            "give --encoder: a caption's feature must come from the encoder of the images"
-        )
+        raise UserError("give --encoder: that of the images, whose space a caption must share")
     encoder = load_encoder(name, device, config.vocabulary)
     if known.get("fingerprint") not in (None, encoder.fingerprint):
         raise UserError(

@@ -22,33 +22,21 @@ class Config:
     training: list[str] = option([], "training runs to lay side by side (folders with log.jsonl)")
     output: str = option("report.html", "the page to write", short="-o")
     atlas: str | None = option(
-        None,
-        "also write the decisions as FILE.parquet for Embedding Atlas, for large sets",
-        extensions=".parquet",
-        needs="growth",
+        None, "decisions for Embedding Atlas: FILE.parquet", extensions=".parquet", needs="growth"
     )
     truth: str | None = option(
-        None,
-        "annotation JSON with the right captions, where they are known: scores the growth",
-        needs="growth",
+        None, "annotation JSON of the right captions: scores the growth", needs="growth"
     )
     title: str | None = option(None, "title of the page; by default the folder's name")
     duplicate_distance: float | None = option(
-        None,
-        "images within this cosine distance are near-duplicates; auto: a fifth of the distance at "
-        "which a kept image usually finds its nearest",
-        min=0,
-        max=2,
+        None, "of near-duplicates; auto: a fifth of that to a usual nearest image", min=0, max=2
     )
 
 
 def run(config: Config) -> int:
     """Write the page; logs where it is and how large."""
     if not (config.growth or config.annotations or config.training):
-        raise UserError(
-            "nothing to report on: give a growth folder, --annotations FILE.json, "
-            "or --training RUN_DIR …"
-        )
+        raise UserError("give a growth folder, --annotations FILE.json, or --training RUN_DIR …")
     # Drawing libraries take a second to load: only once it is clear that there is work to do.
     from infogrowth.report.page import render
     from infogrowth.report.training_runs import read_runs, training_context
@@ -87,8 +75,6 @@ def _dataset(config: Config) -> dict[str, Any]:
         captions = {entry["image"]: entry["caption"] for entry in load_annotations(config.truth)}
         right = {name: [text] if isinstance(text, str) else text for name, text in captions.items()}
         if not table.rows.id[table.rows.reason != "seed"].isin(list(right)).any():
-            raise UserError(
-                f"{config.truth} knows none of the samples of {table.name}; are the ids the same?"
-            )
+            raise UserError(f"{config.truth} has none of the samples of {table.name}: other ids?")
         context["truth"] = score_captions(table.rows, right)
     return context

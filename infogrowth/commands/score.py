@@ -158,9 +158,7 @@ def _prepare(folder: Path, identity: dict[str, Any]) -> None:
         before = read_json(about, "the description of the scores")
         changed = [name for name in identity if before.get(name) != identity[name]]
         if changed:
-            raise UserError(
-                f"{folder} holds scores of other {changed[0]}; give another --output folder"
-            )
+            raise UserError(f"{folder} holds scores of other {changed[0]}: give another --output")
         remove_leftovers(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder} is not empty and holds no scores; give another folder")

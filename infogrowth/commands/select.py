@@ -141,9 +141,7 @@ def _check(config: Config) -> None:
     if config.annotations is None and config.growth is None:
         raise UserError("give either --annotations FILE.json or --growth DIR to select from")
     if config.top is None and not config.bernoulli and config.where is None:
-        raise UserError(
-            "give either --top N or --bernoulli (with --seed S), or a condition with --where"
-        )
+        raise UserError("give either --top N, --bernoulli (--seed S), or a condition by --where")
     if any(map(exports.is_folder_output, config.output)) and not (config.growth or config.images):
         raise UserError("shards hold images: give --images, the LMDB or folder that has them")
 

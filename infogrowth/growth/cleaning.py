@@ -84,10 +84,7 @@ class ScoreColumn(Measure):
         if not self._values[False]:
             raise UserError(f"no file of --scores has columns id and {column}")
         if recaptions and not self._values[True]:
-            raise UserError(
-                f"--recaptions with --clean-by {column} needs the column recaption_{column} in "
-                "--scores (score --recaptions)"
-            )
+            raise UserError(f"--recaptions needs a column recaption_{column} in --scores")
 
     def __call__(
         self, image: np.ndarray, text: np.ndarray, ids: Sequence[str] = (), recaptions: bool = False
@@ -167,10 +164,7 @@ class NegClip(Measure):
 
 
 def draw_reference(
-    features: Any,
-    temperature: float = TEMPERATURE,
-    rows: int = REFERENCE_ROWS,
-    seed: int = 0,
+    features: Any, temperature: float = TEMPERATURE, rows: int = REFERENCE_ROWS, seed: int = 0
 ) -> NegClip:
     """A reference of up to ``rows`` pairs drawn from a FeatureStream, the same for the same one.
     Raises UserError: none of them can be used."""

@@ -258,9 +258,7 @@ def validate(
             continue
         matrix = as_matrix(given, f"{space}_features")
         if len(matrix) != len(names):
-            raise UserError(
-                f"There are {len(names)} ids but {len(matrix)} rows of {space}_features."
-            )
+            raise UserError(f"{len(names)} ids, but {len(matrix)} rows of {space}_features.")
         if dimension is not None and matrix.shape[1] != dimension:
             raise UserError(
                 f"{space}_features have {matrix.shape[1]} columns, but the dataset has "
@@ -272,10 +270,7 @@ def validate(
                 reason[row] = Reason[f"{space.upper()}_{Problem(problems[row]).name}"]
     widths = [unit.shape[1] for unit in rows.values()]
     if len(names) and len(set(widths)) > 1:
-        raise UserError(
-            "Image features have {} columns but text features {}; both must come from one dual "
-            "encoder.".format(*widths)
-        )
+        raise UserError(f"Image and text features have {widths} columns: use one dual encoder.")
     return Decisions(names, texts, rows, reason, [] if dataset_ids is None else dataset_ids)
 
 

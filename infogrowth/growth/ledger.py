@@ -190,10 +190,7 @@ def read_growth(directory: str | os.PathLike[str]) -> GrowthFolder:
     written by another format, or damaged."""
     folder = _read_folder(Path(directory))
     if not folder.settings:
-        raise UserError(
-            f"{directory} is not a growth folder (it has no growth.json); "
-            "give the --growth folder of `python -m infogrowth grow`"
-        )
+        raise UserError(f"{directory} is not a growth folder: it has no growth.json")
     return folder
 
 
@@ -203,10 +200,7 @@ def _read_folder(directory: Path) -> GrowthFolder:
     for name in ("manifest.json", "growth.json"):  # a first commit may be writing them just now
         is_there = (directory / name).is_file()
         if found and not is_there:
-            raise UserError(
-                f"{directory} has lost its {name}, without which its decisions cannot be trusted; "
-                "put the file back, or give another --growth folder"
-            )
+            raise UserError(f"{directory} has lost its {name}: put it back, or grow another")
         found |= is_there
     settings, manifest = (_read(directory / name) for name in ("growth.json", "manifest.json"))
     damage = (KeyError, TypeError, AttributeError)
@@ -357,19 +351,14 @@ def _take_lock(directory: Path) -> int:
         names = {entry.name for entry in directory.iterdir()}
         foreign = [name for name in sorted(names - _OURS) if files.TEMPORARY_MARK not in name]
         if foreign and "growth.json" not in names:
-            raise UserError(
-                f"{directory} is not a growth folder: it holds {foreign[0]!r}; "
-                "give --growth an empty or a new folder"
-            )
+            raise UserError(f"{directory} is not a growth folder: it holds {foreign[0]!r}")
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
         os.close(lock)
-        raise UserError(
-            f"{directory} is in use by another run (process {owner}); wait for it to end"
-        ) from error
+        raise UserError(f"{directory} is in use by another run (process {owner})") from error
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock

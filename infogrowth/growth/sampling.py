@@ -40,10 +40,7 @@ def normalized_gains(gains: np.ndarray) -> np.ndarray:
     """
     mean = _mean_gains(gains)
     if not (mean > 0).any():
-        raise UserError(
-            f"the total gain of the {len(mean)} samples is zero, so none can be drawn by gain; "
-            "sample uniformly (sampler: uniform) or grow the dataset again"
-        )
+        raise UserError(f"the total gain of the {len(mean)} samples is zero: sample uniformly")
     quantile = np.quantile(mean, QUANTILE)
     if quantile <= 0:
         return (mean > 0).astype(np.float64)
@@ -311,9 +308,7 @@ def _mean_gains(gains: np.ndarray) -> np.ndarray:
     """The mean of both spaces, ``(N,) float64``, once the gains are checked."""
     gains = np.asarray(gains, dtype=np.float64)
     if gains.ndim not in (1, 2) or len(gains) == 0:
-        raise UserError(
-            f"gains must be N numbers or N pairs of numbers, N at least 1, not shape {gains.shape}"
-        )
+        raise UserError(f"gains must be N numbers or N pairs, N at least 1, not {gains.shape}")
     mean = gains.mean(axis=1) if gains.ndim == 2 else gains
     if not np.isfinite(mean).all():
         row = int(np.flatnonzero(~np.isfinite(mean))[0])

@@ -76,10 +76,7 @@ def plan_seeds(
     seeds = sources[0] if sources and sources[0].kind == "seed" else None
     if features is None:
         if seeds is not None and not seeds.complete:
-            raise UserError(
-                f"seeding from {seeds.features} was interrupted; give the same seeds again to "
-                "finish it"
-            )
+            raise UserError(f"seeding from {seeds.features} was interrupted: give it again")
         return []
     if not sources:
         seeds = SourceProgress("seed", features.path, rows=features.rows, seed_ids=seed_ids)

@@ -66,10 +66,7 @@ class Thresholds:
             return cls(align, align_rule, align, PAPERS_RULE)
         recaption, recaption_rule = _parsed("min_recaption_align", min_recaption_align)
         if align is not None and recaption is not None and recaption < align:
-            raise UserError(
-                f"min_recaption_align {recaption:g} is below min_align {align:g}: a new caption "
-                "cannot be asked for less than a sample's own; raise it, or leave it out"
-            )
+            raise UserError(f"min_recaption_align {recaption:g} is below min_align {align:g}")
         return cls(align, align_rule, recaption, recaption_rule)
 
     @classmethod
@@ -123,8 +120,7 @@ class Thresholds:
         if (purity := self.purity) is not None:
             if stream is None:
                 raise UserError(
-                    f"min_align 'auto:{purity:g}' is found from the seeds and the stream: give "
-                    "seed() the alignments of the samples to come as stream=…"
+                    f"min_align 'auto:{purity:g}' needs the alignments to come: seed(stream=…)"
                 )
             found = estimate_stream(image, text, np.asarray(stream, np.float64), measure)
             align = found.threshold(purity)
@@ -166,10 +162,7 @@ def choose_min_align(image: np.ndarray, text: np.ndarray, measure: Measure = cos
     right, (swapped, _, _) = measure(image, text), _swapped(image, text, measure)
     values = np.unique(np.concatenate([right, swapped]))
     if len(swapped) == 0 or len(values) < 2:
-        raise UserError(
-            "min_align 'auto' needs at least two seed samples with different captions; "
-            "give more seeds, or a number."
-        )
+        raise UserError("min_align 'auto' needs two or more seeds with different captions")
     accuracy = (
         1 - np.searchsorted(np.sort(right), values[1:]) / len(right)
         + np.searchsorted(np.sort(swapped), values[1:]) / len(swapped)
@@ -245,9 +238,8 @@ class StreamEstimate:
         clean = np.flatnonzero(self.purity(between) >= purity)
         if len(clean) == 0:
             raise UserError(
-                f"no threshold keeps this stream {purity:.1%} pure: {self.noise:.0%} of its "
-                "captions seem wrong, and the encoder cannot separate them from right ones; use "
-                "another encoder, or a lower purity"
+                f"no threshold keeps this stream {purity:.1%} pure: {self.noise:.0%} of it seems "
+                "wrong; use another encoder, or a lower purity"
             )
         return float(between[clean[0]])
 
@@ -270,10 +262,7 @@ def estimate_stream(
     right = measure(image, text)
     swapped, first, second = _swapped(image, text, measure)
     if len(right) < MIN_SEEDS or len(swapped) < MIN_SEEDS:
-        raise UserError(
-            f"a purity needs at least {MIN_SEEDS} seed samples with different captions, not "
-            f"{len(right)}; give more seeds, or a number"
-        )
+        raise UserError(f"a purity needs {MIN_SEEDS} seeds or more, not {len(right)}")
     if len(stream) == 0:
         raise UserError("a purity is estimated on the stream, which holds no usable samples")
     # Inner edges of bins that hold equal parts of an even mixture of right and swapped ones.

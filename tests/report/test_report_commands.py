@@ -265,7 +265,7 @@ def test_compare_prints_text_and_json_and_a_page(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["report"], "nothing"),
+        (["report"], "--training"),
         (["report", "/no/such/folder"], "growth folder"),
         (["report", "GROWTH", "--annotations", "x.json"], "both"),
         (["report", "GROWTH", "--lmdb", "/no/lmdb"], "/no/lmdb"),
