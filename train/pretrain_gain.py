@@ -183,11 +183,7 @@ def build_loader(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> EpochLoader:
-    """The batches of this rank, in the order that the gains give.
-
-    Raises:
-        UserError: missing images, samples without gains, or zero total gain.
-    """
+    """The batches of this rank, in the order that the gains give."""
     dataset = PairDataset(
         annotations,
         config.images,
@@ -221,19 +217,10 @@ def build_loader(
 def build_model(
     config: PretrainConfig, classes: list[int] | None, tokenizer: PreTrainedTokenizerBase
 ) -> BlipPretrain:
-    """The model with its starting weights, on the CPU.
-
-    Raises:
-        UserError: weights that cannot be had or do not fit.
-    """
-    changes = {
-        "vision_stem": config.vision_stem,
-        "embed_dim": config.embed_dim,
-        "drop_path": config.drop_path,
-        "image_size": config.image_size,
-        "text_dropout": config.text_dropout,
-    }
-    size = preset(config.vit, **{k: value for k, value in changes.items() if value is not None})
+    """The model with its starting weights, on the CPU."""
+    names = ("vision_stem", "embed_dim", "drop_path", "image_size", "text_dropout")
+    given = {name: getattr(config, name) for name in names}
+    size = preset(config.vit, **{k: value for k, value in given.items() if value is not None})
     model = BlipPretrain(
         size.with_tokenizer(tokenizer),
         queue_size=config.queue_size,

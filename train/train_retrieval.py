@@ -177,11 +177,7 @@ def losses(
 def load_model(
     config: RetrievalConfig, build: Callable[..., Model]
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """The model with the checkpoint's weights, on the CPU, and its tokenizer.
-
-    Raises:
-        UserError: a checkpoint that cannot be had or does not fit.
-    """
+    """The model with the checkpoint's weights, on the CPU, and its tokenizer."""
     if config.pretrained is None:
         raise UserError("give the checkpoint to start from: --pretrained CHECKPOINT")
     with distributed.main_first():  # downloads land in a cache that the others then find

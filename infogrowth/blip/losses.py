@@ -6,7 +6,7 @@ length, V words. The arithmetic is float32 (float64 for float64 input) under any
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,14 @@ import torch.nn.functional as F
 # images, which then learn next to nothing (loss 7.07 against 6.68 after 100 steps of a trial).
 CLASS_TEMPERATURE = 0.1
 
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def in_full_precision(function: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+def in_full_precision(function: Function) -> Function:
     """``function`` computed without autocast; tensors of 16 bits that it is given are float32."""
 
     @wraps(function)
-    def computed(*inputs: Any, **options: Any) -> Output:
+    def computed(*inputs: Any, **options: Any) -> Any:
         wide: Any = [widened(each) if torch.is_tensor(each) else each for each in inputs]
         with torch.autocast(inputs[0].device.type, enabled=False):
             return function(*wide, **options)

@@ -100,8 +100,9 @@ class MomentumBlip(BlipDual):
             self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)
             self.text_encoder_m = build_text_encoder(config)
             self.text_proj_m = nn.Linear(config.text_width, config.embed_dim)
-            for name in ("image_queue", "text_queue"):
-                self.register_buffer(name, random_feature_queue(config.embed_dim, queue_size))
+            for name in ("image_queue", "text_queue"):  # random, until passes write over it
+                queue_DQ = torch.randn(config.embed_dim, queue_size)
+                self.register_buffer(name, F.normalize(queue_DQ, dim=0))
         if with_ids:
             self.register_buffer("idx_queue", torch.full((1, queue_size), -100, dtype=torch.int64))
         self.register_buffer(self.pointer_name, torch.zeros(1, dtype=torch.int64))
@@ -215,11 +216,6 @@ class MomentumBlip(BlipDual):
         )
         rows_N = torch.cat([own_B, wrong_image_B, own_B])
         return matching_loss(self.itm_logits(image_tokens_BLW, ids_NT, mask_NT, rows_N), exists_B)
-
-
-def random_feature_queue(dimension: int, size: int) -> torch.Tensor:
-    """``(dimension, size) float32`` random unit columns, which the first passes write over."""
-    return F.normalize(torch.randn(dimension, size), dim=0)
 
 
 @torch.no_grad()

@@ -45,11 +45,8 @@ class BlipRetrieval(MomentumBlip):
         """The losses ita and itm of one batch, float32; moves momentum weights, writes queues.
 
         Args:
-            images_BCHW: normalised images.
-            ids_BT, mask_BT: from :func:`infogrowth.blip.text.tokenize`.
-            image_ids: ``int64`` >= 0; pairs with the same id match each other.
-            alpha: share of the momentum model in the contrastive targets, 0 to 1.
-            generator: draws the negatives; None draws from torch's global state.
+            image_ids: ``(B,) int64`` >= 0; pairs with the same id match each other. The others as
+                for :meth:`BlipPretrain.forward`.
         """
         features = self.contrast(images_BCHW, ids_BT, mask_BT)
         targets_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))

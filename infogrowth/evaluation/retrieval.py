@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -242,8 +243,7 @@ def recall_table(
         txt2img: the image that each text belongs to.
 
     Raises:
-        UserError: nothing to rank, or a score that is not a number (a broken checkpoint would
-            otherwise look perfect).
+        UserError: a score that is not a number (a broken checkpoint would otherwise look perfect).
     """
     table: dict[str, float] = {}
     for side, scores, right in (
@@ -268,8 +268,6 @@ def first_rank(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray
         right: the right answers of each query, indices below N.
     """
     queries, answers = scores.shape
-    if not queries or not answers:
-        raise UserError("there is nothing to rank: the evaluation set is empty")
     if not np.isfinite(scores).all():
         raise UserError("the model gives scores that are not finite; the checkpoint is broken")
     best = np.full(queries, answers, dtype=np.int64)
@@ -292,14 +290,11 @@ def chance_table(images: int, texts: int) -> dict[str, float]:
     return table | {f"img_r{depth}": 100 * min(depth / images, 1.0) for depth in DEPTHS}
 
 
-def as_text(tables: dict[str, dict[str, Any]]) -> str:
+def as_text(tables: dict[str, dict[str, float]]) -> str:
     """Recall tables by name as aligned columns, in per cent."""
-    width = max([len(name) for name in tables] + [4])
-    lines = [" ".join([" " * width, *(f"{head:>6}" for head in _COLUMNS.values())])]
-    for name, table in tables.items():
-        cells = [f"{table[c]:6.2f}" if c in table else " " * 6 for c in _COLUMNS]
-        lines.append(" ".join([f"{name:<{width}}", *cells]))
-    return "\n".join(line.rstrip() for line in lines)
+    frame = pd.DataFrame(tables).reindex(list(_COLUMNS)).T.rename(columns=_COLUMNS)
+    text = frame.to_string(float_format="%.2f", na_rep="", col_space=6)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def save_tables(
@@ -314,7 +309,7 @@ def save_tables(
     """
     if not tables or not distributed.is_main():
         return
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, float]] = {}
     for name, table in tables.items():
         rows[name] = table
         rows[f"{name} (chance)"] = chance_table(len(sets[name]), len(sets[name].texts))

@@ -96,12 +96,6 @@ class TrainingState:
         """Whether all batches of this epoch were trained on."""
         return self.progress.batch >= self.loader.count(self.progress.epoch)
 
-    @property
-    def at_last_step(self) -> bool:
-        """Whether the run ends with the optimizer step that was just made."""
-        last_epoch = self.progress.epoch + 1 >= self.config.max_epoch
-        return self.steps_left <= 0 or (self.epoch_done and last_epoch)
-
     def batches_left(self) -> int:
         """Forward passes of one rank until ``max_epoch`` or ``max_steps`` ends the run."""
         progress, window = self.progress, self.config.gradient_accumulation
@@ -163,7 +157,7 @@ def train_one_epoch(
     forward: Forward,
     logger: Logger,
     validate: Callable[[], dict[str, float]] | None = None,
-    validate_every: int = 0,
+    validate_every: int = 1,
 ) -> None:
     """Train from where ``state`` is to the end of its epoch, or to ``max_steps``.
 
@@ -183,9 +177,10 @@ def train_one_epoch(
         logger.advance()
         last_losses()
         step, ends = progress.step, state.steps_left <= 0 or state.epoch_done
+        ends_run = state.steps_left <= 0 or (ends and progress.epoch + 1 >= config.max_epoch)
         log_now = step % config.log_every == 0 or step == 1
         save_now = config.checkpoint_every and step % config.checkpoint_every == 0
-        validate_now = validate_every and (step % validate_every == 0 or state.at_last_step)
+        validate_now = validate is not None and (step % validate_every == 0 or ends_run)
         if log_now or save_now or validate_now or ends:
             losses()
         if log_now:
@@ -208,10 +203,10 @@ def optimizer_step(
     progress, scaler = state.progress, state.precision.scaler
     no_sync = getattr(state.parallel, "no_sync", nullcontext)
     readings = []
-    for offset, batch in enumerate(window):
-        last = offset == len(window) - 1
-        with nullcontext() if last else no_sync():  # ranks exchange gradients once a step
-            readings.append(forward_backward(state, batch, forward, offset, len(window)))
+    for number, batch in enumerate(window, start=1):
+        # Ranks exchange gradients once a step.
+        with nullcontext() if number == len(window) else no_sync():
+            readings.append(forward_backward(state, batch, forward, len(window)))
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule.rate(progress.epoch, progress.step)
     if state.config.clip_grad_norm is not None:
@@ -222,31 +217,22 @@ def optimizer_step(
     state.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     progress.epoch_steps += 1
-    progress.batch += len(window)
-    progress.forwards += len(window)
-    samples = sum(len(batch["image"]) for batch in window)
-    progress.samples_seen += samples * distributed.world_size()
     values = torch.stack([torch.stack(list(reading.values())) for reading in readings]).mean(dim=0)
     return _read_later(list(readings[0]), distributed.all_reduce_mean(values), progress)
 
 
 def forward_backward(
-    state: TrainingState,
-    batch: Batch,
-    forward: Forward,
-    offset: int = 0,
-    window: int = 1,
+    state: TrainingState, batch: Batch, forward: Forward, window: int = 1
 ) -> dict[str, torch.Tensor]:
     """One forward and backward pass: ``loss`` and its parts, on the device, without gradient.
 
     Args:
-        offset, window: which of how many batches of the optimizer step this is.
+        window: how many batches the optimizer step has.
     """
     progress, seed = state.progress, state.config.seed
-    stream = (distributed.rank(), progress.forwards + offset)
-    alpha = state.schedule.ramped_alpha(
-        progress.epoch, progress.batch + offset, state.loader.count(progress.epoch)
-    )
+    stream = (distributed.rank(), progress.forwards)
+    batches = state.loader.count(progress.epoch)
+    alpha = state.schedule.ramped_alpha(progress.epoch, progress.batch, batches)
     negatives = torch_generator(seed, "negatives", *stream, device=state.device)
     batch = on_device(batch, state.device)
     # Dropout and stochastic depth can only draw from torch's global state: here it is a function of
@@ -258,6 +244,9 @@ def forward_backward(
             parts = forward(state.parallel, batch, alpha, negatives)
             total: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
         state.precision.scaler.scale(total / window).backward()
+    progress.batch += 1
+    progress.forwards += 1
+    progress.samples_seen += len(batch["image"]) * distributed.world_size()
     named = {"loss": total, **{f"loss_{name}": value for name, value in parts.items()}}
     return {name: value.detach() for name, value in named.items()}
 

@@ -49,11 +49,8 @@ class EpochLoader:
         return rows // self.batch_size or math.ceil(rows / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` from number ``start`` on.
-
-        Raises:
-            UserError: a sample that cannot be read, by its id.
-        """
+        """The batches of ``epoch`` from number ``start`` on; a UserError names a sample that cannot
+        be read."""
         self.sampler.set_epoch(epoch)
         self.sampler.load_state_dict(self.state_dict(start))
         self._rows.remaining = self.count(epoch) - start

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infogrowth.blip.momentum import random_feature_queue, write_queue
+from infogrowth.blip.momentum import write_queue
+from infogrowth.blip.pretrain import BlipPretrain
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,6 +36,6 @@ def test_an_empty_queue_is_left_alone():
     assert pointer.item() == 0
 
 
-def test_a_fresh_queue_holds_unit_columns():
-    queue = random_feature_queue(8, 5)
+def test_a_fresh_queue_holds_unit_columns(golden_config):
+    queue = BlipPretrain(golden_config, queue_size=5).image_queue
     assert queue.norm(dim=0).tolist() == pytest.approx([1.0] * 5)

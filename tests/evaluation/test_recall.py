@@ -67,11 +67,6 @@ def test_scores_that_are_not_finite_are_no_perfect_recall(value):
         recall_table(scores, np.zeros((3, 3)), [[0], [1], [2]], [0, 1, 2])
 
 
-def test_an_empty_set_is_an_error():
-    with pytest.raises(UserError, match="empty"):
-        recall_table(np.zeros((0, 0)), np.zeros((0, 0)), [], [])
-
-
 def test_chance_is_what_random_scores_give():
     random = np.random.default_rng(1)
     tables = [

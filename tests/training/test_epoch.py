@@ -122,8 +122,8 @@ def test_accumulation_is_the_mean_gradient_of_its_batches(make_run):
     small.optimizer.register_step_pre_hook(spy)
     optimizer_step(small.state, batches, losses)
     apart = make_run(dropout=0.0)
-    for number, batch in enumerate(batches):
-        forward_backward(apart.state, batch, losses, number, 3)
+    for batch in batches:
+        forward_backward(apart.state, batch, losses, 3)
     expected = {n: p.grad for n, p in apart.model.named_parameters() if p.grad is not None}
     assert seen.keys() == expected.keys() and len(seen) > 50
     for name, gradient in expected.items():

@@ -309,11 +309,10 @@ def test_evaluation_reads_the_checkpoint_once_and_builds_no_momentum_encoder(
         return read(path, *rest)
 
     monkeypatch.setattr(weights, "safe_open", opening)
-    for module in (blip_model, momentum):
-        monkeypatch.setattr(
-            module, "build_vision", lambda *a, **k: built.append("vision") or build(*a, **k)
-        )
-    monkeypatch.setattr(momentum, "random_feature_queue", lambda *_: built.append("queue"))
+    monkeypatch.setattr(
+        blip_model, "build_vision", lambda *a, **k: built.append("vision") or build(*a, **k)
+    )
+    monkeypatch.setattr(momentum.MomentumBlip, "__init__", lambda *_: built.append("queues"))
     values = {**retrieval_options, "evaluate": True, "output_dir": str(tmp_path)}
     assert train_or_evaluate(RetrievalConfig(**values)) == 0
     assert len(opened) == 1 and built == ["vision"]
