@@ -178,13 +178,13 @@ class Ours:
 
     def step(self) -> None:
         """From the image files to new weights."""
-        optimizer_step(self._state, [next(self._stream)], losses)
+        optimizer_step(self._state, [next(self._stream)])
 
     def step_alone(self) -> None:
         """With a batch that is on the device already."""
         if self._resident is None:
             self._resident = on_device(next(self._stream), self._state.device)
-        optimizer_step(self._state, [self._resident], losses)
+        optimizer_step(self._state, [self._resident])
 
 
 def loader_rate(config: Config, images: Path, workers: int, device: torch.device) -> float:

@@ -18,7 +18,6 @@ import infogrowth.threads  # noqa: F401 - before torch
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
@@ -30,7 +29,6 @@ from infogrowth.blip.text import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.datasets import PairDataset, RetrievalEvaluation, classes_of
-from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import Augment, EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall
@@ -121,7 +119,7 @@ def pretrain(config: PretrainConfig) -> int:
         validate = validation(config, model, tokenizer, precision)
         with Logger(state) as log:
             while not state.finished:
-                train_one_epoch(state, losses, log, validate, config.validate_every)
+                train_one_epoch(state, log, validate, config.validate_every)
                 if state.epoch_done:
                     log.epoch()
                     save_folder(model, Path(config.output_dir) / "model", tokenizer)
@@ -130,21 +128,6 @@ def pretrain(config: PretrainConfig) -> int:
             log.done()
         distributed.barrier()  # no rank leaves before the last checkpoint is on disk
     return 0
-
-
-def losses(
-    model: nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """The losses of a batch by objective; their sum is minimised."""
-    return model(
-        batch["image"],
-        batch["ids"],
-        batch["mask"],
-        alpha,
-        sample_ids=batch["index"],
-        class_ids=batch.get("class"),
-        generator=negatives,
-    )
 
 
 def validation(

@@ -19,7 +19,6 @@ import infogrowth.threads  # noqa: F401 - before torch
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
@@ -31,7 +30,6 @@ from infogrowth.blip.text import save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option
 from infogrowth.data.datasets import PairDataset, RetrievalEvaluation, training_pairs
-from infogrowth.data.loading import Batch
 from infogrowth.data.transforms import EvaluationTransform, TrainingTransform
 from infogrowth.errors import UserError
 from infogrowth.evaluation.retrieval import retrieval_recall, save_tables
@@ -119,7 +117,7 @@ def train(config: RetrievalConfig, precision: Precision) -> None:
     save_vocabulary(tokenizer, state.checkpoints)  # so that each is a whole model
     with Logger(state) as log:
         while not state.finished:
-            train_one_epoch(state, losses, log)
+            train_one_epoch(state, log)
             if state.epoch_done:
                 tables = evaluate(config, model, tokenizer, sets, precision)
                 # The val set chooses the best epoch, without one the test set, else the last is.
@@ -163,15 +161,6 @@ def evaluate(
         )
         for name, images in sets.items()
     }
-
-
-def losses(
-    model: nn.Module, batch: Batch, alpha: float, negatives: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """The losses of a batch by name; their sum is minimised."""
-    return model(
-        batch["image"], batch["ids"], batch["mask"], batch["class"], alpha, generator=negatives
-    )
 
 
 def load_model(

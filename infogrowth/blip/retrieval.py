@@ -38,22 +38,23 @@ class BlipRetrieval(MomentumBlip):
         images_BCHW: torch.Tensor,
         ids_BT: torch.Tensor,
         mask_BT: torch.Tensor,
-        image_ids: torch.Tensor,
         alpha: float,
+        class_ids: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, torch.Tensor]:
         """The losses ita and itm of one batch, float32; moves momentum weights, writes queues.
 
         Args:
-            image_ids: ``(B,) int64`` >= 0; pairs with the same id match each other. The others as
-                for :meth:`BlipPretrain.forward`.
+            class_ids: ``(B,) int64`` >= 0, of which image a pair is: those of one image match each
+                other. The others as for :meth:`BlipPretrain.forward`; sample ids are not needed.
         """
         features = self.contrast(images_BCHW, ids_BT, mask_BT)
-        targets_BC = same_id_targets(image_ids, torch.cat([image_ids, self.idx_queue[0]]))
+        targets_BC = same_id_targets(class_ids, torch.cat([class_ids, self.idx_queue[0]]))
         ita = features.contrastive_loss((targets_BC, targets_BC), alpha)
-        self.enqueue(features, image_ids)
+        self.enqueue(features, class_ids)
         pool_tokens_GLW = features.image_tokens
-        pool = [features.image.detach(), features.text.detach(), image_ids, ids_BT, mask_BT]
+        pool = [features.image.detach(), features.text.detach(), class_ids, ids_BT, mask_BT]
         if self.negative_all_rank:
             pool_tokens_GLW = distributed.all_gather_with_grad(pool_tokens_GLW)
             pool = [distributed.all_gather(each) for each in pool]
@@ -65,7 +66,7 @@ class BlipRetrieval(MomentumBlip):
             features.image_tokens,
             (ids_BT, mask_BT),
             (i2t_BG, t2i_BG),
-            image_ids[:, None] == ids_G[None, :],
+            class_ids[:, None] == ids_G[None, :],
             generator,
             pool=(pool_tokens_GLW, (pool_ids_GT, pool_mask_GT)),
         )

@@ -48,9 +48,9 @@ def load_tokenizer(vocabulary: str | os.PathLike[str]) -> PreTrainedTokenizerBas
         path = path / VOCABULARY_FILE
     if not (path.is_file() or path.suffix == ".txt" or path.is_absolute()):
         path = download(str(vocabulary), VOCABULARY_FILE)
-    tokenizer = BertTokenizer(vocab=_read_vocabulary(path))
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer = BertTokenizer(
+        vocab=_read_vocabulary(path), bos_token="[DEC]", additional_special_tokens=["[ENC]"]
+    )
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
     return tokenizer
 

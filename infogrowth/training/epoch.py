@@ -35,9 +35,6 @@ from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
 from infogrowth.training.options import Precision, RunOptions, Schedule
 
-# (model, batch on the device, alpha, generator of negatives) -> the losses by name
-Forward = Callable[[nn.Module, Batch, float, torch.Generator], dict[str, torch.Tensor]]
-
 
 @dataclass
 class Progress:
@@ -154,7 +151,6 @@ def adamw(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ada
 
 def train_one_epoch(
     state: TrainingState,
-    forward: Forward,
     logger: Logger,
     validate: Callable[[], dict[str, float]] | None = None,
     validate_every: int = 1,
@@ -173,7 +169,7 @@ def train_one_epoch(
     state.model.train()
     batches = state.loader.epoch(progress.epoch, start=progress.batch)
     while window := list(islice(batches, config.gradient_accumulation)):
-        losses = optimizer_step(state, window, forward)
+        losses = optimizer_step(state, window)
         logger.advance()
         last_losses()
         step, ends = progress.step, state.steps_left <= 0 or state.epoch_done
@@ -194,9 +190,7 @@ def train_one_epoch(
         last_losses = losses
 
 
-def optimizer_step(
-    state: TrainingState, window: list[Batch], forward: Forward
-) -> Callable[[], dict[str, float]]:
+def optimizer_step(state: TrainingState, window: list[Batch]) -> Callable[[], dict[str, float]]:
     """One optimizer step over the batches of ``window``; what reads its losses, means over them and
     all ranks (see :func:`_read_later`). Nothing is read back from the device here.
     """
@@ -206,7 +200,7 @@ def optimizer_step(
     for number, batch in enumerate(window, start=1):
         # Ranks exchange gradients once a step.
         with nullcontext() if number == len(window) else no_sync():
-            readings.append(forward_backward(state, batch, forward, len(window)))
+            readings.append(forward_backward(state, batch, len(window)))
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule.rate(progress.epoch, progress.step)
     if state.config.clip_grad_norm is not None:
@@ -222,9 +216,10 @@ def optimizer_step(
 
 
 def forward_backward(
-    state: TrainingState, batch: Batch, forward: Forward, window: int = 1
+    state: TrainingState, batch: Batch, window: int = 1
 ) -> dict[str, torch.Tensor]:
-    """One forward and backward pass: ``loss`` and its parts, on the device, without gradient.
+    """One forward and backward pass: ``loss``, which is the sum of the model's, and these, on the
+    device and without gradient.
 
     Args:
         window: how many batches the optimizer step has.
@@ -241,7 +236,15 @@ def forward_backward(
     with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
         torch.manual_seed(stream_key(seed, "dropout", *stream) % 2**63)
         with state.precision.autocast():
-            parts = forward(state.parallel, batch, alpha, negatives)
+            parts = state.parallel(
+                batch["image"],
+                batch["ids"],
+                batch["mask"],
+                alpha,
+                sample_ids=batch["index"],
+                class_ids=batch.get("class"),
+                generator=negatives,
+            )
             total: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
         state.precision.scaler.scale(total / window).backward()
     progress.batch += 1

@@ -22,7 +22,7 @@ def matching_over_ranks(config, golden, batch):
     load_weights(model, golden / "retrieval_init.safetensors")
     image_ids = batch.pop("image_ids")
     with watched(model) as seen:
-        itm = model(*batch.values(), image_ids, 0.4)["itm"]
+        itm = model(*batch.values(), 0.4, class_ids=image_ids)["itm"]
     itm.backward()
     results = {"itm": distributed.all_reduce_mean(itm)}
     for name, parameter in model.named_parameters():

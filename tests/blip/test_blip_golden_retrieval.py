@@ -22,7 +22,7 @@ def run(request, golden, golden_config, retrieval_golden):
     for step in range(3):
         image_ids = retrieval_golden.values["idx"][step]
         with watched(model) as seen:
-            losses = model(*retrieval_golden.batch(step), image_ids, 0.4)
+            losses = model(*retrieval_golden.batch(step), 0.4, class_ids=image_ids)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         gradients = {

@@ -51,7 +51,7 @@ def test_matching_with_negatives_of_all_ranks_is_matching_of_the_whole_batch(
     load_weights(model, golden / "retrieval_init.safetensors")
     image_ids = retrieval_golden.values["idx"][0]
     with watched(model) as seen:
-        itm = model(*retrieval_golden.batch(0), image_ids, 0.4)["itm"]
+        itm = model(*retrieval_golden.batch(0), 0.4, class_ids=image_ids)["itm"]
     itm.backward()
     one, two = ranks["retrieval"]
     chosen = torch.cat([one["negative_image"], two["negative_image"]])

@@ -51,7 +51,7 @@ def test_a_batch_of_one_is_matched_with_its_own_pair_only(golden_config):
 def test_a_batch_of_one_image_is_matched_with_its_own_pairs_only(golden_config, all_ranks):
     model = BlipRetrieval(golden_config, queue_size=4, negative_all_rank=all_ranks)
     with watched(model) as seen:
-        losses = model(*batch(golden_config, 3), torch.tensor([5, 5, 5]), 0.4)
+        losses = model(*batch(golden_config, 3), 0.4, class_ids=torch.tensor([5, 5, 5]))
     own = torch.nn.functional.cross_entropy(seen.itm_logits[:3], torch.ones(3).long())
     torch.testing.assert_close(losses["itm"], own)
     sum(losses.values()).backward()
@@ -188,12 +188,11 @@ def test_bfloat16_autocast_gives_float32_losses_near_the_full_ones(golden_config
     full = kind(golden_config, queue_size=8)
     half = copy.deepcopy(full)
     inputs = batch(golden_config, 4)
-    extra = () if kind is BlipPretrain else (torch.arange(4),)
     results = []
     for model, enabled in ((full, False), (half, True)):
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
         with hardest_negatives(), autocast:
-            losses = model(*inputs, *extra, 0.4)
+            losses = model(*inputs, 0.4, class_ids=torch.arange(4))
         total = sum(losses.values())
         total.backward()
         assert {loss.dtype for loss in losses.values()} == {torch.float32}

@@ -17,7 +17,6 @@ from infogrowth.training.epoch import TrainingState, adamw, train_one_epoch
 from infogrowth.training.loader import EpochLoader
 from infogrowth.training.logger import Logger
 from infogrowth.training.options import Precision, RunOptions, Schedule
-from train.pretrain_gain import losses
 
 WORDS = ("dog", "cat", "boat", "car", "snow", "bus", "pizza", "horse")
 
@@ -57,7 +56,7 @@ class SmallRun:
     def train(self):
         with Logger(self.state) as log:
             while not self.state.finished:
-                train_one_epoch(self.state, losses, log)
+                train_one_epoch(self.state, log)
                 if self.state.epoch_done:
                     log.epoch()
                     self.state.next_epoch()

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infogrowth.errors import UserError
 from infogrowth.training import checkpoints
 from infogrowth.training.epoch import forward_backward, optimizer_step
-from train.pretrain_gain import losses
 
 
 def flat(state, prefix=""):
@@ -120,10 +119,10 @@ def test_accumulation_is_the_mean_gradient_of_its_batches(make_run):
         seen.update({n: p.grad.clone() for n, p in parameters if p.grad is not None})
 
     small.optimizer.register_step_pre_hook(spy)
-    optimizer_step(small.state, batches, losses)
+    optimizer_step(small.state, batches)
     apart = make_run(dropout=0.0)
     for batch in batches:
-        forward_backward(apart.state, batch, losses, 3)
+        forward_backward(apart.state, batch, 3)
     expected = {n: p.grad for n, p in apart.model.named_parameters() if p.grad is not None}
     assert seen.keys() == expected.keys() and len(seen) > 50
     for name, gradient in expected.items():
@@ -158,7 +157,7 @@ def test_padding_to_the_longest_caption_of_the_batch_gives_the_same_losses(make_
     found = []
     for small in (short, full):
         batch = next(small.loader.epoch(0))
-        found.append(forward_backward(small.state, batch, losses))
+        found.append(forward_backward(small.state, batch))
     assert batch["ids"].shape[1] == 12
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], rtol=1e-5), name
@@ -244,7 +243,7 @@ def test_an_optimizer_step_never_waits_for_the_device(make_run, monkeypatch, opt
     batches = list(small.loader.epoch(0))[:2]
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("read from the device"))
     with Waiting() as counted:
-        optimizer_step(small.state, batches, losses)
+        optimizer_step(small.state, batches)
     assert counted.waits == []
 
 
@@ -275,7 +274,7 @@ def test_clipping_bounds_the_gradient(make_run):
         norms.append(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item())
 
     small.optimizer.register_step_pre_hook(spy)
-    optimizer_step(small.state, list(small.loader.epoch(0))[:1], losses)
+    optimizer_step(small.state, list(small.loader.epoch(0))[:1])
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
