@@ -313,4 +313,7 @@ def _refuse_other(folder: GrowthFolder, settings: dict[str, Any]) -> None:
                 else given
                 for given in (value, now[name])
             )
-            raise UserError(f"{folder.directory} was grown with {name} {then}, not {here}: use it")
+            raise UserError(
+                f"{folder.directory} was grown with {name} {then}, not {here}; give the same, or "
+                "another --growth"
+            )
