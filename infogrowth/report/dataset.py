@@ -157,15 +157,10 @@ def _last_decisions(table: pa.Table, sources: list[SourceProgress]) -> pa.Table:
 
     Only dropped samples are processed again, so the order of the kept rows does not change.
     """
-    origin = np.arange(len(sources) + 1)
-    for number, source in enumerate(sources):  # a source retries an earlier one only
-        if source.retries is not None:
-            origin[number] = origin[source.retries]
-    samples = pd.DataFrame(
-        {"origin": origin[table["source"].to_numpy()], "row": table["source_row"].to_numpy()}
-    )
-    again = samples.duplicated(keep="last").to_numpy()
-    return table.filter(pa.array(~again)) if again.any() else table
+    origins = [n if source.retries is None else source.retries for n, source in enumerate(sources)]
+    samples = table.select(["source", "source_row"]).to_pandas()
+    samples["source"] = np.array(origins)[samples["source"]]
+    return table.filter(pa.array(~samples.duplicated(keep="last")))
 
 
 def _skipped(sources: list[SourceProgress]) -> dict[str, int]:
