@@ -14,12 +14,22 @@ from infogrowth.config import option
 from infogrowth.data.text import image_key, strip_extension
 from infogrowth.errors import UserError
 from infogrowth.files import atomic_write
-from infogrowth.growth.decisions import Decision
+from infogrowth.growth.decisions import Decision, Reason
 from infogrowth.report.dataset import GrowthTable, expected_visits, open_growth, ranks_in_percent
 from infogrowth.report.formatting import decimal, percent, shown
 from infogrowth.report.galleries import Thumbnails
 
 log = logging.getLogger(__name__)
+
+_WHY = {
+    Reason.SEED: "It belongs to the trusted start set, which is never filtered.",
+    Reason.RECAPTIONED: "Its own caption did not fit ({before} is under {threshold}), the new one "
+    "does ({after}), so it was kept with the new caption.",
+    Reason.ALIGNED: "Image and caption fit: {after} is not under {threshold}.",
+    Reason.LOW_ALIGNMENT: "Image and caption do not fit: {before} is under {threshold}.",
+    Reason.LOW_RECAPTION: "Image and caption do not fit ({before} is under {threshold}), and "
+    "neither does the new caption.",
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,15 @@ def explain(table: GrowthTable, sample_id: str) -> list[dict[str, Any]]:
             field.name: near.get(field.name, sample.get(field.name)) for field in fields(Decision)
         }
         decision = {name: None if v != v or v == "" else v for name, v in decision.items()}
-        about = {"row": row, "source": sample["source"], "why": _why(decision, table.min_align)}
-        about |= {
+        why = _WHY.get(sample["reason"], f"{sample['verdict'].capitalize()}: {sample['reason']}.")
+        about = {
+            "row": row,
+            "source": sample["source"],
+            "why": why.format(
+                before=decimal(decision["original_alignment"]),
+                after=decimal(decision["alignment"]),
+                threshold="the threshold" if table.min_align is None else f"{table.min_align:g}",
+            ),
             "min_align": table.min_align,
             "gain_rank": float(ranks[row]) if row in ranks else None,
             "visits": visits.loc[row].to_dict() if row in ranks else None,
@@ -132,6 +149,8 @@ def as_text(found: dict[str, Any]) -> str:
 
 def image_strip(found: dict[str, Any], thumbnails: Thumbnails, side: int = 224) -> Image.Image:
     """The sample and its nearest images in a row, with captions and distances under them."""
+    from matplotlib import get_data_path
+
     entries = [(found["id"], found["verdict"], found["caption"] or "")]
     entries += [
         (near["id"], f"distance {near['distance']:.3f}", near["caption"])
@@ -141,7 +160,9 @@ def image_strip(found: dict[str, Any], thumbnails: Thumbnails, side: int = 224) 
     width = margin + len(entries) * (side + margin)
     strip = Image.new("RGB", (width, side + words + 2 * margin), "white")
     draw = ImageDraw.Draw(strip)
-    bold, small = _font("DejaVuSans-Bold.ttf", 13), _font("DejaVuSans.ttf", 12)
+    fonts = Path(get_data_path(), "fonts/ttf")  # which matplotlib brings along to every machine
+    bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
+    small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 12)
     for number, (name, label, caption) in enumerate(entries):
         left = margin + number * (side + margin)
         image = thumbnails.image(name, side)
@@ -157,37 +178,6 @@ def image_strip(found: dict[str, Any], thumbnails: Thumbnails, side: int = 224) 
         for line, text in enumerate(_wrapped(draw, shown(caption), small, side)[:3], start=1):
             draw.text((left, top + 4 + 18 * line), text, fill="#566070", font=small)
     return strip
-
-
-def _why(decision: dict[str, Any], min_align: float | None) -> str:
-    """One sentence for the reader."""
-    before, after = decimal(decision["original_alignment"]), decimal(decision["alignment"])
-    threshold = f"{min_align:g}" if min_align is not None else "the threshold"
-    match decision["verdict"], decision["reason"]:
-        case _, "seed":
-            return "It belongs to the trusted start set, which is never filtered."
-        case "recaptioned", _:
-            return (
-                f"Its own caption did not fit ({before} is under {threshold}), the new one does "
-                f"({after}), so it was kept with the new caption."
-            )
-        case "kept", "aligned":
-            return f"Image and caption fit: {after} is not under {threshold}."
-        case "dropped", "alignment below min_align":
-            return f"Image and caption do not fit: {before} is under {threshold}."
-        case "dropped", "alignment and recaption below min_align":
-            return (
-                f"Image and caption do not fit ({before} is under {threshold}), "
-                "and neither does the new caption."
-            )
-    return f"{decision['verdict'].capitalize()}: {decision['reason'] or ''}."
-
-
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that matplotlib brings along, so that it is there on every machine."""
-    from matplotlib import get_data_path
-
-    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), size)
 
 
 def _wrapped(
