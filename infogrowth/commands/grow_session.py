@@ -96,7 +96,7 @@ class GrowSession:
             digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
         for number in plan_seeds(self._sources, stream, digest):
             assert stream is not None
-            chosen = None if seed_ids is None else _found_seeds(stream, seed_ids)
+            chosen = None if seed_ids is None else found_seeds(stream, seed_ids)
             alignments = None
             if not thresholds.resolved and thresholds.purity:
                 log.info("estimating how many captions of %s are wrong", self._features.path)
@@ -282,7 +282,7 @@ class RecaptionTable(Mapping[str, Recaption]):
         return len(self._rows)
 
 
-def _found_seeds(stream: FeatureStream, wanted: frozenset[str]) -> np.ndarray:
+def found_seeds(stream: FeatureStream, wanted: frozenset[str]) -> np.ndarray:
     """(rows,) bool: the samples with these ids; logs how many of them the features do not have."""
     missing, chosen = set(wanted), np.zeros(stream.rows, bool)
     for batch in stream.batches(65536):

@@ -240,18 +240,13 @@ def _seeds(config: Config) -> _Seeds | None:
     folder = config.seed_features or config.features
     if folder is None or (config.seed_ids is None and config.seed_features is None):
         return None
-    ids = read_ids(config.seed_ids) if config.seed_ids else None
+    from infogrowth.commands.grow_session import found_seeds
+
     stream = open_features(folder)
-    joined = FeatureBatch.join(
-        [
-            batch.take(np.flatnonzero([ids is None or name in ids for name in batch.ids]))
-            for batch in stream.batches(_ROWS)
-        ]
-    )
-    if not len(joined):
-        raise UserError(f"no sample of the features is in {config.seed_ids or folder}")
-    image, text, usable = unit_pairs(joined.image, joined.text)
-    names = [joined.ids[row] for row in np.flatnonzero(usable).tolist()]
+    chosen = found_seeds(stream, read_ids(config.seed_ids)) if config.seed_ids else None
+    seeds = FeatureBatch.join(list(stream.batches(_ROWS, chosen=chosen)))
+    image, text, usable = unit_pairs(seeds.image, seeds.text)
+    names = [seeds.ids[row] for row in np.flatnonzero(usable).tolist()]
     return _Seeds(names, image[usable], text[usable], stream.description.get("images"))
 
 
