@@ -171,8 +171,8 @@ class GrowthFolder:
 
     def estimate(self) -> StreamEstimate | None:
         """How many captions of all that was processed are wrong, by the seeds and the recorded
-        alignments; None where there are too few of either."""
-        if self.spaces != SPACES:
+        alignments; None where there are too few of either, or where these are no cosines."""
+        if self.spaces != SPACES or self.settings.get("clean_by"):
             return None
         table = self.decisions(("source", "reason", "original_alignment"))
         seeds = pc.sum(pc.equal(table["reason"], Reason.SEED)).as_py() or 0

@@ -44,6 +44,7 @@ def test_negclip_decides_and_does_not_depend_on_batches_or_stops(selection, info
     status, printed, _ = grow(infogrowth, tmp_path / "one", *given, *by)
     assert status == 0
     assert "nothing new" in printed
+    assert "estimate" not in printed  # of cosines, which these alignments are not
     status, printed, _ = grow(infogrowth, tmp_path / "one", *given, "--min-align", "auto")
     assert status == 2
     assert "clean_by" in printed
