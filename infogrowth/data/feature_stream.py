@@ -159,8 +159,8 @@ class FeatureStream:
         self.path, self._folder = str(folder), folder
         self.layout, self.description = layout, description
         self.shards = list(shards)
-        self._ends = list(itertools.accumulate(shard.rows for shard in self.shards))
-        self.rows = self._ends[-1] if self._ends else 0
+        counts = (shard.rows for shard in self.shards)
+        *self._starts, self.rows = itertools.accumulate(counts, initial=0)
         self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
         self.dimension = next(iter(self.dimensions.values()), 0)
         for shard in self.shards:
@@ -216,23 +216,27 @@ class FeatureStream:
         stop = self.rows if stop_row is None else stop_row
         pieces: list[FeatureBatch] = []
         missing = batch_size
-        for piece in self._pieces(batch_size, start_row, stop):
-            if chosen is not None and not chosen[piece.rows].all():
-                piece = piece.take(np.flatnonzero(chosen[piece.rows]))
-            while len(piece) >= missing:
-                yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
-                piece = piece.take(slice(missing, None))
-                pieces, missing = [], batch_size
-            if len(piece):
-                pieces.append(piece)
-                missing -= len(piece)
+        for shard, first in zip(self.shards, self._starts, strict=True):
+            end = first + shard.rows
+            for start in range(max(start_row, first), min(stop, end), batch_size):
+                piece = shard.read(first, start, min(start + batch_size, stop, end))
+                if chosen is not None and not chosen[piece.rows].all():
+                    piece = piece.take(np.flatnonzero(chosen[piece.rows]))
+                while len(piece) >= missing:
+                    yield FeatureBatch.join([*pieces, piece.take(slice(missing))])
+                    piece = piece.take(slice(missing, None))
+                    pieces, missing = [], batch_size
+                if len(piece):
+                    pieces.append(piece)
+                    missing -= len(piece)
+            shard.release()
         if pieces:
             yield FeatureBatch.join(pieces)
 
     def row(self, number: int) -> FeatureBatch:
         """One sample, as a batch of one."""
-        shard = bisect.bisect_right(self._ends, number)
-        return self._read(shard, number, number + 1)
+        shard = bisect.bisect_right(self._starts, number) - 1
+        return self.shards[shard].read(self._starts[shard], number, number + 1)
 
     def fingerprint(self, rows: int) -> str:
         """A digest of the shards that hold the first ``rows`` samples: the same features again
@@ -247,16 +251,3 @@ class FeatureStream:
             digest.update(self._signatures[number])
             first += shard.rows
         return digest.hexdigest()
-
-    def _pieces(self, size: int, start_row: int, stop_row: int) -> Iterator[FeatureBatch]:
-        """Slices of single shards, at most ``size`` samples each."""
-        first = 0
-        for number, end in enumerate(self._ends):
-            for start in range(max(start_row, first), min(stop_row, end), size):
-                yield self._read(number, start, min(start + size, stop_row, end))
-            first = end
-            self.shards[number].release()
-
-    def _read(self, shard: int, start: int, stop: int) -> FeatureBatch:
-        """Rows ``start … stop − 1`` of the stream, which lie in one shard."""
-        return self.shards[shard].read(self._ends[shard] - self.shards[shard].rows, start, stop)

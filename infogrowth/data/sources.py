@@ -14,7 +14,7 @@ import posixpath
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
@@ -24,6 +24,7 @@ from infogrowth.data.containers import Container, Folder, Note, Tar
 from infogrowth.data.tables import (
     RECORD_EXTENSIONS,
     SPLITS,
+    Records,
     Table,
     kind_of_table,
     read_records,
@@ -168,18 +169,18 @@ def open_splits(path: str | os.PathLike[str]) -> dict[str, Source]:
     """
     tree = Tree(path)
     found = tree.walk()
-    contents = _Contents(tree, found)
-    containers = _open(list(contents.parts()), found)
-    found.notes += contents.records.notes
+    parts, records, index = _parts(tree, found)
+    containers = _open(parts, found)
+    found.notes += records.notes
     for split in [split for split in SPLITS if not any(c.ids for c in containers[split])]:
         for container in containers.pop(split):  # there is nothing in them but notes
             found.notes += container.notes
             found.ignored += container.ignored
-    sources = {split: Source(tree, some, contents.index) for split, some in containers.items()}
+    sources = {split: Source(tree, some, index) for split, some in containers.items()}
     for source in list(sources.values())[:1]:  # what belongs to no split is reported once
         source.notes = [*found.notes, *source.notes]
         source.ignored = found.ignored + source.ignored
-        source.repairs = contents.records.repairs
+        source.repairs = records.repairs
     for folder in found.folders:
         if "/" not in folder and (named := split_of(folder)) and named not in sources:
             raise UserError(f"{tree.path(folder)} holds no image–caption pairs")
@@ -205,85 +206,80 @@ class _Part(NamedTuple):
     open: Callable[[], Container]
 
 
-class _Contents:
-    """The files of a tree by what they are.
+def _parts(tree: Tree, found: Listing) -> tuple[list[_Part], Records, list[str]]:
+    """The containers that the files of a tree are, what tables say of image files, and the paths
+    of shards and tables. A shard that a downloader has not marked as finished, where it marks any,
+    is noted instead."""
+    stats = [name for name in found.files if name.endswith("_stats.json")]
+    found.ignored += Counter({"statistics of a download": len(stats)})
+    finished = {name.removesuffix("_stats.json") for name in stats}
+    tars = [name for name in found.files if _TAR.search(name)]
+    kinds = {n: kind_of_table(tree, n) for n in found.files if extension_of(n) == ".parquet"}
+    downloads = {sample_id(n): n for n, (kind, _) in kinds.items() if kind == "downloads"}
+    apart = {*stats, *tars, *(n for n, (kind, _) in kinds.items() if kind != "records")}
+    files = [name for name in found.files if name not in apart]
+    tables = [name for name in files if extension_of(name) in RECORD_EXTENSIONS]
+    records = read_records(tree, found.files, tables)
+    used = set(records.used)
+    files = [name for name in files if name not in used]
+    parts: list[_Part] = []
+    for name in tars:
+        stem = _TAR.sub("", name)
+        opened = partial(Tar, tree, name, downloads.pop(stem, None))
+        parts.append(_Part(stem, split_of(stem), 1, True, opened))
+    for name, (kind, splits) in kinds.items():
+        for split in splits if kind == "images" else ():
+            stem, table = sample_id(name), partial(Table, tree, name, split)
+            parts.append(_Part(stem, split_of(stem, split), 1, True, table))
+    parts += _folders(tree, files, records, finished, downloads)
+    marked = {posixpath.dirname(name) for name in stats}
+    whole: list[_Part] = []
+    for part in parts:
+        if part.is_shard and posixpath.dirname(part.stem) in marked and part.stem not in finished:
+            found.notes.append((part.stem, _UNFINISHED))
+            found.ignored["files of unfinished shards"] += part.files
+        else:
+            whole.append(part)
+    return whole, records, sorted([*tars, *kinds, *records.used])
 
-    Attributes:
-        records: what tables say of image files.
-        index: the paths of shards and tables.
-    """
 
-    def __init__(self, tree: Tree, found: Listing) -> None:
-        self._tree, self._found, files = tree, found, found.files
-        stats = [name for name in files if name.endswith("_stats.json")]
-        found.ignored += Counter({"statistics of a download": len(stats)})
-        self._finished = {name.removesuffix("_stats.json") for name in stats}
-        self._marked = {posixpath.dirname(name) for name in stats}
-        self._tars = [name for name in files if _TAR.search(name)]
-        kinds = {n: kind_of_table(tree, n) for n in files if extension_of(n) == ".parquet"}
-        self._tables = {name: splits for name, (kind, splits) in kinds.items() if kind == "images"}
-        self._downloads = {sample_id(n): n for n in kinds if kinds[n][0] == "downloads"}
-        tables = [name for name in files if extension_of(name) in RECORD_EXTENSIONS]
-        tables = [name for name in tables if name not in kinds or kinds[name][0] == "records"]
-        self.records = read_records(tree, files, tables)
-        used = self.records.used
-        apart = {*stats, *self._tars, *self._tables, *self._downloads.values(), *used}
-        self._files = [name for name in files if name not in apart]
-        self.index = sorted([*self._tars, *kinds, *used])
+def _folders(
+    tree: Tree,
+    files: Sequence[str],
+    records: Records,
+    finished: Collection[str],
+    downloads: Mapping[str, str],
+) -> Iterator[_Part]:
+    """Files by split, and by the folder from which their ids are paths: the nearest one around
+    that is a downloader's shard or names a split."""
 
-    def parts(self) -> Iterator[_Part]:
-        """The containers; a shard that a downloader has not marked, where it marks any, is noted
-        instead."""
-        for part in (*self._shards(), *self._folders()):
-            marked = part.is_shard and posixpath.dirname(part.stem) in self._marked
-            if marked and part.stem not in self._finished:
-                self._found.notes.append((part.stem, _UNFINISHED))
-                self._found.ignored["files of unfinished shards"] += part.files
-            else:
-                yield part
-
-    def _shards(self) -> Iterator[_Part]:
-        for name in self._tars:
-            stem = _TAR.sub("", name)
-            downloads = self._downloads.pop(stem, None)
-            yield _Part(stem, split_of(stem), 1, True, partial(Tar, self._tree, name, downloads))
-        for name, splits in self._tables.items():
-            stem = sample_id(name)
-            for split in splits:
-                opened = partial(Table, self._tree, name, split)
-                yield _Part(stem, split_of(stem, split), 1, True, opened)
-
-    def _folders(self) -> Iterator[_Part]:
-        """Files by split, and by the folder from which their ids are paths."""
-        records, base_of = self.records, cache(self._base)
-        groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
-        for name in self._files:
-            folder = posixpath.dirname(name)
-            split = records.splits.get(sample_id(name)) if records.splits else None
-            group = base_of(folder), split_of(folder, split)
-            groups.setdefault(group, ([], []))[0].append(name)
-        for folder, name, split, reason in records.missing:
-            base = base_of(folder)
-            below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
-            group = base, split_of(folder, split)
-            groups.setdefault(group, ([], []))[1].append((strip_extension(below), reason))
-        for stem in self._downloads:  # those of tars are gone from there
-            groups.setdefault((stem, split_of(stem)), ([], []))
-        for (base, split), (names, missing) in groups.items():
-            shard = bool(base) and self._is_shard(base)
-            what = base, "files" if shard else "folder", names, records.captions, missing
-            opened = partial(Folder, self._tree, *what, self._downloads.get(base))
-            yield _Part(base, split, len(names), shard, opened)
-
-    def _is_shard(self, folder: str) -> bool:
+    def is_shard(folder: str) -> bool:
         numbered = _SHARD_NAME.match(posixpath.basename(folder))
-        return bool(numbered) or folder in self._finished or folder in self._downloads
+        return bool(numbered) or folder in finished or folder in downloads
 
-    def _base(self, folder: str) -> str:
-        """The nearest folder around that is a downloader's shard or names a split."""
-        while folder and not self._is_shard(folder) and not split_of(posixpath.basename(folder)):
+    @cache
+    def base_of(folder: str) -> str:
+        while folder and not is_shard(folder) and not split_of(posixpath.basename(folder)):
             folder = posixpath.dirname(folder)
         return folder
+
+    groups: dict[tuple[str, str | None], tuple[list[str], list[Note]]] = {}
+    for name in files:
+        folder = posixpath.dirname(name)
+        split = records.splits.get(sample_id(name)) if records.splits else None
+        groups.setdefault((base_of(folder), split_of(folder, split)), ([], []))[0].append(name)
+    for folder, name, split, reason in records.missing:
+        base = base_of(folder)
+        below = posixpath.join(folder[len(base) + 1 if base else 0 :], name)
+        lost = groups.setdefault((base, split_of(folder, split)), ([], []))[1]
+        lost.append((strip_extension(below), reason))
+    for stem in downloads:
+        groups.setdefault((stem, split_of(stem)), ([], []))
+    for (base, split), (names, missing) in groups.items():
+        shard = bool(base) and is_shard(base)
+        what = base, "files" if shard else "folder", names, records.captions, missing
+        opened = partial(Folder, tree, *what, downloads.get(base))
+        yield _Part(base, split, len(names), shard, opened)
 
 
 def _open(parts: Sequence[_Part], found: Listing) -> dict[str, list[Container]]:
