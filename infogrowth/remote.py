@@ -11,10 +11,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from infogrowth.errors import UserError, shorten
 
@@ -62,15 +61,15 @@ class RemotePath:
         return PurePosixPath(self.name).suffix
 
     def is_file(self) -> bool:
-        return (self._found("info") or {}).get("type") == "file"
+        return self._ask("info", missing={}).get("type") == "file"
 
     def is_dir(self) -> bool:
-        return (self._found("info") or {}).get("type") == "directory"
+        return self._ask("info", missing={}).get("type") == "directory"
 
     def kinds(self) -> dict[str, str]:
         """What lies right below, "folder" or "file" by name; empty where there is nothing."""
         own = _system(str(self))[1].rstrip("/")
-        entries = self._found("ls", detail=True) or ()
+        entries = self._ask("ls", missing=(), detail=True)
         found = {entry["name"].rstrip("/"): entry["type"] for entry in entries}
         return {
             path.rsplit("/", 1)[-1]: "folder" if kind == "directory" else "file"
@@ -82,33 +81,38 @@ class RemotePath:
         """What lies right below and has a name that fits, sorted."""
         return (self / name for name in sorted(self.kinds()) if fnmatchcase(name, pattern))
 
-    def _found(self, method: str, **options: Any) -> Any:
-        """What a method of the file system returns; None where there is nothing. (Those that say
-        it themselves, as ``isfile``, take a lost connection for nothing too.)"""
-        system, path = _system(str(self))
-
-        def ask() -> Any:
-            with suppress(FileNotFoundError):
-                return getattr(system, method)(path, **options)
-
-        return _tried(str(self), ask)
-
     def open(self, mode: str = "rb") -> BinaryIO:
         """A seekable file that fetches what is read of it, and tries again where that fails."""
-        return io.BufferedReader(_RemoteFile(str(self)), 1 << 16)
+        file = self._ask("open", mode=mode, block_size=_BLOCK_BYTES)
+        return cast(BinaryIO, _RetryingFile(str(self), file))
 
     def read_bytes(self) -> bytes:
-        return _ask(str(self), "cat_file")
+        return self._ask("cat_file")
 
     def read_range(self, start: int, stop: int) -> bytes:
         """The bytes ``start … stop − 1``, fetched alone; fewer at the end of the file."""
-        return _ask(str(self), "cat_file", start=start, end=stop)
+        return self._ask("cat_file", start=start, end=stop)
 
     def version(self) -> str:
         """Its size and what the server calls its version: changes when the content does."""
-        info = _ask(str(self), "info")
+        info = self._ask("info")
         version = (info.get(key) for key in ("ETag", "etag", "checksum", "blob_id", "mtime"))
         return f"{info.get('size')} {next(filter(None, version), '')}"
+
+    def _ask(self, method: str, missing: Any = None, **options: Any) -> Any:
+        """What a method of the file system returns; ``missing``, if given, where there is nothing.
+        (Those that say it themselves, as ``isfile``, take a lost connection for nothing too.)"""
+        system, path = _system(str(self))
+
+        def ask() -> Any:
+            try:
+                return getattr(system, method)(path, **options)
+            except FileNotFoundError:
+                if missing is None:
+                    raise
+                return missing
+
+        return _tried(str(self), ask)
 
 
 AnyPath = Path | RemotePath
@@ -167,46 +171,34 @@ def npy_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
     return numpy.lib.format.read_array_header_2_0(file)
 
 
-class _RemoteFile(io.RawIOBase):
+class _RetryingFile:
     """fsspec's file, each read of which is tried again from where it began."""
 
-    def __init__(self, address: str):
-        self._address = address
-        self._file: Any = _ask(address, "open", mode="rb", block_size=_BLOCK_BYTES)
+    def __init__(self, address: str, file: Any):
+        self._address, self._file = address, file
 
-    def readable(self) -> bool:
-        return True
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
-    def seekable(self) -> bool:
-        return True
+    def __enter__(self) -> "_RetryingFile":
+        return self
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
+    def read(self, size: int = -1) -> bytes:
         position = self._file.tell()
 
         def read() -> bytes:
             self._file.seek(position)
-            return self._file.read(len(buffer))
+            return self._file.read(size)
 
-        content = _tried(self._address, read)
+        return _tried(self._address, read)
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-def _ask(address: str, method: str, **options: Any) -> Any:
-    """What a method of the address's file system returns for it."""
-    system, path = _system(address)
-    return _tried(address, lambda: getattr(system, method)(path, **options))
 
 
 def _system(address: str) -> tuple[Any, str]:
