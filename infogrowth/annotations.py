@@ -89,17 +89,19 @@ def as_id(value: Any) -> str | None:
     return str(value) or None
 
 
-def read_ids(path: str | os.PathLike[str], what: str = "the seed list") -> frozenset[str]:
+def read_ids(path: str | os.PathLike[str]) -> frozenset[str]:
     """Sample ids from a JSON list of them, or from an annotation file.
 
     Raises:
         UserError: it is neither, or empty.
     """
-    entries = read_json(path, what, list)
+    entries = read_json(path, "the seed list", list)
     ids = [as_id(entry.get("image") if isinstance(entry, dict) else entry) for entry in entries]
     names = frozenset(name for name in ids if name is not None)
     if not ids or None in ids:
-        raise UserError(f"{what} {path} must be a JSON list of sample ids, or an annotation file")
+        raise UserError(
+            f"the seed list {path} must be a JSON list of sample ids, or an annotation file"
+        )
     return names
 
 

@@ -139,7 +139,6 @@ class FeatureStream:
 
     Attributes:
         path: the folder or file, as given.
-        layout: ``"clip-retrieval"``, ``"DataComp"`` or ``"arrays"``.
         rows: number of samples.
         dimension: the one width of all features, 0 where there are none.
         dimensions: it by the spaces that are read.
@@ -152,12 +151,11 @@ class FeatureStream:
     def __init__(
         self,
         folder: AnyPath,
-        layout: str,
         shards: Sequence[FeatureShard],
         description: dict[str, Any],
     ):
         self.path, self._folder = str(folder), folder
-        self.layout, self.description = layout, description
+        self.description = description
         self.shards = list(shards)
         counts = (shard.rows for shard in self.shards)
         *self._starts, self.rows = itertools.accumulate(counts, initial=0)

@@ -75,16 +75,16 @@ def open_features(
             asked for, as of a table of recaptions, there may be none).
     """
 
-    def stream(layout: str, shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
+    def stream(shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            found = FeatureStream(folder, layout, list(pool.map(call, shards)), about)
+            found = FeatureStream(folder, list(pool.map(call, shards)), about)
         if found.rows == 0 and tuple(spaces) != ("text",):
             raise UserError(f"the features {path} hold no samples")
         return found
 
     folder = as_path(path)
     if folder.is_file():
-        return stream("arrays", [partial(arrays_shard, folder, spaces, extra)], {})
+        return stream([partial(arrays_shard, folder, spaces, extra)], {})
     if not folder.is_dir():
         raise UserError(f"the features {path} do not exist; check the path")
     about = folder / "features.json"
@@ -103,12 +103,12 @@ def open_features(
                 f"{path} has {len(shards)} feature shards, but its features.json counts {planned}; "
                 "files are missing, write them again with `python -m infogrowth embed`"
             )
-        return stream("clip-retrieval", shards, description)
+        return stream(shards, description)
     if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
-        return stream("clip-retrieval", [], description)
+        return stream([], description)
     if found := find_datacomp(folder, spaces, key, extra):
         shards, chosen = found
-        return stream("DataComp", shards, {"encoder": {"name": f"DataComp {chosen}"}})
+        return stream(shards, {"encoder": {"name": f"DataComp {chosen}"}})
     raise UserError(
         f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
         "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"

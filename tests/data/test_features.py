@@ -48,7 +48,7 @@ def collected(stream, **options):
 
 def test_the_stream_is_the_shards_one_after_the_other(folder):
     stream = open_features(folder)
-    assert (stream.rows, stream.dimension, stream.layout) == (23, 6, "clip-retrieval")
+    assert (stream.rows, stream.dimension) == (23, 6)
     for batch_size, start in itertools.product((1, 4, 7, 23, 100), (0, 5, 13, 22)):
         check_batches(stream, batch_size, start)
 
@@ -226,7 +226,6 @@ def datacomp(folder, keys=("b32", "l14")):
 def test_datacomp_pairs_of_parquet_and_npz(tmp_path, target):
     datacomp(tmp_path / target)
     stream = open_features(tmp_path, key="l14")
-    assert stream.layout == "DataComp"
     assert stream.encoder == {"name": "DataComp l14"}
     batches, ids = collected(stream, batch_size=7)
     assert ids == [f"{row:032x}" for row in range(23)]
@@ -240,7 +239,7 @@ def test_datacomp_uids_need_not_end_in_a_number(tmp_path):
     for path in sorted((tmp_path / "metadata").iterdir()):
         path.rename(path.with_stem(path.stem[:-1] + "ab"[int(path.stem[-1])]))
     stream = open_features(tmp_path, key="b32")
-    assert (stream.layout, stream.rows) == ("DataComp", 23)
+    assert (stream.encoder, stream.rows) == ({"name": "DataComp b32"}, 23)
 
 
 def test_datacomp_with_one_kind_of_features_needs_no_key(tmp_path):
