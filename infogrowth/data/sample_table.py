@@ -126,10 +126,11 @@ class SampleTable:
             UserError: it is no single expression, names a column that is not there, would not be
                 the same each time, or fails.
         """
-        tree = self._parsed(condition)
-        clauses = [self._sql(clause) for clause in _clauses(tree)]
-        where = " AND ".join(clauses)
-        try:  # before work is done: are all names those of columns?
+        try:
+            tree = self._parsed(condition)
+            clauses = [self._sql(clause) for clause in _clauses(tree)]
+            where = " AND ".join(clauses)
+            # Before work is done: are all names those of columns?
             self._base.execute(f"EXPLAIN SELECT 1 FROM {_join(self.scores)} WHERE {where}")
             used = [(t, [c for c in t.columns if _names(tree, t.name, c)]) for t in self.scores]
             used = [(table, columns) for table, columns in used if columns]
@@ -185,27 +186,22 @@ class SampleTable:
 
     def _parsed(self, condition: str) -> dict[str, Any]:
         """The syntax tree of a condition: one expression, whose value is the same each time."""
-        if not condition.strip():
-            raise UserError("the condition is empty; give an SQL expression over columns")
-        refused = f"the condition {condition!r} must be one SQL expression over columns"
+        duckdb.SQLExpression(condition)  # raises where it closes the brackets that come around it
         statement = f"SELECT 1 WHERE (\n{condition}\n)"
         answer = json.loads(self._answer("SELECT json_serialize_sql($1)", statement))
         if answer["error"]:
-            raise UserError(f"{refused}: {answer['error_message']}")
-        nodes = [entry["node"] for entry in answer["statements"]]
-        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE"
-        if not plain or self._answer("SELECT json_deserialize_sql($1)", json.dumps(answer)) != (
-            f"SELECT 1 WHERE {self._sql(nodes[0]['where_clause'])}"
-        ):
-            raise UserError(f"{refused}, nothing around it")
-        tree = nodes[0]["where_clause"]
+            raise duckdb.ParserException(answer["error_message"])
+        tree = answer["statements"][0]["node"]["where_clause"]
         volatile = self._rows(
             "SELECT DISTINCT lower(function_name) FROM duckdb_functions() "
             "WHERE stability = 'VOLATILE'"
         )
         for node in _walk(tree):
             if node["class"] in _REFUSED:
-                raise UserError(f"{refused}; it holds {_REFUSED[node['class']]}")
+                raise UserError(
+                    f"the condition {condition!r} must be an expression over columns alone; "
+                    f"it holds {_REFUSED[node['class']]}"
+                )
             name = str(node.get("function_name", "")).lower()
             if _SESSION.fullmatch(name) or (name,) in volatile:
                 raise UserError(
