@@ -15,12 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from infogrowth.evaluation.truth import (
-    auroc,
-    detection,
-    score_captions,
-    share_in_lowest_decile,
-)
+from infogrowth.evaluation.truth import auroc, detection, score_captions
 from infogrowth.files import atomic_write_json, read_json
 from infogrowth.growth.ledger import read_growth
 from infogrowth.report.training_runs import read_run
@@ -73,6 +68,7 @@ def score() -> dict[str, Any]:
     annotations = growth.annotations()
     copied = [truth[entry["image"]]["copy_of"] is not None for entry in annotations]
     gains = np.array([entry["gains"] for entry in annotations]).mean(axis=1)
+    in_lowest_tenth = gains.argsort(kind="stable").argsort() < len(gains) // 10
     recalls = {name: read_run(folder).recall_table["r_mean"] for name, folder in TRAINED.items()}
     estimate = growth.estimate()
     assert estimate is not None
@@ -85,7 +81,7 @@ def score() -> dict[str, Any]:
         "noise_recall": round(recall, 4),
         "alignment_auroc": round(auroc(decisions.original_alignment.to_numpy(), ~swapped), 4),
         "copies": sum(copied),
-        "copies_in_lowest_gain_decile": round(share_in_lowest_decile(gains, copied), 4),
+        "copies_in_lowest_gain_decile": round(detection(in_lowest_tenth, copied)[1], 4),
         "min_align": round(growth.settings["min_align"], 4),
         "wrong_before": round(captions.wrong_before, 4),
         "wrong_after": round(captions.wrong_after, 4),

@@ -160,14 +160,11 @@ def read_file(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             return _unwrapped(tensors), config
     content = read_plain(file)
-    config = content.get("config") if isinstance(content, dict) else None
-    while isinstance(content, dict):
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-        if not inner:
-            break
+    content = content if isinstance(content, dict) else {}
+    config = content.get("config")
+    while inner := [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]:
         content = inner[0]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {name: tensor for name, tensor in named if isinstance(tensor, torch.Tensor)}
+    tensors = {name: each for name, each in content.items() if isinstance(each, torch.Tensor)}
     if not tensors:
         keys = ", ".join(map(repr, _WRAPPERS))
         raise UserError(f"{file} holds no named weights, neither at its top nor under {keys}")
@@ -193,12 +190,11 @@ def read_plain(file: str | os.PathLike[str]) -> Any:
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights without what torch.compile, FSDP and activation checkpointing put into names, and
     without what DistributedDataParallel and Lightning put before all of them."""
-    names = {name: _INSERTED.sub("", name) for name in tensors}
+    tensors = {_INSERTED.sub("", name): tensor for name, tensor in tensors.items()}
     for prefix in _PREFIXES * 2:
-        dotted = [name for name in names.values() if "." in name]
-        if dotted and all(name.startswith(prefix) for name in dotted):
-            names = {name: short.removeprefix(prefix) for name, short in names.items()}
-    return {names[name]: tensor for name, tensor in tensors.items()}
+        if all(name.startswith(prefix) for name in tensors if "." in name):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def to_huggingface_name(name: str) -> str:

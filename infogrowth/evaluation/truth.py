@@ -68,15 +68,3 @@ def score_captions(decisions: pd.DataFrame, truth: Mapping[str, Collection[str]]
         recaptioned=int(recaptioned.sum()),
         recaptions_right=int((recaptioned & now).sum()),
     )
-
-
-def share_in_lowest_decile(gains: np.ndarray, marked: np.ndarray) -> float:
-    """Share of the marked samples whose gain is in the lowest tenth of all ``(N,)`` gains.
-
-    A random choice of samples would score 0.1.
-    """
-    marked = np.asarray(marked, dtype=bool)
-    if not marked.any():
-        raise ValueError("no sample is marked")
-    lowest = np.argsort(gains, kind="stable")[: len(gains) // 10]
-    return float(marked[lowest].sum() / marked.sum())

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from infogrowth.evaluation.truth import auroc, detection, score_captions, share_in_lowest_decile
+from infogrowth.evaluation.truth import auroc, detection, score_captions
 
 
 def test_area_under_the_curve_is_the_chance_to_rank_a_pair_rightly():
@@ -40,8 +40,3 @@ def test_captions_are_scored_before_and_after():
     score = score_captions(decisions, truth)
     assert (score.wrong_before, score.wrong_after) == (1 / 2, 1 / 3)
     assert (score.right_kept, score.recaptions_right, score.recaptioned) == (1 / 2, 1, 1)
-
-
-def test_share_in_lowest_decile():
-    gains = np.arange(40.0)[::-1]
-    assert share_in_lowest_decile(gains, gains < 8) == 0.5
