@@ -69,14 +69,13 @@ def as_matrix(values: Any, what: str) -> np.ndarray:
             if matrix.dtype.kind not in "fiub":
                 raise ValueError(f"of type {matrix.dtype}")
             matrix = matrix.astype(np.float64)
+        if matrix.ndim != 2 or matrix.shape[1] == 0:
+            raise ValueError(f"of shape {matrix.shape}")
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{what} must be an array of numbers with one row per sample, not {error}."
+            f"{what} must be an array of numbers (samples, dimension), one row per sample, not "
+            f"{error}."
         ) from None
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise UserError(
-            f"{what} must have the shape (samples, dimension), not {tuple(matrix.shape)}."
-        )
     return matrix
 
 
