@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 
 from infogrowth import distributed
-from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import save_folder
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import run_script
 from infogrowth.config import option

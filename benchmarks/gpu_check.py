@@ -464,8 +464,8 @@ def embedding(machine: Machine) -> Iterator[Row]:
 def golden(machine: Machine) -> Iterator[Row]:
     """A pretraining step from the fixtures in each precision, with and without recomputation."""
     from infogrowth.blip import momentum
-    from infogrowth.blip.checkpoint import load_weights
     from infogrowth.blip.pretrain import BlipPretrain
+    from infogrowth.blip.pretrained import load_weights
     from infogrowth.training.options import Precision
 
     arrays = np.load(GOLDEN / "pretrain_arrays.npz")

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
 from infogrowth.annotations import Annotation, gains_array, load_annotations
-from infogrowth.blip.checkpoint import initialize, load_weights, save_folder
 from infogrowth.blip.config import Stem, preset
 from infogrowth.blip.pretrain import OBJECTIVES, BlipPretrain, Objective
+from infogrowth.blip.pretrained import initialize, load_weights, save_folder
 from infogrowth.blip.text import load_tokenizer, save_vocabulary, tokenize
 from infogrowth.cli import run_script
 from infogrowth.config import option

@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from infogrowth import distributed
-from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_blip, save_folder
 from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import save_vocabulary, tokenize
 from infogrowth.cli import run_script

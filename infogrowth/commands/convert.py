@@ -29,7 +29,7 @@ class Config:
 def run(config: Config) -> int:
     """Convert one checkpoint. Raises UserError: a checkpoint that cannot be had or is not whole, or
     an output that does not fit."""
-    from infogrowth.blip.checkpoint import load_blip, save_huggingface, save_official
+    from infogrowth.blip.pretrained import load_blip, save_huggingface, save_official
     from infogrowth.blip.text import save_vocabulary
     from infogrowth.blip.weights import read_weights
 

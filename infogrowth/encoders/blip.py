@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.model import BlipCaptioner, BlipDual
+from infogrowth.blip.pretrained import load_blip
 from infogrowth.data.text import pre_caption
 from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.models import (

@@ -13,8 +13,8 @@ import infogrowth.threads  # noqa: F401 - before torch
 
 import torch
 
-from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_blip, save_folder
 from infogrowth.cli import run_script
 from infogrowth.config import option
 

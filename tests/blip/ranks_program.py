@@ -10,9 +10,9 @@ from spying import hardest_negatives, watched
 from torch.nn.parallel import DistributedDataParallel
 
 from infogrowth import distributed
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_weights
 from infogrowth.blip.retrieval import BlipRetrieval
 
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.model import BlipCaptioner
+from infogrowth.blip.pretrained import load_weights
 
 
 @pytest.fixture(scope="module")

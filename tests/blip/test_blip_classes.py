@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from infogrowth.blip.checkpoint import (
+from infogrowth.blip.config import BlipConfig
+from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import (
     initialize,
     load_blip,
     load_weights,
@@ -11,9 +14,6 @@ from infogrowth.blip.checkpoint import (
     save_huggingface,
     save_official,
 )
-from infogrowth.blip.config import BlipConfig
-from infogrowth.blip.model import BlipDual
-from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.weights import read_weights
 from infogrowth.errors import UserError
 

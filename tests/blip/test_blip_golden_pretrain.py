@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from spying import watched
 
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_weights
 
 
 def fresh(config, golden):

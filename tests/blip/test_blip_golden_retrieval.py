@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from spying import watched
 
-from infogrowth.blip.checkpoint import load_blip, load_weights
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_blip, load_weights
 from infogrowth.blip.retrieval import BlipRetrieval
 
 

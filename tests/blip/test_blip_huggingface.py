@@ -13,9 +13,9 @@ from transformers import (
     BlipProcessor,
 )
 
-from infogrowth.blip.checkpoint import load_blip, load_weights, save_folder, save_huggingface
 from infogrowth.blip.model import BlipCaptioner, BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_blip, load_weights, save_folder, save_huggingface
 from infogrowth.blip.text import open_with
 from infogrowth.blip.weights import read_weights
 from infogrowth.errors import UserError

@@ -5,10 +5,10 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from infogrowth.blip.checkpoint import initialize
 from infogrowth.blip.config import preset
 from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import initialize
 from infogrowth.errors import UserError
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from spying import hardest_negatives, watched
 
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_weights
 from infogrowth.blip.retrieval import BlipRetrieval
 
 

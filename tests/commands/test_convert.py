@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.config import BlipConfig
 from infogrowth.blip.model import BlipDual
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import load_blip, save_folder
 from infogrowth.cli import main
 
 CONFIG = BlipConfig(

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import save_folder
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features

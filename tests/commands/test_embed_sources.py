@@ -12,9 +12,9 @@ from drawn_images import jpeg
 from layouts import LAYOUTS, add_member, write_webdataset
 from PIL import Image
 
-from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import save_folder
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features

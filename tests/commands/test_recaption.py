@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infogrowth.blip.checkpoint import save_folder
 from infogrowth.blip.config import preset
 from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import save_folder
 from infogrowth.blip.text import load_tokenizer
 from infogrowth.cli import main
 from infogrowth.data.features import open_features
@@ -363,7 +363,7 @@ def test_another_captioner_or_choice_of_samples_is_refused(
 def test_another_encoder_than_that_of_the_images_is_refused(
     work, model, threshold, tmp_path, capsys
 ):
-    from infogrowth.blip.checkpoint import load_blip
+    from infogrowth.blip.pretrained import load_blip
 
     blip, tokenizer, _ = load_blip(model, BlipPretrain)
     blip.text_proj.bias.data.add_(0.1)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from infogrowth.blip.checkpoint import load_blip, save_folder
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_blip, save_folder
 from infogrowth.data.text import pre_caption
 from infogrowth.data.transforms import EvaluationTransform, normalized
 from infogrowth.encoders.loading import load_captioner, load_encoder

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from infogrowth import distributed
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.config import BlipConfig, preset
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_weights
 from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import load_tokenizer, open_with, tokenize
 from infogrowth.errors import UserError

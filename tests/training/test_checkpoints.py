@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from infogrowth.blip.checkpoint import load_weights
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_weights
 from infogrowth.errors import UserError
 from infogrowth.training import checkpoints
 from infogrowth.training.checkpoints import find, latest, load_checkpoint, save

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 from infogrowth.annotations import save_annotations
 from infogrowth.blip import model as blip_model
 from infogrowth.blip import momentum, vision, weights
-from infogrowth.blip.checkpoint import load_blip
 from infogrowth.blip.config import _PRESETS
 from infogrowth.blip.model import BlipDual
+from infogrowth.blip.pretrained import load_blip
 from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import tokenize
 from infogrowth.cli import run_script

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infogrowth.blip.checkpoint import (
+from infogrowth.blip.model import BlipCaptioner, BlipDual
+from infogrowth.blip.pretrain import BlipPretrain
+from infogrowth.blip.pretrained import (
     load_blip,
     load_weights,
     save_folder,
     save_official,
 )
-from infogrowth.blip.model import BlipCaptioner, BlipDual
-from infogrowth.blip.pretrain import BlipPretrain
 from infogrowth.blip.retrieval import BlipRetrieval
 from infogrowth.blip.text import save_vocabulary
 from infogrowth.blip.weights import Weights, read_weights

@@ -1,6 +1,5 @@
-"""Between models and their files: weights of any BLIP, or what BLIP starts from, into a model here,
-with a report of what happened; and a model into a folder of ours, an official file, or a Hugging
-Face folder."""
+"""Pretrained weights of any BLIP, or of what BLIP starts from, into a model here, with a report of
+what happened; and a model into a folder of ours, an official file, or a Hugging Face folder."""
 
 import json
 import logging
