@@ -146,8 +146,7 @@ class BlipConfig:
         """
         if self.vision_stem != "patch":
             raise UserError(
-                "transformers has no BLIP with a convolutional stem; keep this model as an "
-                "official .pth or in a folder of ours"
+                "transformers has no BLIP with a convolutional stem: give --to official"
             )
         vision = {theirs: getattr(self, ours) for ours, theirs in _VISION_NAMES.items()}
         return {

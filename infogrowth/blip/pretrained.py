@@ -236,10 +236,8 @@ def initialize(model: BlipDual, vision: PathLike = "auto", text: PathLike = "aut
     """
     size = (model.config.vision_width, model.config.vision_depth, model.config.patch_size)
     if vision == "auto" and size not in _VISION_FOR:
-        raise UserError(
-            f"no starting weights are published for an image transformer of width {size[0]} and "
-            f"depth {size[1]}; use `random` or a path"
-        )
+        shape = f"width {size[0]} and depth {size[1]}"
+        raise UserError(f"no ViT of {shape} is published: give `random`, `fan_in` or a path")
     vision = _VISION_FOR[size] if vision == "auto" else vision
     text = "bert-base-uncased" if text == "auto" else text
     sources = {  # BlipPretrain has a decoder as well

@@ -80,8 +80,7 @@ def find(directory: Path, wanted: str) -> Path | None:
     if wanted == "none":
         if latest(directory):
             raise UserError(
-                f"{directory} holds checkpoints of an earlier run; resume it with --resume auto, "
-                "give another --output_dir, or remove them"
+                f"{directory} holds an earlier run: give --resume auto, or another --output_dir"
             )
         return None
     path = Path(wanted)
@@ -104,8 +103,7 @@ def latest(directory: Path) -> Path | None:
     path = directory / pointer.read_text(encoding="utf-8").strip()
     if not path.is_file():
         raise UserError(
-            f"{pointer} names {path.name}, which is gone; restore it, give --resume PATH, or "
-            f"remove {pointer} to start anew"
+            f"{pointer} names {path.name}, which is gone: give --resume PATH, or remove {POINTER}"
         )
     return path
 
@@ -118,8 +116,5 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     state = read_plain(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT or "progress" not in state:
-        raise UserError(
-            f"{path} is not a checkpoint of a training run; to start from weights alone, give "
-            "them as --pretrained"
-        )
+        raise UserError(f"{path} is no checkpoint of a run: give weights alone as --pretrained")
     return state

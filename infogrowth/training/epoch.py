@@ -135,9 +135,7 @@ class TrainingState:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the checkpoint does not fit this configuration's model: {shorten(error, 300)}"
-            ) from error
+            raise UserError(f"the checkpoint is of another model: {shorten(error, 300)}") from error
         if self.precision.scaler.is_enabled() and state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
         self.progress.batch = self.loader.load_state_dict(state["sampler"])
