@@ -6,13 +6,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
 
 from infogrowth.errors import UserError, refusing, shorten
 from infogrowth.remote import RemotePath, as_path
-
-if TYPE_CHECKING:
-    import numpy as np
 
 TEMPORARY_MARK = ".tmp-"
 
@@ -80,10 +80,8 @@ def atomic_write_json(
         file.write(text + "\n")
 
 
-def atomic_write_array(path: str | os.PathLike[str], *parts: "np.ndarray") -> None:
+def atomic_write_array(path: str | os.PathLike[str], *parts: np.ndarray) -> None:
     """Write an array, or several one after the other, as one .npy file."""
-    from numpy.lib import format as npy
-
     header = npy.header_data_from_array_1_0(parts[0])
     header["shape"] = (sum(map(len, parts)), *parts[0].shape[1:])
     header["fortran_order"] = False

@@ -15,6 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+from numpy.lib import format as npy
+
 from infogrowth.errors import UserError, shorten
 
 retries: Counter[str] = Counter()
@@ -150,8 +153,6 @@ class RemoteArray:
             raise UserError(f"{path} is stored column by column; save it in C order")
 
     def __getitem__(self, rows: slice) -> Any:
-        import numpy
-
         start, stop, _ = rows.indices(self.shape[0])
         width = self.dtype.itemsize * math.prod(self.shape[1:])
         count = max(0, stop - start)
@@ -159,16 +160,14 @@ class RemoteArray:
         content = self._path.read_range(first, first + count * width) if count else b""
         if len(content) != count * width:
             raise UserError(f"{self._path} is shorter than its header says; write it again")
-        return numpy.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
+        return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
 
 
 def npy_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
     """Shape, order and type of the array in an opened npy file, which then stands at its rows."""
-    import numpy
-
-    if numpy.lib.format.read_magic(file) == (1, 0):
-        return numpy.lib.format.read_array_header_1_0(file)
-    return numpy.lib.format.read_array_header_2_0(file)
+    if npy.read_magic(file) == (1, 0):
+        return npy.read_array_header_1_0(file)
+    return npy.read_array_header_2_0(file)
 
 
 class _RetryingFile:
