@@ -75,44 +75,34 @@ def open_features(
             asked for, as of a table of recaptions, there may be none).
     """
 
-    def stream(shards: Sequence[Openable], about: dict[str, Any]) -> FeatureStream:
-        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            found = FeatureStream(folder, list(pool.map(call, shards)), about)
-        if found.rows == 0 and tuple(spaces) != ("text",):
-            raise UserError(f"the features {path} hold no samples")
-        return found
-
     folder = as_path(path)
-    if folder.is_file():
-        return stream([partial(arrays_shard, folder, spaces, extra)], {})
-    if not folder.is_dir():
-        raise UserError(f"the features {path} do not exist; check the path")
-    about = folder / "features.json"
     description: dict[str, Any] = {}
-    if about.is_file():
-        description = read_json(about, "the features' description", dict)
-    if description.get("finished") is False:
-        raise UserError(
-            f"the features in {path} are not finished (the run that writes them was interrupted "
-            "or is still going); run the same command again, then this one"
-        )
-    if shards := find_shards(folder, spaces, extra):
-        planned = description.get("shards")
-        if isinstance(planned, int) and planned != len(shards):
+    if folder.is_file():
+        shards: list[Openable] = [partial(arrays_shard, folder, spaces, extra)]
+    elif folder.is_dir():
+        if (about := folder / "features.json").is_file():
+            description = read_json(about, "the features' description", dict)
+        if description.get("finished") is False:
+            raise UserError(
+                f"the features in {path} are not finished (the run that writes them was "
+                "interrupted or is still going); run the same command again, then this one"
+            )
+        shards = find_shards(folder, spaces, extra)
+        planned = description.get("shards", len(shards))
+        if planned != len(shards):
             raise UserError(
                 f"{path} has {len(shards)} feature shards, but its features.json counts {planned}; "
                 "files are missing, write them again with `python -m infogrowth embed`"
             )
-        return stream(shards, description)
-    if description.get("shards") == 0:  # nothing needed a caption, or nothing could be embedded
-        return stream([], description)
-    if found := find_datacomp(folder, spaces, key, extra):
-        shards, chosen = found
-        return stream(shards, {"encoder": {"name": f"DataComp {chosen}"}})
-    raise UserError(
-        f"{path} holds no features: expected img_emb/*.npy, text_emb/*.npy and metadata/*.parquet "
-        "(python -m infogrowth embed writes them), or DataComp's parquet and npz pairs"
-    )
+        if not shards and "shards" not in description:
+            shards, description = find_datacomp(folder, spaces, key, extra)
+    else:
+        raise UserError(f"the features {path} do not exist; check the path")
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        stream = FeatureStream(folder, list(pool.map(call, shards)), description)
+    if stream.rows == 0 and tuple(spaces) != ("text",):
+        raise UserError(f"the features {path} hold no samples")
+    return stream
 
 
 def _tail(path: AnyPath) -> bytes:
@@ -239,13 +229,12 @@ def _column(path: AnyPath, names: Sequence[str], wanted: Sequence[str]) -> str:
 
 def find_datacomp(
     directory: AnyPath, spaces: Sequence[str], key: str | None, extra: Sequence[str]
-) -> tuple[list[Openable], str] | None:
+) -> tuple[list[Openable], dict[str, Any]]:
     """DataComp's shards in order of their names, and which of its encoders they are from.
 
-    Returns None when the folder (or its ``metadata/``) is not DataComp's.
-
     Raises:
-        UserError: a parquet without its npz or the other way, or ``key`` missing or ambiguous.
+        UserError: neither the folder nor its ``metadata/`` is DataComp's, a parquet without its npz
+            or the other way, or ``key`` missing or ambiguous.
     """
     for folder in (directory, directory / "metadata"):
         archives = {path.stem: path for path in folder.glob("*.npz")}
@@ -253,7 +242,11 @@ def find_datacomp(
         if archives:
             break
     else:
-        return None
+        raise UserError(
+            f"{directory} holds no features: expected img_emb/*.npy, text_emb/*.npy and "
+            "metadata/*.parquet (python -m infogrowth embed writes them), or DataComp's parquet "
+            "and npz pairs"
+        )
     for stem in sorted(archives.keys() ^ tables.keys()):
         missing = "parquet" if stem in archives else "npz"
         raise UserError(f"{folder / stem}.{missing} is missing: DataComp's files come in pairs")
@@ -267,12 +260,10 @@ def find_datacomp(
             "choose b32_img and b32_txt, or l14_img and l14_txt, with --feature-key: "
             f"{archive} holds {', '.join(names) or 'nothing'}"
         )
-    chosen = wanted[0]
-    members = {space: f"{chosen}_{'img' if space == 'image' else 'txt'}" for space in spaces}
-
-    stems = sorted(tables)
-    open_pair = partial(_npz_shard, members=members, extra=extra)
-    return [partial(open_pair, archives[stem], tables[stem]) for stem in stems], chosen
+    members = {space: f"{wanted[0]}_{'img' if space == 'image' else 'txt'}" for space in spaces}
+    pairs = [(archives[stem], tables[stem]) for stem in sorted(tables)]
+    shards: list[Openable] = [partial(_npz_shard, *pair, members, extra) for pair in pairs]
+    return shards, {"encoder": {"name": f"DataComp {wanted[0]}"}}
 
 
 def _npz_shard(
