@@ -103,6 +103,12 @@ class Layout:
         self.starts, self.widths = starts.numpy(), widths.numpy()
 
 
+    def take(self, cells_B: np.ndarray) -> torch.Tensor:
+        """The numbers (B, W) of cells of one width."""
+        at = self.starts[cells_B, None] + np.arange(self.widths[cells_B[0]])
+        return self.numbers[torch.from_numpy(at).to(self.numbers.device)]
+
+
 class Cells:
     """Centers, and the two cells of every row of this rank, in order of the rows."""
 

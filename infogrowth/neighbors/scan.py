@@ -42,6 +42,7 @@ PARTS = 4  # of the work, for each thread: so they end at about the same time
 
 Map = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 Tensors = tuple[torch.Tensor, ...]
+Tile = tuple[np.ndarray, np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ class Scan:
         self._crowded_N = torch.zeros_like(queries.visible, dtype=torch.bool)
         found: list[Tensors] = []
         for cell_S, query_S in passes:
-            work = partial(self._multiply, query_S[cell_S.argsort(stable=True)])
-            found += self._threads(work, self._tiles(cell_S))
+            slot_S, tiles = self._tiles(cell_S)
+            query_S = query_S[cell_S.argsort(stable=True)[slot_S.to(cell_S.device)]]
+            found += self._threads(partial(self._multiply, query_S), tiles)
         hits = tuple(map(torch.cat, zip(*found, strict=True)))
         edges = range(0, count + 1, max(1, -(-count // PARTS)))
         decided = self._threads(partial(self._decide, hits), list(pairwise([*edges[:-1], count])))
@@ -106,9 +108,9 @@ class Scan:
 
     # --- multiplying -----------------------------------------------------------------------------
 
-    def _tiles(self, cell_S: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """What to multiply together: cells (B,) of one width, where the queries of each begin in
-        the slots in order of cells, and how many these are."""
+    def _tiles(self, cell_S: torch.Tensor) -> tuple[torch.Tensor, list[Tile]]:
+        """The slots in order of cells (S,) in another order, and what to multiply together of these:
+        cells (B,) of one width, how many slots each has, and which is the first slot of all."""
         scores, cells = TILE[self._device]
         widths = self._layout.widths
         sizes = torch.bincount(cell_S, minlength=len(widths)).cpu().numpy()
@@ -119,28 +121,29 @@ class Scan:
         parts = -(-sizes[read] // most)
         cell, most = np.repeat(read, parts), np.repeat(most, parts)
         offset = (np.arange(len(cell)) - np.repeat(np.cumsum(parts) - parts, parts)) * most
-        begin, size = begins[cell] + offset, np.minimum(sizes[cell] - offset, most)
+        size = np.minimum(sizes[cell] - offset, most)
+        first = np.cumsum(size) - size
+        slot = np.arange(size.sum()) + np.repeat(begins[cell] + offset - first, size)
         full = np.cumsum(size * widths[cell]) // scores
         tile = np.stack([widths[cell], full, np.arange(len(cell)) // cells])
         edges = [0, *(np.flatnonzero((np.diff(tile) != 0).any(0)) + 1).tolist(), len(cell)]
-        return [(cell[a:b], begin[a:b], size[a:b]) for a, b in pairwise(edges) if b > a]
+        spans = [slice(a, b) for a, b in pairwise(edges) if b > a]
+        return torch.from_numpy(slot), [(cell[s], size[s], first[s.start]) for s in spans]
 
-    def _multiply(
-        self, query_S: torch.Tensor, tile: tuple[np.ndarray, np.ndarray, np.ndarray]
-    ) -> Tensors:
+    def _multiply(self, query_S: torch.Tensor, tile: Tile) -> Tensors:
         """The hits of a tile."""
-        cell_B, begin_B, size_B = tile
-        width, starts_B = int(self._layout.widths[cell_B[0]]), self._layout.starts[cell_B]
-        number_BW = torch.stack([self._layout.numbers[at : at + width] for at in starts_B])
+        cell_B, size_B, first = tile
+        query_S = query_S[first : first + size_B.sum()]
+        number_BW = self._layout.take(cell_B)
+        width = number_BW.shape[1]
         cell_S = torch.from_numpy(np.arange(len(size_B)).repeat(size_B)).to(query_S.device)
-        query_S = torch.cat([query_S[a : a + n] for a, n in zip(begin_B, size_B, strict=True)])
         score_SW = self._scores(query_S, number_BW, size_B.tolist())
         group_SML = score_SW.view(len(query_S), self._layout.members, -1)
         limit_S = self._limit_N.index_select(0, query_S)
         visible_S = self._queries.visible.index_select(0, query_S)
         enough, grouped = group_SML.shape[2] >= self._k, self._layout.members > 1
         if raising := enough and (grouped or bool((limit_S == NO_LIMIT).any())):
-            first_B1 = self._queries.visible[:1].expand(len(starts_B), 1).contiguous()
+            first_B1 = self._queries.visible[:1].expand(len(size_B), 1).contiguous()
             late = int(torch.searchsorted(number_BW, first_B1).min())  # before, all see all
             unseen_SW = number_BW[:, late:].index_select(0, cell_S) >= visible_S[:, None]
             score_SW[:, late:].masked_fill_(unseen_SW, 2 * NO_LIMIT)
@@ -210,7 +213,7 @@ class Scan:
             self._leave(crowded_N.nonzero()[:, 0] + begin)
             others = others[~crowded_N[query[others]]]
         product[others] = self._cosines(query[others] + begin, row[others])
-        order, rank = _ranks(query, -product, count)
+        order, rank = _ranks(query, _ordered(-product), count)
         order, rank = order[rank < k], rank[rank < k]
         products = torch.full((count, k), -torch.inf, dtype=torch.float64, device=query.device)
         positions = torch.full_like(products, -1, dtype=torch.int64)
@@ -252,6 +255,12 @@ def _ranks(query: torch.Tensor, keys: torch.Tensor, queries: int) -> Tensors:
     sizes = torch.bincount(query, minlength=queries)
     starts = sizes.cumsum(0) - sizes
     return order, torch.arange(len(order), device=order.device) - starts[query[order]]
+
+
+def _ordered(values: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of float64 values: they are sorted several times as fast."""
+    bits = (values + 0.0).view(torch.int64)  # no -0.0
+    return bits ^ ((bits >> 63) & (2**63 - 1))
 
 
 def _argsort(keys: torch.Tensor) -> torch.Tensor:
