@@ -33,7 +33,7 @@ from infogrowth.neighbors.store import RowStore
 from infogrowth.rows import fold_sum
 
 NO_LIMIT, NOTHING = -(2**30), 2**30  # limits that all scores reach, and none
-FINE_ERROR = 2.0**-51  # of a float64 product, per column
+FINE_UNIT = 2.0**29  # of scores that are products in float64, rounded
 CROWD = 256  # hits of a query, and eight a neighbor, beyond which codes are too coarse
 ROOM = 64  # hits of a query in a cell, on average, from which on each is counted
 TILE = {"cpu": (1 << 21, 64), "cuda": (1 << 27, 256)}  # scores, cells: held at once
@@ -69,7 +69,7 @@ class Scan:
     Args:
         rows, codes: the rows by number; a product of codes is `unit` cosines.
         threads: a `map` that shares the work.
-        fine: scores are products of rows in float64 instead.
+        fine: scores are products of rows instead, in `FINE_UNIT`.
     """
 
     def __init__(
@@ -78,16 +78,15 @@ class Scan:
     ) -> None:  # fmt: skip
         self._layout, self._rows, self._codes, self._k = layout, rows, codes, k
         self._threads, self._fine, self._device = threads, fine, rows.device.type
-        self._unit, self._dtype = (1.0, torch.float64) if fine else (unit, torch.int32)
+        self._unit = FINE_UNIT if fine else unit
         self._finer = partial(Scan, layout, rows, codes, unit, k, threads, True)
 
     def nearest(self, queries: Queries, passes: list[Tensors]) -> Tensors:
         """Positions (N, K) of the nearest rows, -1 where there are fewer, and cosines (N, K)
         float64. In each pass, slots are read: cells (S,) and the queries (S,) that read them."""
         self._queries, count = queries, len(queries)
-        error = FINE_ERROR * queries.rows.shape[1] if self._fine else queries.error * self._unit
-        self._error_N = torch.zeros_like(queries.error) + error
-        self._limit_N = torch.full_like(queries.visible, NO_LIMIT, dtype=self._dtype)
+        self._error_N = torch.ones_like(queries.error) if self._fine else queries.error * self._unit
+        self._limit_N = torch.full_like(queries.visible, NO_LIMIT, dtype=torch.int32)
         self._crowded_N = torch.zeros_like(queries.visible, dtype=torch.bool)
         found: list[Tensors] = []
         for cell_S, query_S in passes:
@@ -150,8 +149,8 @@ class Scan:
         maxima_SL = group_SML.amax(1) if grouped else score_SW
         if raising:
             kth_S = best_of(maxima_SL, self._k)[:, 0] - 2 * self._error_N.index_select(0, query_S)
-            kth_S = kth_S.clamp(min=NO_LIMIT) if self._fine else kth_S.clamp(min=NO_LIMIT).floor()
-            self._limit_N[query_S] = limit_S = limit_S.maximum(kth_S.to(self._dtype))
+            kth_S = kth_S.floor().clamp(min=NO_LIMIT).int()
+            self._limit_N[query_S] = limit_S = limit_S.maximum(kth_S)
         slot, column, score = _reaching(maxima_SL, limit_S)
         if grouped:
             hit, step, score = _reaching(group_SML[slot, :, column], limit_S[slot])
@@ -168,16 +167,17 @@ class Scan:
     ) -> torch.Tensor:
         """Scores (S, W) of queries with the rows of their cell, `sizes` queries each."""
         (cells, width), rows = number_BW.shape, self._codes.rows
-        score_SW = _scratch("scores", (len(query_S), width), self._dtype, query_S.device)
+        score_SW = _scratch("scores", (len(query_S), width), torch.int32, query_S.device)
         first, last = int(number_BW[0, 0]), int(number_BW[0, -1])
+        there = number_BW.view(-1).clamp(max=self._layout.rows - 1)
         if self._fine:
-            there = number_BW.view(-1).clamp(max=self._layout.rows - 1)
             left, right = self._queries.rows[query_S].double(), self._rows.take(there).double()
-        elif cells == 1 and last - first == width - 1 and last < self._layout.rows:
+            return score_SW.copy_((multiply(left, right, sizes) * FINE_UNIT).round_())
+        if cells == 1 and last - first == width - 1 and last < self._layout.rows:
             left, right = self._queries.codes[query_S], rows[first : last + 1]
         else:
             left = _take("queries", self._queries.codes, query_S)
-            right = _take("rows", rows, number_BW.view(-1).clamp(max=self._layout.rows - 1))
+            right = _take("rows", rows, there)
         return multiply(left, right, sizes, score_SW)
 
     def _leave(self, query: torch.Tensor) -> None:
