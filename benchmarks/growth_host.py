@@ -76,6 +76,11 @@ class FreeIndex:
         products = np.where(absent, -np.inf, np.resize(self._products, positions.shape))
         return Neighbors(np.where(absent, -1, positions), products)
 
+    def search_and_extend(self, queries: np.ndarray, joins: np.ndarray) -> Any:
+        found = self.search(queries, self.count + np.cumsum(joins) - joins)
+        self.count += int(joins.sum())
+        return found
+
     def describe(self) -> str:
         return "free"
 

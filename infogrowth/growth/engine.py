@@ -162,7 +162,7 @@ class InfoGrowth:
         if self.modality == "image":
             # Single-modal data: a sample joins if its label agrees with its nearest kept neighbors.
             for rows in batch.blocks(LABEL_BLOCK_ROWS):
-                self._look_up("image", batch, rows, np.full(rows.stop - rows.start, len(self)))
+                self._look_up(batch, rows, None)
                 dataset = self._captions, self._class_counts, self._known
                 agreed = passed or Reason.LABEL_AGREES
                 joins = clean_labels(batch, rows, min_align, agreed, *dataset)
@@ -179,22 +179,24 @@ class InfoGrowth:
             repeated = self._repeated(batch.ids[rows], aligned[rows])
             batch.reason[rows][repeated] = Reason.DUPLICATE_ID
             joins = aligned[rows] & ~repeated
-            # The block joins the indexes at once, and each sample sees those that came before it.
-            visible = len(self) + np.cumsum(joins) - joins
-            for space, features in batch.features.items():
-                self._indexes[space].extend(features[rows][joins])
-                self._look_up(space, batch, rows, visible)
+            self._look_up(batch, rows, joins)
             self._keep(batch, rows, joins)
         return batch
 
-    def _look_up(self, space: str, batch: Decisions, rows: slice, visible: np.ndarray) -> None:
-        """Enter the nearest samples among the first `visible` (n,) of the dataset in `batch`."""
+    def _look_up(self, batch: Decisions, rows: slice, joins: np.ndarray | None) -> None:
+        """Enter the nearest samples of a block in `batch`: those of the dataset and, where it is
+        known who `joins` (n,), those of the block that join before."""
         usable: Any = batch.usable[rows]
         if usable.all():
             usable = slice(None)  # spares copies
-        found = self._indexes[space].search(batch.features[space][rows][usable], visible[usable])
-        entered = batch.neighbors[space].part(rows)
-        entered.positions[usable], entered.products[usable] = found.positions, found.products
+        for space, features in batch.features.items():
+            index, queries = self._indexes[space], features[rows][usable]
+            if joins is None:
+                found = index.search(queries, np.full(len(queries), len(self)))
+            else:
+                found = index.search_and_extend(queries, joins[usable])
+            entered = batch.neighbors[space].part(rows)
+            entered.positions[usable], entered.products[usable] = found.positions, found.products
 
     def _keep(self, batch: Decisions, rows: slice, joins: np.ndarray) -> None:
         """Enter the block's gains, and remember the samples that join, which the indexes hold."""

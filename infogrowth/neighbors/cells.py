@@ -30,6 +30,8 @@ WIDTH = 16  # of which cells' widths are multiples, so that many are alike
 PORTION = 1024  # rows compared with the centers at once
 TOGETHER = 1 << 16  # rows that get their cells at once
 
+Tensors = tuple[torch.Tensor, ...]
+
 
 def cell_count(rows: int) -> int:
     """How many cells so many rows get."""
@@ -37,13 +39,14 @@ def cell_count(rows: int) -> int:
 
 
 def learn_centers(
-    codes_SD: torch.Tensor, count: int, unit: float, random: np.random.Generator
-) -> torch.Tensor:
+    codes_SD: torch.Tensor, count: int, unit: float, random: np.random.Generator,
+    threads: Any = map,
+) -> torch.Tensor:  # fmt: skip
     """Spherical k-means: `count` centers (J, D) int8 of codes."""
     first = np.sort(random.choice(len(codes_SD), count, replace=False))
     centers_JD = codes_SD[torch.from_numpy(first).to(codes_SD.device)]
     for _ in range(ROUNDS):
-        cell_S = nearest(codes_SD, centers_JD, 1)[0][:, 0]
+        cell_S = nearest(codes_SD, centers_JD, 1, threads)[0][:, 0]
         sums_JD = torch.zeros(centers_JD.shape, dtype=torch.int32, device=codes_SD.device)
         sums_JD = sums_JD.index_add_(0, cell_S, codes_SD.int()).double()
         length_J = fold_sum(sums_JD.square()).sqrt()
@@ -102,7 +105,6 @@ class Layout:
         self.numbers[at] = (order[: len(moved)] // copies).int()
         self.starts, self.widths = starts.numpy(), widths.numpy()
 
-
     def take(self, cells_B: np.ndarray) -> torch.Tensor:
         """The numbers (B, W) of cells of one width."""
         at = self.starts[cells_B, None] + np.arange(self.widths[cells_B[0]])
@@ -122,28 +124,40 @@ class Cells:
     def __len__(self) -> int:
         return len(self.centers_JD)
 
-    def extend(self, codes_MD: torch.Tensor, surplus_M: torch.Tensor, threads: Any = map) -> None:
-        """Put those rows that have no cells yet into theirs, surplus ones into none."""
-        begun = len(self._of_row_M2)
-        if begun == len(codes_MD):
+    def nearest(self, codes_ND: torch.Tensor, threads: Any = map) -> Tensors:
+        """The cells (N, T) nearest to each row, as many as a row or a query may need, and the
+        products with their centers."""
+        return nearest(codes_ND, self.centers_JD, max(self.read, SECOND_AMONG), threads)
+
+    def extend(
+        self, codes_MD: torch.Tensor, surplus_M: torch.Tensor, known: Tensors = (),
+        threads: Any = map,
+    ) -> None:  # fmt: skip
+        """Put those rows that have no cells yet into theirs, surplus ones into none. For the last
+        of all rows it may be `known` which cells are nearest."""
+        begun, rows = len(self._of_row_M2), len(codes_MD)
+        if begun == rows:
             return
-        of_row_M2 = self._of_row_M2.new_empty((len(codes_MD), 2))
-        of_row_M2[:begun] = self._of_row_M2
-        for at in range(begun, len(codes_MD), TOGETHER):
-            part = slice(at, at + TOGETHER)
-            of_row_M2[part] = self.pairs(codes_MD[part], threads)
-        of_row_M2[begun:].masked_fill_(surplus_M[begun:, None], len(self))
-        self._of_row_M2, self._layout = of_row_M2, None
+        first = max(begun, rows - len(known[0])) if known else rows
+        found = [self._of_row_M2]
+        for at in range(begun, first, TOGETHER):
+            part = codes_MD[at : min(at + TOGETHER, first)]
+            found.append(self.pairs(*self.nearest(part, threads)))
+        if first < rows:
+            found.append(self.pairs(*(of_row[first - rows :] for of_row in known)))
+        self._of_row_M2, self._layout = torch.cat(found), None
+        self._of_row_M2[begun:].masked_fill_(surplus_M[begun:, None], len(self))
 
     def truncate(self, count: int) -> None:
         """Forget all rows from `count` on."""
         if count < len(self._of_row_M2):
             self._of_row_M2, self._layout = self._of_row_M2[:count], None
 
-    def passes(self, codes_ND: torch.Tensor, threads: Any) -> list[tuple[torch.Tensor, ...]]:
-        """Which cells (S,) queries (S,) read: each its nearest, then of the others that of rank
-        r < T if its center is nearly as near, by at most `NEARLY` · log(2 T / (r + 1)); or all."""
-        cells_NT, products_NT = nearest(codes_ND, self.centers_JD, self.read, threads)
+    def passes(self, near: Tensors) -> list[Tensors]:
+        """Which cells (S,) queries (S,) read, by those `near` them: each its nearest, then of the
+        others that of rank r < T if its center is nearly as near, by at most `NEARLY` ·
+        log(2 T / (r + 1)); or all."""
+        cells_NT, products_NT = (of_query[:, : self.read] for of_query in near)
         number_T = range(1, cells_NT.shape[1] + 1)
         within = [int(self._unit * NEARLY * log(2 * self.read / number)) for number in number_T]
         if self.read >= len(self):
@@ -151,7 +165,7 @@ class Cells:
         within_T = torch.tensor(within, dtype=products_NT.dtype, device=cells_NT.device)
         reads_NT = products_NT >= products_NT[:, :1] - within_T
         query_S, rank_S = reads_NT[:, 1:].nonzero().unbind(1)
-        all_N = torch.arange(len(codes_ND), device=cells_NT.device)
+        all_N = torch.arange(len(cells_NT), device=cells_NT.device)
         return [(cells_NT[:, 0], all_N), (cells_NT[query_S, rank_S + 1], query_S)]
 
     @property
@@ -161,13 +175,14 @@ class Cells:
             self._layout = Layout(self._of_row_M2, len(self))
         return self._layout
 
-    def pairs(self, codes_MD: torch.Tensor, threads: Any = map) -> torch.Tensor:
-        """The two cells (M, 2) of each row: with r and s the vectors from their centers c and d to
-        the row x, the second minimises |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d."""
-        cells_MT, products_MT = nearest(codes_MD, self.centers_JD, SECOND_AMONG, threads)
+    def pairs(self, cells_MT: torch.Tensor, products_MT: torch.Tensor) -> torch.Tensor:
+        """The two cells (M, 2) int32 of rows, given the nearest ones and the products with these:
+        with r and s the vectors from the centers c and d to the row x, the second minimises
+        |s|² + (r·s)² / |r|², and r·s = 1 − x·c − x·d + c·d."""
+        cells_MT, products_MT = cells_MT[:, :SECOND_AMONG], products_MT[:, :SECOND_AMONG]
         first_M = cells_MT[:, :1]
         if cells_MT.shape[1] == 1:
-            return first_M.repeat(1, 2)
+            return first_M.repeat(1, 2).int()
         near_MT = products_MT.double() / self._unit
         between_MT = self._between_JJ[first_M, cells_MT[:, 1:]].double() / self._unit
         first, second = near_MT[:, :1], near_MT[:, 1:]
@@ -175,4 +190,4 @@ class Cells:
         loss_MT = 2 - 2 * second + across.square() / (2 - 2 * first).clamp(min=LEAST_SQUARE)
         least = (loss_MT == loss_MT.amin(1, keepdim=True)).byte()  # of equal ones the nearest
         best = (least.cumsum(1) == 0).sum(1, keepdim=True)
-        return torch.cat([first_M, cells_MT[:, 1:].gather(1, best)], 1)
+        return torch.cat([first_M, cells_MT[:, 1:].gather(1, best)], 1).int()

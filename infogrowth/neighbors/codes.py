@@ -22,7 +22,7 @@ from infogrowth.randomness import generator
 REACH = 5.75  # standard deviations of a random coordinate that a code can hold
 FIXED_POINT = 2.0**16  # rows are turned as integers, in float32 without rounding
 ROUNDING = 1 + 2.0**-16  # what float32 adds to the length of an error
-PORTION = 2048  # rows coded at once, in the cache
+PORTION = 512  # rows coded at once, in the cache
 
 
 class Coder:

@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from infogrowth.errors import UserError
 from infogrowth.neighbors.base import Neighbors, Shard, no_neighbors
 from infogrowth.neighbors.cells import (
     SAMPLE_PER_CELL,
+    TOGETHER,
     Cells,
     Layout,
     cell_count,
@@ -23,13 +25,13 @@ from infogrowth.neighbors.cells import (
 )
 from infogrowth.neighbors.codes import PORTION, Coder, full_precision
 from infogrowth.neighbors.copies import Copies
-from infogrowth.neighbors.scan import Map, Queries, Scan, in_threads
+from infogrowth.neighbors.scan import Map, Queries, Scan, Tensors, in_threads
 from infogrowth.neighbors.store import RowStore
 from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = {"cpu": (1024, 8192), "cuda": (4096, 65536)}  # queries: with all rows, with cells
+AT_ONCE = {"cpu": (1024, 16384), "cuda": (4096, 65536)}  # queries: with all rows, with cells
 RUN = {"cpu": 1 << 13, "cuda": 1 << 16}  # rows of which exact search makes a cell
 MEMBERS = 16  # rows in a group of these
 FEW_ROWS, FEW_PAIRS = 1 << 13, 1 << 18  # that one thread multiplies sooner than two would agree
@@ -90,16 +92,11 @@ class NeighborIndex:
     def extend(self, rows: np.ndarray) -> None:
         """Add (M, D) float32 unit rows."""
         self.truncate(self._count)  # what a failed call left
-        own = torch.from_numpy(np.ascontiguousarray(self._shard.own(rows, self._count)))
-        with self._enough_memory(), full_precision():
-            surplus = self._shard.own(self._copies.add(rows), self._count)
-            self._surplus.extend(torch.from_numpy(surplus[:, None].copy()))
-            self._rows.extend(own)
-            for part in own.split(PORTION) if len(own) else ():
-                codes, error = self._coder.encode(part.to(self.device))
-                self._codes.extend(codes)
-                self._code_error = max(self._code_error, float(error.max()))
-        self._count += len(rows)
+        for start in range(0, len(rows), TOGETHER):
+            joining = rows[start : start + TOGETHER]
+            own = self._shard.own(joining, self._count)
+            with self._working(few=len(own) < PORTION) as threads:
+                self._add(*self._encode(own, joining, threads))
 
     def truncate(self, count: int) -> None:
         """Forget all rows from position `count` on."""
@@ -114,25 +111,19 @@ class NeighborIndex:
         """The rows from `start` up to `stop`, (stop − start, D) float32."""
         return self._take(np.arange(start, min(stop, self._count)))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         """The k nearest rows of each of (N, D) float32 unit `queries`.
 
-        Query i sees the first `visible[i]` rows only; `visible` (N,) int64 must not decrease. So a
-        whole batch is looked up at once, each sample among the samples that came before it.
+        Query i sees the first `visible[i]` rows only; `visible` (N,) int64 must not decrease.
         """
-        trained = self._trained_for(visible)
-        found = Neighbors(
-            np.full((len(queries), self.k), -1), np.full((len(queries), self.k), -np.inf)
-        )
-        for rows in np.unique(trained).tolist():
-            part = slice(*np.searchsorted(trained, (rows, rows + 1)))
-            self._train(rows)
-            answer = self._search(queries[part], visible[part], self.k, self._cells)
-            found.positions[part], found.products[part] = answer.positions, answer.products
-            self._searched = True
-        return found
+        return self._search_as_trained(queries, visible, np.zeros(len(queries), bool))
+
+    def search_and_extend(self, queries: np.ndarray, joins: np.ndarray) -> Neighbors:
+        """The k nearest rows of each query, among those there are and the queries before it that
+        join, `joins` (N,) bool. These are rows from then on."""
+        self.truncate(self._count)
+        visible = self._count + np.cumsum(joins) - joins
+        return self._search_as_trained(queries, visible, joins)
 
     def report(self) -> dict[str, Any] | None:
         """How the last queries were looked up, ready for JSON: it depends on the rows they saw
@@ -166,52 +157,100 @@ class NeighborIndex:
 
     # --- one search --------------------------------------------------------------------------
 
-    def _search(
-        self, queries: np.ndarray, visible: np.ndarray, k: int, cells: Cells | None
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _search_as_trained(
+        self, queries: np.ndarray, visible: np.ndarray, joins: np.ndarray
     ) -> Neighbors:
+        """Each query among the cells that serve what it sees."""
+        found = no_neighbors(len(queries), self.k)
+        trained = self._trained_for(visible)
+        for rows in np.unique(trained).tolist():
+            part = slice(*np.searchsorted(trained, (rows, rows + 1)))
+            self._train(rows)
+            given = queries[part], visible[part], joins[part]
+            answer = self._search(*given, self.k, self._cells)
+            found.positions[part], found.products[part] = answer.positions, answer.products
+            self._searched = True
+        return found
+
+    def _search(
+        self, queries: np.ndarray, visible: np.ndarray, joins: np.ndarray, k: int,
+        cells: Cells | None,
+    ) -> Neighbors:  # fmt: skip
         """The nearest rows over all ranks, with the positions they have in the whole dataset."""
         found = no_neighbors(len(queries), k)
         seen = self._shard.count(visible).astype(np.int32)
+        own = joins & (visible % self._shard.world_size == self._shard.rank)
         step = min(AT_ONCE[self.device.type][cells is not None], self._at_once)
-        few = len(queries) * min(self._count, FEW_ROWS) < FEW_PAIRS
-        with self._enough_memory(), full_precision(), in_threads(self.device, few) as threads:
-            if cells is not None:
-                cells.extend(self._codes.rows, self._surplus.rows[:, 0], threads)
-            begin = int(np.searchsorted(seen, 1))  # whoever comes before sees nothing
-            for start in range(begin, len(queries), step):
-                part = slice(start, start + step)
-                rows = torch.from_numpy(np.ascontiguousarray(queries[part])).to(self.device)
-                sees = torch.from_numpy(seen[part]).to(self.device)
-                positions, products = self._nearest(rows, sees, k, cells, threads)
-                found.positions[part] = positions.cpu().numpy()
-                found.products[part] = products.cpu().numpy()
+        few = len(queries) * min(self._count + 1, FEW_ROWS) < FEW_PAIRS
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            with self._working(few) as threads:
+                joining = queries[part][joins[part]]
+                coded, surplus = self._encode(queries[part], joining, threads)
+                own_N = torch.from_numpy(own[part]).to(self.device)
+                if len(joining):
+                    self._add(tuple(of_row[own_N] for of_row in coded), surplus)
+                sees_N = torch.from_numpy(seen[part]).to(self.device)
+                rows_ND, codes_ND, error_N = coded
+                error_N = self._code_error + error_N.double() * (1 + self._code_error)
+                begin = int(np.searchsorted(seen[part], 1))  # whoever comes before sees nothing
+                if begin < len(rows_ND):
+                    queries_N = Queries(rows_ND, codes_ND, error_N, sees_N)[begin:]
+                    answer = self._nearest(queries_N, own_N[begin:], k, cells, threads)
+                    for all_NK, these_NK in zip(
+                        (found.positions, found.products), answer, strict=True
+                    ):
+                        all_NK[part][begin:] = these_NK.cpu().numpy()
         return self._shard.merge(found, k)
 
-    def _nearest(
-        self, rows_ND: torch.Tensor, visible_N: torch.Tensor, k: int, cells: Cells | None,
-        threads: Map,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """Positions (N, k) among this rank's rows, and cosines in float64."""
-        coded = threads(self._coder.encode, list(rows_ND.split(PORTION)))
-        codes_ND, error_N = map(torch.cat, zip(*coded, strict=True))
-        error_N = self._code_error + error_N.double() * (1 + self._code_error)
-        if cells is None:
-            layout, passes = self._runs(int(visible_N[-1]), len(rows_ND))
-        else:
-            layout, passes = cells.layout, cells.passes(codes_ND, threads)
-        scan = Scan(layout, self._rows, self._codes, self._coder.unit, k, threads)
-        return scan.nearest(Queries(rows_ND, codes_ND, error_N, visible_N), passes)
+    def _encode(
+        self, rows: np.ndarray, joining: np.ndarray, threads: Map
+    ) -> tuple[Tensors, np.ndarray]:
+        """Rows (M, D) on the device, their codes and how far these are off; beside that, which of
+        the rows `joining` are surplus."""
+        rows_MD = torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
+        count = partial(self._copies.add, joining)
+        code = [partial(self._coder.encode, part) for part in rows_MD.split(PORTION)]
+        surplus, *coded = threads(lambda work: work(), [count, *code])
+        codes_MD, error_M = map(torch.cat, zip(*coded, strict=True))
+        return (rows_MD, codes_MD, error_M), surplus
 
-    def _runs(self, rows: int, queries: int) -> tuple[Layout, list[tuple[torch.Tensor, ...]]]:
+    def _add(self, own: Tensors, surplus: np.ndarray) -> None:
+        """Hold this rank's rows, given with their codes and errors, of the ones that join."""
+        rows_MD, codes_MD, error_M = own
+        here = torch.from_numpy(self._shard.own(surplus, self._count).copy())
+        self._surplus.extend(here[:, None])
+        self._rows.extend(rows_MD)
+        self._codes.extend(codes_MD)
+        if len(error_M):
+            self._code_error = max(self._code_error, float(error_M.max()))
+        self._count += len(surplus)
+
+    def _nearest(
+        self, queries: Queries, own_N: torch.Tensor, k: int, cells: Cells | None, threads: Map
+    ) -> Tensors:
+        """Positions (N, k) among this rank's rows, and cosines in float64. Queries of `own_N` are
+        the last rows themselves."""
+        if cells is None:
+            layout, passes = self._runs(int(queries.visible[-1]), len(queries))
+        else:
+            near = cells.nearest(queries.codes, threads)
+            known = tuple(of_query[own_N] for of_query in near)
+            cells.extend(self._codes.rows, self._surplus.rows[:, 0], known, threads)
+            layout, passes = cells.layout, cells.passes(near)
+        scan = Scan(layout, self._rows, self._codes, self._coder.unit, k, threads)
+        return scan.nearest(queries, passes)
+
+    def _runs(self, rows: int, queries: int) -> tuple[Layout, list[Tensors]]:
         """All rows, run by run: the cells of exact search, which every query reads in turn."""
         run = RUN[self.device.type]
         cell_M = torch.arange(rows, device=self.device, dtype=torch.int32) // run
         count = -(-rows // run)
         cell_M.masked_fill_(self._surplus.rows[:rows, 0], count)
         all_N = torch.arange(queries, device=self.device)
-        passes: list[tuple[torch.Tensor, ...]] = [
-            (torch.full_like(all_N, cell), all_N) for cell in range(count)
-        ]
+        passes: list[Tensors] = [(torch.full_like(all_N, cell), all_N) for cell in range(count)]
         return Layout(cell_M[:, None], count, MEMBERS), passes
 
     # --- cells -------------------------------------------------------------------------------
@@ -236,13 +275,10 @@ class NeighborIndex:
         size = min(rows, SAMPLE_PER_CELL * count)
         drawn = random.choice(rows, min(rows, PROBE_ROWS + size), replace=False)
         sample, probe = np.sort(drawn[-size:]), np.sort(drawn[:PROBE_ROWS])
-        sample_SD = torch.from_numpy(self._take(sample)).to(self.device)
-        with self._enough_memory(), full_precision():
-            codes_SD = self._coder.encode(sample_SD)[0]
-            cells = Cells(
-                learn_centers(codes_SD, count, self._coder.unit, random), self._coder.unit
-            )
-            cells.extend(self._codes.rows, self._surplus.rows[:, 0])
+        with self._working(few=False) as threads:
+            (_, codes_SD, _), _ = self._encode(self._take(sample), sample[:0], threads)
+            unit = self._coder.unit
+            cells = Cells(learn_centers(codes_SD, count, unit, random, threads), unit)
         learned = time.perf_counter() - begun
         mean, p99, largest = self.gain_error = self._measure(cells, rows, probe)
         self._trained, self._cells = rows, cells
@@ -256,10 +292,10 @@ class NeighborIndex:
     def _measure(self, cells: Cells, rows: int, chosen: np.ndarray) -> tuple[float, float, float]:
         """Gain error against exact search, of the rows `chosen` among the first `rows`; it decides
         how many cells are read."""
-        probe, visible = self._take(chosen), np.full(len(chosen), rows)
+        given = self._take(chosen), np.full(len(chosen), rows), np.zeros(len(chosen), bool)
 
         def gains(cells: Cells | None) -> np.ndarray:
-            found = self._search(probe, visible, self.k + 1, cells).without(chosen)
+            found = self._search(*given, self.k + 1, cells).without(chosen)
             return np.nan_to_num(found.distances, nan=1.0).mean(axis=1)
 
         exact, errors = gains(None), {}
@@ -285,10 +321,12 @@ class NeighborIndex:
         return self._shard.collect(positions, own)
 
     @contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        """Running out of memory is reported in one sentence."""
+    def _working(self, few: bool) -> Iterator[Map]:
+        """Threads that compute in full precision, one alone where there is little to do. Running
+        out of memory is reported in one sentence."""
         try:
-            yield
+            with full_precision(), in_threads(self.device, few) as threads:
+                yield threads
         except (MemoryError, RuntimeError) as error:  # OutOfMemoryError is a RuntimeError
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if not full and "allocate memory" not in str(error):

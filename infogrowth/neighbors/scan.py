@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infogrowth.neighbors.cells import Layout
+from infogrowth.neighbors.cells import Layout, Tensors
 from infogrowth.neighbors.codes import best_of, multiply
 from infogrowth.neighbors.store import RowStore
 from infogrowth.rows import fold_sum
@@ -41,7 +41,6 @@ PAIR_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # multiplied at once
 PARTS = 4  # of the work, for each thread: so they end at about the same time
 
 Map = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
-Tensors = tuple[torch.Tensor, ...]
 Tile = tuple[np.ndarray, np.ndarray, int]
 
 
@@ -58,7 +57,7 @@ class Queries:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: torch.Tensor) -> Queries:
+    def __getitem__(self, which: Any) -> Queries:
         """Some of them."""
         return Queries(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
@@ -108,8 +107,8 @@ class Scan:
     # --- multiplying -----------------------------------------------------------------------------
 
     def _tiles(self, cell_S: torch.Tensor) -> tuple[torch.Tensor, list[Tile]]:
-        """The slots in order of cells (S,) in another order, and what to multiply together of these:
-        cells (B,) of one width, how many slots each has, and which is the first slot of all."""
+        """In which order to take slots (S,) that lie in order of cells, and what to multiply
+        together of these: cells (B,) of one width, how many slots each has, and the first."""
         scores, cells = TILE[self._device]
         widths = self._layout.widths
         sizes = torch.bincount(cell_S, minlength=len(widths)).cpu().numpy()

@@ -244,7 +244,8 @@ def test_calls_that_fail_change_nothing(monkeypatch):
             growth.process(*arguments)
     monkeypatch.setattr("infogrowth.growth.engine.BLOCK_ROWS", 8)
     index = growth._indexes["text"]
-    monkeypatch.setattr(index, "search", _fail_at_the_third_block(index.search))
+    failing = _fail_at_the_third_block(index.search_and_extend)
+    monkeypatch.setattr(index, "search_and_extend", failing)
     with pytest.raises(MemoryError):
         growth.process(ids[10:], captions[10:], image[10:], text[10:])
     monkeypatch.undo()

@@ -56,8 +56,12 @@ def in_batches(index, rows, batch_size):
     found = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        index.extend(part)
-        found.append(index.search(part, np.arange(start, start + len(part))))
+        found.append(index.search_and_extend(part, np.ones(len(part), bool)))
+    return merged(found)
+
+
+def merged(found):
+    """Positions and products of several answers, one below the other."""
     return (
         np.concatenate([part.positions for part in found]),
         np.concatenate([part.products for part in found]),

@@ -1,11 +1,12 @@
 """Cells: never nearer than the truth, honest about their error, blind to batches and ranks."""
 
 import logging
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from oracle import brute_force, clustered, in_batches, near_copies, on_ranks
+from oracle import brute_force, clustered, in_batches, merged, near_copies, on_ranks
 
 from infogrowth.growth.engine import InfoGrowth
 from infogrowth.neighbors import AUTO, create_index, scan
@@ -47,6 +48,29 @@ def test_answers_do_not_depend_on_batches_and_are_close_to_exact(rows, caplog):
     assert report["gain_error"]["mean"] == pytest.approx(error[2048:].mean(), abs=1.5e-3)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("cells_from", [None, 256, 1024])
+@pytest.mark.parametrize("share", [0.4, 0.95])
+def test_to_look_up_and_add_at_once_is_to_add_and_look_up(rows, world_size, cells_from, share):
+    random = np.random.default_rng(0)
+    joins = random.random(COUNT) < share
+    edges = [0, *np.sort(random.integers(0, COUNT, 4)), COUNT]
+    options = {"dimension": DIMENSION, "k": 4, "cells_from": cells_from}
+    added = NeighborIndex(**options)
+    added.extend(rows[joins])
+    expected = added.search(rows, np.cumsum(joins) - joins)
+
+    def at_once(index):
+        parts = [slice(*edge) for edge in pairwise(edges)]
+        found = [index.search_and_extend(rows[part], joins[part]) for part in parts]
+        assert index.count == joins.sum()
+        return merged(found)
+
+    for positions, products in on_ranks(world_size, at_once, **options):
+        np.testing.assert_array_equal(positions, expected.positions)
+        np.testing.assert_array_equal(products, expected.products)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_measured_error_is_that_of_a_brute_force_in_float64(rows, k, monkeypatch):
     monkeypatch.setattr(index_module, "READS", (1,))
@@ -59,7 +83,7 @@ def test_the_measured_error_is_that_of_a_brute_force_in_float64(rows, k, monkeyp
     products[np.arange(256), chosen] = -np.inf
     codes = encode(rows[:1024])
     first = nearest(codes[chosen], index._cells.centers_JD, 1)[0].numpy()
-    met = (index._cells.pairs(codes).numpy() == first[:, None]).any(2)
+    met = (index._cells.pairs(*index._cells.nearest(codes)).numpy() == first[:, None]).any(2)
     truth = 1 - np.sort(products, axis=1)[:, -k:].mean(axis=1)
     found = np.sort(np.where(met, 1 - products, 1.0), axis=1)[:, :k].mean(axis=1)
     error = np.minimum(found, 1) - truth  # none found counts as a distance of 1
@@ -167,7 +191,8 @@ class FirstOnes:
 def test_the_second_cell_minimises_what_it_should():
     rows, centers = (encode(clustered(n, 8, clusters=9)) for n in (50, 12))
     unit = Coder(8, torch.device("cpu")).unit
-    found = Cells(centers, unit).pairs(rows).numpy()
+    cells = Cells(centers, unit)
+    found = cells.pairs(*cells.nearest(rows)).numpy()
     x, c = (codes.numpy() / unit**0.5 for codes in (rows, centers))
     for row, (first, second) in enumerate(found):
         assert first == (x[row] @ c.T).argmax()
@@ -184,7 +209,7 @@ def test_a_query_reads_its_nearest_cell_and_then_those_that_are_nearly_as_near(m
     unit = Coder(8, torch.device("cpu")).unit
     cells = Cells(centers, unit)
     cells.read = most
-    (first, all_queries), (others, queries_of_others) = cells.passes(queries, map)
+    (first, all_queries), (others, queries_of_others) = cells.passes(cells.nearest(queries))
     assert all_queries.tolist() == list(range(60))
     products = queries.numpy().astype(int) @ centers.numpy().astype(int).T
     for query, row in enumerate(products):
