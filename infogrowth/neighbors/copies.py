@@ -9,6 +9,7 @@ compared with all others in float64.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,10 +22,10 @@ class Copies:
         self._digests = array("q")  # k rows that differ would have to share 64 bits to be mistaken
         self._seen: dict[int, int] = {}
 
-    def add(self, rows: np.ndarray) -> np.ndarray:
+    def add(self, rows: Iterable[np.ndarray]) -> np.ndarray:
         """Which of these rows (M, D) float32 are surplus, (M,) bool; they count from now on."""
         keys = [hash(row.tobytes()) for row in rows]
-        earlier = np.empty(len(rows), np.int64)
+        earlier = np.empty(len(keys), np.int64)
         for number, key in enumerate(keys):
             earlier[number] = self._seen.get(key, 0)
             self._seen[key] = self._seen.get(key, 0) + 1

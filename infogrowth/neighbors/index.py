@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -187,11 +188,11 @@ class NeighborIndex:
         for start in range(0, len(queries), step):
             part = slice(start, start + step)
             with self._working(few) as threads:
-                joining = queries[part][joins[part]]
+                joining = compress(queries[part], joins[part])
                 coded, surplus = self._encode(queries[part], joining, threads)
                 own_N = torch.from_numpy(own[part]).to(self.device)
-                if len(joining):
-                    self._add(tuple(of_row[own_N] for of_row in coded), surplus)
+                if len(surplus):
+                    self._add(_those(own_N, coded), surplus)
                 sees_N = torch.from_numpy(seen[part]).to(self.device)
                 rows_ND, codes_ND, error_N = coded
                 error_N = self._code_error + error_N.double() * (1 + self._code_error)
@@ -206,7 +207,7 @@ class NeighborIndex:
         return self._shard.merge(found, k)
 
     def _encode(
-        self, rows: np.ndarray, joining: np.ndarray, threads: Map
+        self, rows: np.ndarray, joining: Iterable[np.ndarray], threads: Map
     ) -> tuple[Tensors, np.ndarray]:
         """Rows (M, D) on the device, their codes and how far these are off; beside that, which of
         the rows `joining` are surplus."""
@@ -237,7 +238,7 @@ class NeighborIndex:
             layout, passes = self._runs(int(queries.visible[-1]), len(queries))
         else:
             near = cells.nearest(queries.codes, threads)
-            known = tuple(of_query[own_N] for of_query in near)
+            known = _those(own_N, near)
             cells.extend(self._codes.rows, self._surplus.rows[:, 0], known, threads)
             layout, passes = cells.layout, cells.passes(near)
         scan = Scan(layout, self._rows, self._codes, self._coder.unit, k, threads)
@@ -337,3 +338,8 @@ class NeighborIndex:
                 f"{self.dimension} columns ({held:.1f} GiB, {self.bytes_per_row} bytes a row in "
                 "each space); spread them over more ranks, take a larger device, or lower memory_mb"
             ) from error
+
+
+def _those(own_N: torch.Tensor, of_rows: Tensors) -> Tensors:
+    """What is true of some rows only; if of all, it is not copied."""
+    return of_rows if bool(own_N.all()) else tuple(of_row[own_N] for of_row in of_rows)
