@@ -56,6 +56,8 @@ def write_features(folder: Path, pairs: int) -> None:
 class FreeIndex:
     """Answers without looking: rows at random among those that are visible."""
 
+    alone = True
+
     def __init__(self, dimension: int, k: int) -> None:
         self.dimension, self.k, self.count = dimension, k, 0
         self._random = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from infogrowth.growth.decisions import Decisions, Reason, Recaption, one_row, v
 from infogrowth.growth.thresholds import DEFAULT_MIN_ALIGN, Thresholds
 from infogrowth.neighbors import INDEX_KINDS, NeighborIndex, create_index
 from infogrowth.neighbors.base import no_neighbors
+from infogrowth.neighbors.scan import side_by_side
 from infogrowth.rows import as_matrix, unit_rows
 
 __all__ = ["InfoGrowth", "Recaption"]
@@ -31,6 +32,7 @@ __all__ = ["InfoGrowth", "Recaption"]
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 16384  # samples looked up together
+FEW = 1024  # samples that are looked up sooner than threads have begun
 MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, for no insight
 
 
@@ -189,14 +191,18 @@ class InfoGrowth:
         usable: Any = batch.usable[rows]
         if usable.all():
             usable = slice(None)  # spares copies
-        for space, features in batch.features.items():
-            index, queries = self._indexes[space], features[rows][usable]
+
+        def look_up(space: str) -> None:
+            index, queries = self._indexes[space], batch.features[space][rows][usable]
             if joins is None:
                 found = index.search(queries, np.full(len(queries), len(self)))
             else:
                 found = index.search_and_extend(queries, joins[usable])
             entered = batch.neighbors[space].part(rows)
             entered.positions[usable], entered.products[usable] = found.positions, found.products
+
+        alone = rows.stop - rows.start < FEW or any(i.alone for i in self._indexes.values())
+        side_by_side(look_up, list(batch.features), one_by_one=alone)
 
     def _keep(self, batch: Decisions, rows: slice, joins: np.ndarray) -> None:
         """Enter the block's gains, and remember the samples that join, which the indexes hold."""

@@ -99,6 +99,12 @@ class NeighborIndex:
             with self._working(few=len(own) < PORTION) as threads:
                 self._add(*self._encode(own, joining, threads))
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other index may be searched beside it: ranks exchange in one order, and a GPU
+        is busy with one."""
+        return self._shard.world_size > 1 or self.device.type != "cpu"
+
     def truncate(self, count: int) -> None:
         """Forget all rows from position `count` on."""
         self._count = min(self._count, count)

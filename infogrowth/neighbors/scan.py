@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from infogrowth.neighbors.cells import Layout, Tensors
-from infogrowth.neighbors.codes import best_of, multiply
+from infogrowth.neighbors.codes import best_of, full_precision, multiply
 from infogrowth.neighbors.store import RowStore
 from infogrowth.rows import fold_sum
 
@@ -315,5 +315,24 @@ def in_threads(device: torch.device, few: bool) -> Iterator[Map]:
                 return [answer for part in found for answer in part]
 
             yield spread
+    finally:
+        torch.set_num_threads(threads)
+
+
+def side_by_side(work: Callable[[Any], Any], items: list[Any], one_by_one: bool) -> None:
+    """Do the work for each item, at a time with an equal share of torch's threads for each: where
+    each spends a part of its time in one thread, this is sooner than `one_by_one`."""
+    threads = torch.get_num_threads()
+    if one_by_one or threads < len(items):
+        for item in items:
+            work(item)
+        return
+    begin, share = torch.set_num_threads, threads // len(items)
+    try:
+        with (
+            full_precision(),
+            ThreadPoolExecutor(len(items), initializer=begin, initargs=(share,)) as pool,
+        ):
+            list(pool.map(work, items))
     finally:
         torch.set_num_threads(threads)
