@@ -154,8 +154,9 @@ class Scan:
         if grouped:
             hit, step, score = _reaching(group_SML[slot, :, column], limit_S[slot])
             slot, column = slot[hit], column[hit] + step * group_SML.shape[2]
-        row, query = number_BW.view(-1)[cell_S[slot] * width + column], query_S[slot]
-        seen = (row < visible_S[slot]).nonzero()[:, 0]
+        row = number_BW.view(-1).index_select(0, cell_S[slot] * width + column)
+        query = query_S.index_select(0, slot)
+        seen = _where(row < visible_S.index_select(0, slot))
         if not self._fine and len(seen) > ROOM * len(limit_S):
             sizes = torch.bincount(slot[seen], minlength=len(limit_S))
             self._leave(query_S[sizes > CROWD + 8 * self._k])
@@ -190,29 +191,33 @@ class Scan:
         """Positions and cosines (N, K) of the nearest, for the queries from one up to another."""
         begin, end = part
         count, k = end - begin, self._k
-        own = ((hits[0] >= begin) & (hits[0] < end)).nonzero()[:, 0]
+        own = _where((hits[0] >= begin) & (hits[0] < end))
         query, row, score = _some(hits, own)
-        possible = (score >= self._limit_N.index_select(0, query)).nonzero()[:, 0]
+        possible = _where(score >= self._limit_N.index_select(0, query))
         query, row, score = _some((query - begin, row, score), possible)
         key = query * self._layout.rows + row
         order = _argsort(key)
         once = torch.ones_like(order, dtype=torch.bool)
-        once[1:] = key[order].diff() != 0
+        once[1:] = key.index_select(0, order).diff() != 0
         query, row, score = _some((query, row, score), order[once])
-        order, rank = _ranks(query, -score, count)
+        order = _argsort(query * 2**32 - score)  # the best of each query first
+        rank = _ranks(query, order, count)
         best = order[rank < k]
         product = torch.full_like(score, -torch.inf, dtype=torch.float64)
         product[best] = self._cosines(query[best] + begin, row[best])
         floor_N = torch.full((count,), torch.inf, dtype=torch.float64, device=query.device)
         floor_N.scatter_reduce_(0, query[best], product[best], "amin")
         limit_N = floor_N * self._unit - self._error_N[begin:end]
-        others = order[(rank >= k) & (score >= limit_N[query])[order]]
+        others = order[(rank >= k) & (score >= limit_N.index_select(0, query))[order]]
         if not self._fine:
             crowded_N = torch.bincount(query[others], minlength=count) > CROWD + 8 * k
-            self._leave(crowded_N.nonzero()[:, 0] + begin)
+            self._leave(_where(crowded_N) + begin)
             others = others[~crowded_N[query[others]]]
         product[others] = self._cosines(query[others] + begin, row[others])
-        order, rank = _ranks(query, _ordered(-product), count)
+        query, row, product = _some((query, row, product), _where(product > -torch.inf))
+        order = _ordered(-product).argsort(stable=True)
+        order = order[query[order].argsort(stable=True)]
+        rank = _ranks(query, order, count)
         order, rank = order[rank < k], rank[rank < k]
         products = torch.full((count, k), -torch.inf, dtype=torch.float64, device=query.device)
         positions = torch.full_like(products, -1, dtype=torch.int64)
@@ -239,21 +244,26 @@ def _reaching(score_SW: torch.Tensor, limit_S: torch.Tensor) -> Tensors:
     if score_SW.device.type != "cpu":
         line, column = (score_SW >= limit_S[:, None]).nonzero().unbind(1)
         return line, column, score_SW[line, column]
-    reached = _scratch("reached", score_SW.shape, torch.bool, score_SW.device).numpy()
-    np.greater_equal(score_SW.numpy(), limit_S.numpy()[:, None], out=reached)
-    at = torch.from_numpy(np.flatnonzero(reached))  # four times as fast as nonzero()
+    reached = _scratch("reached", score_SW.shape, torch.bool, score_SW.device)
+    np.greater_equal(score_SW.numpy(), limit_S.numpy()[:, None], out=reached.numpy())
+    at = _where(reached.view(-1))
     line = at.div(score_SW.shape[1], rounding_mode="floor")
-    return line, at - line * score_SW.shape[1], score_SW.reshape(-1)[at]
+    return line, at - line * score_SW.shape[1], score_SW.reshape(-1).index_select(0, at)
 
 
-def _ranks(query: torch.Tensor, keys: torch.Tensor, queries: int) -> Tensors:
-    """The order of hits by query (P,) and ascending key (P,), and in this order the rank of each
-    within its query."""
-    order = keys.argsort(stable=True)
-    order = order[query[order].argsort(stable=True)]
+def _where(mask: torch.Tensor) -> torch.Tensor:
+    """The positions (P,) where a mask (M,) is true; on a CPU four times as fast as nonzero()."""
+    if mask.device.type != "cpu":
+        return mask.nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def _ranks(query: torch.Tensor, order: torch.Tensor, queries: int) -> torch.Tensor:
+    """The rank of each hit within its query, in an `order` in which those of a query follow each
+    other."""
     sizes = torch.bincount(query, minlength=queries)
     starts = sizes.cumsum(0) - sizes
-    return order, torch.arange(len(order), device=order.device) - starts[query[order]]
+    return torch.arange(len(order), device=order.device) - starts[query[order]]
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:
