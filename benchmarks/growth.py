@@ -35,8 +35,7 @@ from pathlib import Path
 import numpy as np
 
 PROBE = 512  # pairs whose gains are checked
-BATCH = 16384  # pairs given at once to ours, in each round: as `grow` does
-ROUNDS = 3  # each engine is timed this often on fresh pairs; the best counts
+
 PORTION = 65536
 ENGINES = ("paper", "exact", "approximate")
 MILLION = 1_000_000
@@ -78,7 +77,7 @@ def from_embeddings(path: str, size: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def write_features(folder: Path, size: int, options: argparse.Namespace) -> None:
     """Put the features of `size` kept pairs and of the pairs to process into `folder`."""
-    total = size + PROBE + ROUNDS * BATCH
+    total = size + PROBE + options.rounds * options.batch
     portions = (
         from_embeddings(options.embeddings, total)
         if options.embeddings
@@ -126,15 +125,16 @@ Measured = tuple[float, float, float, float, np.ndarray]
 batch, gains (PROBE, 2)."""
 
 
-def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
+def paper_engine(folder: Path, size: int, options: argparse.Namespace) -> Measured:
     """The paper's loop: one sample at a time, two hnswlib graphs."""
     import hnswlib
 
+    dimension = options.dimension
     graphs = []
     begun = time.perf_counter()
     for space in ("image", "text"):
         graph = hnswlib.Index(space="cosine", dim=dimension)
-        graph.init_index(size + ROUNDS * PROBE, M=48, ef_construction=100)
+        graph.init_index(size + options.rounds * PROBE, M=48, ef_construction=100)
         for start in range(0, size, PORTION):
             stop = min(size, start + PORTION)
             rows = read_features(folder, space, start, stop, dimension)
@@ -144,7 +144,7 @@ def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
     placed = size / (time.perf_counter() - begun)
     gains, seconds, work = [], [], []
     at = size
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         images = read_features(folder, "image", at, at + PROBE, dimension)
         texts = read_features(folder, "text", at, at + PROBE, dimension)
         start_time, start_work = time.perf_counter(), time.process_time()
@@ -162,11 +162,12 @@ def paper_engine(folder: Path, size: int, dimension: int) -> Measured:
     return PROBE / min(seconds), PROBE / min(work), placed, 0.0, np.array(gains[:PROBE])
 
 
-def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
+def our_engine(index: str, folder: Path, size: int, options: argparse.Namespace) -> Measured:
     """`InfoGrowth`, restored at `size` kept pairs, fed with one batch per round."""
     from infogrowth import InfoGrowth
 
     logging.basicConfig(level=logging.INFO, format="    %(message)s")
+    dimension = options.dimension
     growth = InfoGrowth(min_align=-1.0, index=index, device="cpu")
     settings = growth.settings
     ids = [f"{number:08d}" for number in range(size)]
@@ -182,7 +183,8 @@ def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
     placed = size / (time.perf_counter() - begun)
     gains, seconds, work = [], [], []
     at = size
-    for batch in (PROBE, *[BATCH] * ROUNDS):  # the first one also learns where rows lie
+    # The first batch also learns where rows lie.
+    for batch in (PROBE, *[options.batch] * options.rounds):
         images = read_features(folder, "image", at, at + batch, dimension)
         texts = read_features(folder, "text", at, at + batch, dimension)
         names = [f"{number:08d}" for number in range(at, at + batch)]
@@ -197,11 +199,10 @@ def our_engine(index: str, folder: Path, size: int, dimension: int) -> Measured:
 
 def measure(engine: str, folder: Path, size: int, options: argparse.Namespace) -> None:
     """Run one engine in this process and print its row."""
-    dimension = options.dimension
     run: Callable[[], Measured] = {
-        "paper": lambda: paper_engine(folder, size, dimension),
-        "exact": lambda: our_engine("exact", folder, size, dimension),
-        "approximate": lambda: our_engine("approximate", folder, size, dimension),
+        "paper": lambda: paper_engine(folder, size, options),
+        "exact": lambda: our_engine("exact", folder, size, options),
+        "approximate": lambda: our_engine("approximate", folder, size, options),
     }[engine]
     speed, work, placed, learning, gains = run()
     truth = np.load(folder / f"truth_{size}.npy")
@@ -251,6 +252,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float | str]]:
             for engine in options.engines:
                 worker = [sys.executable, __file__, "--worker", engine, name]
                 worker += ["--sizes", str(size), "--dimension", str(options.dimension)]
+                worker += ["--batch", str(options.batch), "--rounds", str(options.rounds)]
                 output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True)
                 line = [x for x in output.stdout.splitlines() if x.startswith("ROW ")][-1]
                 rows.append(json.loads(line[4:]))
@@ -349,6 +351,8 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--dimension", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16384, help="pairs given to ours at once")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
     parser.add_argument("--engines", type=lambda text: text.split(","), default=list(ENGINES))
     parser.add_argument("--embeddings", help="real features instead: a .npy of (N, 2, D)")
     parser.add_argument("--large", action="store_true", help="a million kept")

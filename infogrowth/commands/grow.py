@@ -62,7 +62,7 @@ class Config:
         "pair", help="pair: image and caption; image: images with class labels as captions"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to search")
-    batch_size: int = option(16384, "samples looked up together; does not change the result", min=1)
+    batch_size: int = option(32768, "samples looked up together; does not change the result", min=1)
     memory_mb: int = option(256, help="scratch memory of a search, MB", min=1)
     feature_key: Literal["b32", "l14"] | None = option(None, help="which of DataComp's features")
     commit_rows: int = option(65536, help="samples per commit, at most; also every 60 s", min=1)

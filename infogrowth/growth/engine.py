@@ -31,7 +31,7 @@ __all__ = ["InfoGrowth", "Recaption"]
 
 log = logging.getLogger(__name__)
 
-BLOCK_ROWS = 16384  # samples looked up together
+BLOCK_ROWS = 32768  # samples looked up together
 FEW = 1024  # samples that are looked up sooner than threads have begun
 MAX_K = 1000  # searches hold k candidates per sample: more costs time and memory, for no insight
 

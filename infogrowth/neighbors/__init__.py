@@ -15,7 +15,7 @@ For somebody who knows k-NN, the whole package on one page:
   position. So of the rows that were read, the k nearest are found as by a float64 brute force.
   Where codes cannot tell hundreds of rows apart, scores are float64.
 * **Which rows are read** (`cells.py`). Exact search reads all: its cells are runs of rows. From
-  `cells_from` rows on, 3.5·√rows centers are learned by k-means, a row lies in two cells (the
+  `cells_from` rows on, 5·√rows centers are learned by k-means, a row lies in two cells (the
   nearest and one that complements it) and a query reads the cells nearest to it, at most T, the
   farther ones only if they are nearly as near. New rows get their cells at once, so the next query
   sees them. Cells are learned anew at 2, 4, 8, … times `cells_from` rows, from a sample drawn by

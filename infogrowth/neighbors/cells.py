@@ -20,7 +20,7 @@ import torch
 from infogrowth.neighbors.codes import best_of, multiply
 from infogrowth.rows import fold_sum
 
-CELLS_PER_ROOT = 3.5  # cells per square root of the rows: what is read balances what is compared
+CELLS_PER_ROOT = 5  # cells per square root of the rows: what is read balances what is compared
 SAMPLE_PER_CELL = 16  # rows from which a center is learned
 ROUNDS = 3  # of k-means: more of either make no difference to the gain error
 SECOND_AMONG = 12  # nearest cells, one of which becomes a row's second

@@ -32,7 +32,7 @@ from infogrowth.randomness import generator
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = {"cpu": (1024, 16384), "cuda": (4096, 65536)}  # queries: with all rows, with cells
+AT_ONCE = {"cpu": (1024, 32768), "cuda": (4096, 65536)}  # queries: with all rows, with cells
 RUN = {"cpu": 1 << 13, "cuda": 1 << 16}  # rows of which exact search makes a cell
 MEMBERS = 16  # rows in a group of these
 FEW_ROWS, FEW_PAIRS = 1 << 13, 1 << 18  # that one thread multiplies sooner than two would agree
