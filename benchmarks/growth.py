@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 
 PROBE = 512  # pairs whose gains are checked
-
 PORTION = 65536
 ENGINES = ("paper", "exact", "approximate")
 MILLION = 1_000_000
