@@ -35,7 +35,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 def cell_count(rows: int) -> int:
     """How many cells so many rows get."""
-    return max(1, round(CELLS_PER_ROOT * rows**0.5))
+    return min(rows, round(CELLS_PER_ROOT * rows**0.5))
 
 
 def learn_centers(
