@@ -204,7 +204,7 @@ class GrowSession:
             if folder.settings and path.is_file():
                 return cleaning.NegClip.load(path)
             reference = cleaning.draw_reference(self._features)
-            if self._ledger is not None:
+            if self._ledger is not None and not folder.settings:
                 reference.save(path)
             return reference
         return cleaning.ScoreColumn(

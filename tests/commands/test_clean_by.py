@@ -109,3 +109,10 @@ def test_what_cannot_clean_is_refused(
     assert status == 2
     assert word in printed
     assert not output.exists()
+
+
+def test_a_dataset_that_refuses_another_measure_gets_no_reference(selection, infogrowth, tmp_path):
+    given = ("--features", selection.folder("all", range(50)))
+    assert grow(infogrowth, tmp_path / "one", *given)[0] == 0
+    assert grow(infogrowth, tmp_path / "one", *given, "--clean-by", "negclip")[0] == 2
+    assert not reference_path(tmp_path / "one").exists()
