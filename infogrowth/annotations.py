@@ -195,7 +195,8 @@ class AnnotationTable(Sequence[Annotation]):
         if "gain_image" in names:
             # Growth in the image space alone has one gain: both columns hold it.
             columns = "gain_image", "gain_text" if "gain_text" in names else "gain_image"
-            image, text = (table[name].to_numpy().astype(np.float64) for name in columns)
+            with refusing(path, "the annotation file", pa.ArrowException):
+                image, text = (table[name].cast(pa.float64()).to_numpy() for name in columns)
             self.gains = np.stack([image, np.where(np.isnan(text), image, text)], axis=1)
             invalid |= ~(np.isfinite(self.gains) & (self.gains >= -_ROUNDING)).all(axis=1)
         for row in np.flatnonzero(invalid).tolist():
@@ -212,7 +213,7 @@ class AnnotationTable(Sequence[Annotation]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         row = range(len(self))[index]
-        entry = {"image": self._table[self._id][row].as_py()}
+        entry: dict[str, Any] = {"image": as_id(self._table[self._id][row].as_py())}
         entry["caption"] = self._table["caption"][row].as_py()
         if self.gains is not None:
             entry["gains"] = self.gains[row].tolist()

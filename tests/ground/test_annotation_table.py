@@ -57,6 +57,7 @@ def test_a_result_is_the_same_in_parquet(results):
         ({"image": ["a", None], "caption": ["b", "c"]}, "sample 1"),
         ({"image": ["a"], "caption": ["b"], "gain_image": [np.nan], "gain_text": [1.0]}, "finite"),
         ({"image": ["a"], "caption": ["b"], "gain_image": [-1.0], "gain_text": [1.0]}, "negative"),
+        ({"image": ["a"], "caption": ["b"], "gain_image": ["much"]}, r"t\.parquet .*much"),
     ],
 )
 def test_tables_that_are_no_results_are_refused(tmp_path, columns, word):
@@ -74,3 +75,11 @@ def test_a_table_without_gains_is_a_plain_annotation_file(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"bad\.parquet"):
         load_annotations(tmp_path / "bad.parquet")
+
+
+def test_numbers_as_ids_and_gains_as_text_are_read_as_in_a_json(tmp_path):
+    columns = {"image": [802], "caption": ["b"], "gain_image": ["0.5"], "gain_text": ["0.25"]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert list(load_annotations(tmp_path / "t.parquet")) == [
+        {"image": "802", "caption": "b", "gains": [0.5, 0.25]}
+    ]
