@@ -89,7 +89,7 @@ class FeatureShard:
     """
 
     def __init__(self, arrays: Mapping[str, Part], table: Part, sign: Callable[[], bytes]) -> None:
-        self._arrays, self._table, self.sign = arrays, table, sign
+        self.arrays, self._table, self.sign = arrays, table, sign
         self._loaded: tuple[pa.Table, dict[str, Any]] | None = None
         self.name = next(iter(arrays.values())).name
         self.dimensions = {space: array.shape[1] for space, array in arrays.items()}
@@ -104,7 +104,7 @@ class FeatureShard:
     def read(self, first: int, start: int, stop: int) -> FeatureBatch:
         """Rows ``start … stop − 1`` of a stream in which this shard's rows begin at ``first``."""
         if self._loaded is None:
-            arrays = {space: array.load() for space, array in self._arrays.items()}
+            arrays = {space: array.load() for space, array in self.arrays.items()}
             self._loaded = self._table.load(), arrays
         table, arrays = self._loaded
         ids, captions, *extra = table.slice(start - first, stop - start).columns
@@ -126,7 +126,7 @@ class FeatureShard:
         self._loaded = None
 
 
-def reading(path: AnyPath, fault: str = "cannot be read") -> AbstractContextManager[None]:
+def reading(path: AnyPath | str, fault: str = "cannot be read") -> AbstractContextManager[None]:
     """What numpy, zipfile or pyarrow say of a damaged file becomes one sentence that names it."""
     return refusing(
         str(path), "the file", ValueError, TypeError, EOFError, RuntimeError,
@@ -162,10 +162,10 @@ class FeatureStream:
         self.dimensions = dict(self.shards[0].dimensions) if self.shards else {}
         self.dimension = next(iter(self.dimensions.values()), 0)
         for shard in self.shards:
-            for space, width in shard.dimensions.items():
-                if width != self.dimension:
+            for space, array in shard.arrays.items():
+                if array.shape[1] != self.dimension:
                     raise UserError(
-                        f"{shard.name} has {space} features of dimension {width}, but "
+                        f"{array.name} has {space} features of dimension {array.shape[1]}, but "
                         f"{self.shards[0].name} has {next(iter(self.dimensions))} features of "
                         f"{self.dimension}; one folder holds one dual encoder's"
                     )
@@ -187,8 +187,12 @@ class FeatureStream:
         counts, path = self.description.get("skipped"), self._folder / "skipped.jsonl"
         if counts is None and path.is_file():
             with reading(path):  # not as text, which would be split at U+2028 too
-                lines = map(json.loads, path.read_bytes().splitlines())
-                return dict(Counter(text_of(line["reason"]) for line in lines))
+                lines = path.read_bytes().splitlines()
+            reasons: Counter[str] = Counter()
+            for number, line in enumerate(lines, start=1):
+                with reading(f"{path}, line {number},", "is no skipped sample"):
+                    reasons[text_of(json.loads(line)["reason"])] += 1
+            return dict(reasons)
         counts = {} if counts is None else counts
         numbers = counts.values() if isinstance(counts, dict) else [None]
         if not all(type(number) is int and number >= 0 for number in numbers):

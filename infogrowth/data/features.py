@@ -91,7 +91,7 @@ def open_features(
         planned = description.get("shards", len(shards))
         if planned != len(shards):
             raise UserError(
-                f"{path} has {len(shards)} feature shards, but its features.json counts {planned}; "
+                f"{path} has {len(shards)} feature shards, but its features.json says {planned!r}; "
                 "files are missing, write them again with `python -m infogrowth embed`"
             )
         if not shards and "shards" not in description:

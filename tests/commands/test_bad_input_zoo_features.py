@@ -86,7 +86,7 @@ BROKEN_FOLDERS = {
     ),
     "image and text of different width": (
         lambda f: replace_array(f, "img_emb", np.ones((6, 4), np.float32)),
-        "text features of dimension 8, but .*image features of 4",
+        r"text_emb_00\.npy has text features of dimension 8, but .*img_emb_00\.npy has image .* 4",
     ),
     "shards of different width": (
         lambda f: second_shard(f, 5),
@@ -150,7 +150,7 @@ BROKEN_FOLDERS = {
     ),
     "list of skipped samples is damaged": (
         lambda f: (f / "skipped.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id":\n'),
-        r"skipped\.jsonl .*column",
+        r"skipped\.jsonl, line 2,",
     ),
 }
 
