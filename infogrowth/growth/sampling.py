@@ -163,7 +163,7 @@ class GainSampler:
             if state[key] != now[key]:
                 raise UserError(
                     f"cannot resume: the sampler's {key} changed from {state[key]} to {now[key]} "
-                    "since the checkpoint; restore it, or start anew with --resume none"
+                    "since the checkpoint; restore it, or begin another --output_dir"
                 )
         self.set_epoch(state["epoch"])
         self._skip = min(state["consumed"] // self.world_size, self.epoch_length(self.epoch))
@@ -242,15 +242,6 @@ class GainShards:
     def sample_weights(self, url: str, epoch: int = 0) -> dict[str, float]:
         """The probability of each sample of a shard, by key, in this epoch."""
         return dict(zip(self._keys[url], self._chances(epoch)[url].tolist(), strict=True))
-
-    def shard_weights(self, epoch: int = 0) -> dict[str, float]:
-        """The mean probability of each shard's samples: what loaders want that only weigh shards
-        (open_clip's ``--train-data-upsampling-factors``)."""
-        return {url: float(chances.mean()) for url, chances in self._chances(epoch).items()}
-
-    def expected_samples(self, epoch: int = 0) -> float:
-        """How many samples an epoch draws on average, over all ranks and workers."""
-        return float(sum(chances.sum() for chances in self._chances(epoch).values()))
 
     def visits(self, epochs: Iterable[int] = (0,)) -> Callable[[], Iterator[dict[str, Any]]]:
         """A pipeline's first stage: called, it gives the shards to read in these epochs, one epoch
