@@ -72,7 +72,8 @@ def load_config(
 
 def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") -> C:
     """Build ``cls`` from values, each with the words by which an error calls its origin; ``of``
-    begins the one about a missing value. Raises UserError: as :func:`load_config`."""
+    begins those about values that are missing or do not go together. Raises UserError: as
+    :func:`load_config`."""
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -98,9 +99,9 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") 
         about = fields[name].metadata
         for other in about.get("excludes", "").split():
             if other in chosen:
-                raise UserError(f"give either {flag} or {chosen[other]}, not both")
+                raise UserError(f"{of}give either {flag} or {chosen[other]}, not both")
         if (needed := about.get("needs")) and needed not in chosen:
-            raise UserError(f"{flag} goes with {_on_command_line(fields[needed])}")
+            raise UserError(f"{of}{flag} goes with {_on_command_line(fields[needed])}")
     return cls(**values)
 
 

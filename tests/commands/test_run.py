@@ -115,6 +115,7 @@ def test_stages_read_what_earlier_stages_wrote(tmp_path):
         ({"output": "o", "grow": {"min_aling": 1}}, [], "did you mean 'min_align'"),
         ({"output": "o", "grow": {"k": "many"}}, [], "key 'k' of stage grow"),
         ({"output": "o", "pack": {}}, [], "image_root is missing"),
+        ({"output": "o", "select": {"top": 1, "bernoulli": True}}, [], "stage select of"),
         ({"output": "o", "grow": 3}, [], "key: value"),
         ({"grow": {}}, [], "output"),
         ({"output": "o"}, [], "no stage"),
