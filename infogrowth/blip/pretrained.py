@@ -237,7 +237,7 @@ def initialize(model: BlipDual, vision: PathLike = "auto", text: PathLike = "aut
     size = (model.config.vision_width, model.config.vision_depth, model.config.patch_size)
     if vision == "auto" and size not in _VISION_FOR:
         shape = f"width {size[0]} and depth {size[1]}"
-        raise UserError(f"no ViT of {shape} is published: give `random`, `fan_in` or a path")
+        raise UserError(f"no ViT of {shape} is published: --vision_init random, fan_in or FILE")
     vision = _VISION_FOR[size] if vision == "auto" else vision
     text = "bert-base-uncased" if text == "auto" else text
     sources = {  # BlipPretrain has a decoder as well

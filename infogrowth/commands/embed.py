@@ -57,8 +57,11 @@ def run(config: Config) -> int:
     from infogrowth.encoders.loading import load_encoder
 
     with distributed.process_group(config.device, collectives_on="cpu") as device:
-        of_lmdb = str(config.lmdb), str(config.annotations)
-        pairs: Pairs = SourcePairs(config.source) if config.source else pairs_of_lmdb(*of_lmdb)
+        pairs: Pairs
+        if config.source is not None:
+            pairs = SourcePairs(config.source)
+        else:
+            pairs = pairs_of_lmdb(str(config.lmdb), str(config.annotations))
         if not pairs.ids:
             raise UserError(f"{config.annotations or config.source} holds no samples to embed")
         with distributed.main_first():  # rank 0 downloads, the others find the files

@@ -294,7 +294,7 @@ def _parsed(name: str, value: float | str) -> tuple[float | None, str]:
         elif name == "min_align" and value.startswith("auto:") and 0 < float(value[5:]) < 1:
             return None, f"auto:{float(value[5:]):g}"
     or_purity = ", or 'auto:0.98' (a purity between 0 and 1)" if name == "min_align" else ""
-    raise UserError(f"{name} must be a number from -1 to 1, 'auto'{or_purity}, not {value!r}")
+    raise UserError(f"{name} must be a number from -1 to 1, or 'auto'{or_purity}, not {value!r}")
 
 
 def _swapped(
