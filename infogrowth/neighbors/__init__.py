@@ -3,8 +3,9 @@
 For somebody who knows k-NN, the whole package on one page:
 
 * **What is asked.** Unit rows come in order. A batch of queries is looked up at once, and query i
-  sees the first `visible[i]` rows only: those that came before it. The answer never depends on
-  how rows and queries are dealt into calls (`index.py`).
+  sees the first `visible[i]` rows only: those that came before it. Growing, queries that join
+  become rows in the same call. The answer never depends on how rows and queries are dealt into
+  calls (`index.py`).
 * **Codes** (`codes.py`). A row is also kept as int8: turned by a fixed orthogonal matrix and
   rounded. Products of codes are integers, the same bits on every device, and off the cosine by no
   more than the two roundings were long, about 0.027.

@@ -88,6 +88,12 @@ class NeighborIndex:
         """How many rows are held (over all ranks)."""
         return self._count
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other index may be searched beside it: ranks exchange in one order, and a GPU
+        is busy with one."""
+        return self._shard.world_size > 1 or self.device.type != "cpu"
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def extend(self, rows: np.ndarray) -> None:
@@ -98,12 +104,6 @@ class NeighborIndex:
             own = self._shard.own(joining, self._count)
             with self._working(few=len(own) < PORTION) as threads:
                 self._add(*self._encode(own, joining, threads))
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other index may be searched beside it: ranks exchange in one order, and a GPU
-        is busy with one."""
-        return self._shard.world_size > 1 or self.device.type != "cpu"
 
     def truncate(self, count: int) -> None:
         """Forget all rows from position `count` on."""
@@ -199,17 +199,15 @@ class NeighborIndex:
                 own_N = torch.from_numpy(own[part]).to(self.device)
                 if len(surplus):
                     self._add(_those(own_N, coded), surplus)
-                sees_N = torch.from_numpy(seen[part]).to(self.device)
                 rows_ND, codes_ND, error_N = coded
                 error_N = self._code_error + error_N.double() * (1 + self._code_error)
+                sees_N = torch.from_numpy(seen[part]).to(self.device)
                 begin = int(np.searchsorted(seen[part], 1))  # whoever comes before sees nothing
                 if begin < len(rows_ND):
-                    queries_N = Queries(rows_ND, codes_ND, error_N, sees_N)[begin:]
-                    answer = self._nearest(queries_N, own_N[begin:], k, cells, threads)
-                    for all_NK, these_NK in zip(
-                        (found.positions, found.products), answer, strict=True
-                    ):
-                        all_NK[part][begin:] = these_NK.cpu().numpy()
+                    looking = Queries(rows_ND, codes_ND, error_N, sees_N)[begin:]
+                    answer = self._nearest(looking, own_N[begin:], k, cells, threads)
+                    entered = found.part(slice(start + begin, start + step))
+                    entered.positions[:], entered.products[:] = (x.cpu().numpy() for x in answer)
         return self._shard.merge(found, k)
 
     def _encode(

@@ -1,6 +1,7 @@
 """The growth engine against a naive one-at-a-time oracle in float64, and at its edges."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,40 @@ def test_calls_that_fail_change_nothing(monkeypatch):
     whole.seed(ids[:10], captions[:10], image[:10], text[:10])
     whole.process(ids[10:], captions[10:], image[10:], text[10:])
     assert growth.annotations() == whole.annotations()
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_looked_up_side_by_side_the_spaces_give_the_same_and_fail_as_one(threads, monkeypatch):
+    ids, captions, image, text = small(40)
+    in_turn = InfoGrowth(device="cpu", min_align=-1.0)
+    in_turn.process(ids, captions, image, text)
+    monkeypatch.setattr("infogrowth.growth.engine.FEW", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        growth = InfoGrowth(device="cpu", min_align=-1.0)
+        growth.process(ids[:20], captions[:20], image[:20], text[:20])
+        index, meeting = growth._indexes["text"], threading.Barrier(2, timeout=30)
+        searching = growth._indexes["image"].search_and_extend
+        monkeypatch.setattr(
+            growth._indexes["image"],
+            "search_and_extend",
+            lambda *given: meeting.wait() is None or searching(*given),
+        )
+        with monkeypatch.context() as failing, pytest.raises(MemoryError):
+            failing.setattr(index, "search_and_extend", lambda *_: _fail(meeting))
+            growth.process(ids[20:], captions[20:], image[20:], text[20:])
+        assert torch.get_num_threads() == threads
+        monkeypatch.undo()
+        growth.process(ids[20:], captions[20:], image[20:], text[20:])
+    finally:
+        torch.set_num_threads(before)
+    assert growth.annotations() == in_turn.annotations()
+
+
+def _fail(meeting):
+    meeting.wait()
+    raise MemoryError
 
 
 def _fail_at_the_third_block(search):
