@@ -182,7 +182,7 @@ def read_plain(file: str | os.PathLike[str]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{file} cannot be read: it is damaged, or holds more than plain weights"
+                f"{file} cannot be read: it is damaged, or holds code, which is never unpickled"
             ) from error
 
 
