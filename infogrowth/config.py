@@ -80,7 +80,8 @@ def build_config(cls: type[C], given: dict[str, tuple[Any, str]], of: str = "") 
     for key, (given_value, where) in given.items():
         if key not in fields:
             raise UserError(f"unknown {where}{nearest(str(key), list(fields))}")
-        values[key] = _coerce(given_value, hints[key], where)
+        knows_auto = "auto" in fields[key].metadata.get("help", "")
+        values[key] = _coerce(given_value, hints[key], where, knows_auto)
         _check_value(values[key], fields[key].metadata, where)
     for name, field in fields.items():
         missing = dataclasses.MISSING
@@ -191,12 +192,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint``, or a UserError that names what would have fitted."""
+def _coerce(value: Any, hint: Any, where: str, knows_auto: bool = False) -> Any:
+    """``value`` as ``hint``, or a UserError that names what would have fitted. An optional number
+    whose help speaks of "auto" takes that for None."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     alternatives = typing.get_args(hint) if is_union else (hint,)
-    nothing = (None, "none", "null") if str in alternatives else (None, "none", "null", "auto")
-    if type(None) in alternatives and value in nothing:
+    optional = type(None) in alternatives
+    knows_auto = knows_auto and optional and str not in alternatives
+    if (optional and value in (None, "none", "null")) or (knows_auto and value == "auto"):
         return None
     if is_union and value is None:
         raise UserError(f"{where} has no value")
@@ -216,7 +219,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 return _scalar(kind, value)
             except (KeyError, TypeError, ValueError, OverflowError):
                 wanted.append(f"{_SCALARS[kind]}, not {value!r}")
-    raise UserError(f"{where} must be {' or '.join(wanted)}")
+    raise UserError(f"{where} must be {'auto or ' if knows_auto else ''}{' or '.join(wanted)}")
 
 
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -23,7 +23,8 @@ class Example:
     output: str = option("out", short="-o")
     plot: str | None = option(None, extensions=".html .png", excludes="seeds")
     marks: list[float] = option([], min=0, max=1, needs="plot")
-    workers: int | None = option(None, min=0)
+    workers: int | None = option(None, "processes, or auto", min=0)
+    top: int | None = option(None, "the best so many")
 
 
 def from_yaml(tmp_path, text):
@@ -59,6 +60,10 @@ def test_lists_and_optionals():
     assert config.shards == [3, 4] and config.seeds is None
     assert asdict(config)["shards"] == [3, 4]
     assert from_flags("--features", "f", "--workers", "auto").workers is None
+    with pytest.raises(UserError, match="--workers must be auto or a whole number"):
+        from_flags("--features", "f", "--workers", "x")
+    with pytest.raises(UserError, match="whole number"):
+        from_flags("--features", "f", "--top", "auto")
     assert from_flags("--features", "f", "--plot", "A.PNG", "--marks", "0", "1").marks == [0, 1]
 
 
