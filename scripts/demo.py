@@ -5,6 +5,7 @@ then score what growth decided against the planted truth. Prints each command be
 everything goes to output/demo.
 """
 
+import argparse
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ python -m infogrowth run scripts/configs/demo.yaml --only report
 
 def main() -> int:
     """Run the commands, score the result, print and save the summary."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes no options but --help
     started = time.monotonic()
     shutil.rmtree(OUTPUT, ignore_errors=True)  # a demo starts afresh; real runs resume
     held_out = [read_json(DATA / f"sample_retrieval_{part}.json", part) for part in ("val", "test")]
