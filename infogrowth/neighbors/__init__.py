@@ -14,7 +14,7 @@ For somebody who knows k-NN, the whole package on one page:
   scores are kept. In the end the k best scores are computed in float64, added in one fixed order,
   and then every row (some ten) whose score could reach the least of these cosines; equal ones go by
   position. So of the rows that were read, the k nearest are found as by a float64 brute force.
-  Where codes cannot tell hundreds of rows apart, scores are float64.
+  Where codes cannot tell hundreds of rows apart, scores are float64 products, rounded to 2⁻²⁹.
 * **Which rows are read** (`cells.py`). Exact search reads all: its cells are runs of rows. From
   `cells_from` rows on, 5·√rows centers are learned by k-means, a row lies in two cells (the
   nearest and one that complements it) and a query reads the cells nearest to it, at most T, the

@@ -93,7 +93,7 @@ class Shard:
         that live here."""
         owner = positions % self.world_size
         own = rows(positions[owner == self.rank] // self.world_size)
-        whole = np.empty((len(positions), own.shape[1]), np.float32)
+        whole = np.empty((len(positions), own.shape[1]), own.dtype)
         for rank, part in enumerate(self.gather(own)):
             whole[owner == rank] = part
         return whole

@@ -130,21 +130,19 @@ class Cells:
         return nearest(codes_ND, self.centers_JD, max(self.read, SECOND_AMONG), threads)
 
     def extend(
-        self, codes_MD: torch.Tensor, surplus_M: torch.Tensor, known: Tensors = (),
-        threads: Any = map,
-    ) -> None:  # fmt: skip
-        """Put those rows that have no cells yet into theirs, surplus ones into none. For the last
-        of all rows it may be `known` which cells are nearest."""
+        self, codes_MD: torch.Tensor, surplus_M: torch.Tensor, known: Tensors, threads: Any
+    ) -> None:
+        """Put those rows that have no cells yet into theirs, surplus ones into none. Of the last
+        ones it is `known` which cells are nearest."""
         begun, rows = len(self._of_row_M2), len(codes_MD)
         if begun == rows:
             return
-        first = max(begun, rows - len(known[0])) if known else rows
+        first = max(begun, rows - len(known[0]))
         found = [self._of_row_M2]
         for at in range(begun, first, TOGETHER):
             part = codes_MD[at : min(at + TOGETHER, first)]
             found.append(self.pairs(*self.nearest(part, threads)))
-        if first < rows:
-            found.append(self.pairs(*(of_row[first - rows :] for of_row in known)))
+        found.append(self.pairs(*(of_row[len(of_row) - (rows - first) :] for of_row in known)))
         self._of_row_M2, self._layout = torch.cat(found), None
         self._of_row_M2[begun:].masked_fill_(surplus_M[begun:, None], len(self))
 

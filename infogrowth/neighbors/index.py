@@ -116,7 +116,7 @@ class NeighborIndex:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows from `start` up to `stop`, (stop − start, D) float32."""
-        return self._take(np.arange(start, min(stop, self._count)))
+        return self._take(np.arange(start, min(stop, self._count)), self._rows)
 
     def search(self, queries: np.ndarray, visible: np.ndarray) -> Neighbors:
         """The k nearest rows of each of (N, D) float32 unit `queries`.
@@ -281,7 +281,7 @@ class NeighborIndex:
         drawn = random.choice(rows, min(rows, PROBE_ROWS + size), replace=False)
         sample, probe = np.sort(drawn[-size:]), np.sort(drawn[:PROBE_ROWS])
         with self._working(few=False) as threads:
-            (_, codes_SD, _), _ = self._encode(self._take(sample), sample[:0], threads)
+            codes_SD = torch.from_numpy(self._take(sample, self._codes)).to(self.device)
             unit = self._coder.unit
             cells = Cells(learn_centers(codes_SD, count, unit, random, threads), unit)
         learned = time.perf_counter() - begun
@@ -297,7 +297,11 @@ class NeighborIndex:
     def _measure(self, cells: Cells, rows: int, chosen: np.ndarray) -> tuple[float, float, float]:
         """Gain error against exact search, of the rows `chosen` among the first `rows`; it decides
         how many cells are read."""
-        given = self._take(chosen), np.full(len(chosen), rows), np.zeros(len(chosen), bool)
+        given = (
+            self._take(chosen, self._rows),
+            np.full(len(chosen), rows),
+            np.zeros(len(chosen), bool),
+        )
 
         def gains(cells: Cells | None) -> np.ndarray:
             found = self._search(*given, self.k + 1, cells).without(chosen)
@@ -317,11 +321,11 @@ class NeighborIndex:
             error = gains(cells) - exact
         return float(error.mean()), float(np.quantile(error, 0.99)), float(error.max())
 
-    def _take(self, positions: np.ndarray) -> np.ndarray:
-        """The rows at `positions` (M,) of the dataset, (M, D) float32, on all ranks."""
+    def _take(self, positions: np.ndarray, held: RowStore) -> np.ndarray:
+        """What is held of the rows at `positions` (M,) of the dataset, (M, width), on all ranks."""
 
         def own(positions: np.ndarray) -> np.ndarray:
-            return self._rows.take(torch.from_numpy(positions).to(self.device)).cpu().numpy()
+            return held.take(torch.from_numpy(positions).to(self.device)).cpu().numpy()
 
         return self._shard.collect(positions, own)
 

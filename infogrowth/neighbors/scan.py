@@ -6,7 +6,7 @@ the first cells that a query reads give it a limit, and only rows that reach it 
 need be kept. In the end the K best hits are multiplied in float64, then those whose score could
 reach the least of these cosines. So the answer is that of float64 products with all rows that were
 read, each summed in one fixed order, equal ones by position. Queries for which codes leave a crowd
-of hits are looked up again with scores in float64.
+of hits are looked up again with scores that are float64 products, rounded to integers.
 
 Shapes: N queries, S slots (a query and a cell that it reads), B cells multiplied together, W rows
 of each, in L groups, P hits: a query, a row and its score.
@@ -35,6 +35,7 @@ from infogrowth.rows import fold_sum
 NO_LIMIT, NOTHING = -(2**30), 2**30  # limits that all scores reach, and none
 FINE_UNIT = 2.0**29  # of scores that are products in float64, rounded
 CROWD = 256  # hits of a query, and eight a neighbor, beyond which codes are too coarse
+CROWDED_AT_ONCE = 1024  # such queries: they may have thousands of hits each
 ROOM = 64  # hits of a query in a cell, on average, from which on each is counted
 TILE = {"cpu": (1 << 21, 64), "cuda": (1 << 27, 256)}  # scores, cells: held at once
 PAIR_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # multiplied at once
@@ -96,12 +97,13 @@ class Scan:
         edges = range(0, count + 1, max(1, -(-count // PARTS)))
         decided = self._threads(partial(self._decide, hits), list(pairwise([*edges[:-1], count])))
         positions, products = map(torch.cat, zip(*decided, strict=True))
-        if bool((crowded_N := self._crowded_N).any()):
-            number_N = crowded_N.cumsum(0) - 1
-            again: list[Tensors] = [(c[crowded_N[q]], number_N[q[crowded_N[q]]]) for c, q in passes]
-            positions[crowded_N], products[crowded_N] = self._finer().nearest(
-                queries[crowded_N], again
-            )
+        crowded = _where(self._crowded_N)
+        for part in crowded.split(CROWDED_AT_ONCE) if len(crowded) else ():
+            number_N = torch.full_like(queries.visible, -1, dtype=torch.int64)
+            number_N[part] = torch.arange(len(part), device=part.device)
+            again: list[Tensors] = [(c[number_N[q] >= 0], number_N[q]) for c, q in passes]
+            again = [(c, number[number >= 0]) for c, number in again]
+            positions[part], products[part] = self._finer().nearest(queries[part], again)
         return positions, products
 
     # --- multiplying -----------------------------------------------------------------------------
@@ -110,6 +112,7 @@ class Scan:
         """In which order to take slots (S,) that lie in order of cells, and what to multiply
         together of these: cells (B,) of one width, how many slots each has, and the first."""
         scores, cells = TILE[self._device]
+        scores //= 16 if self._fine else 1  # rows in float64 are that much larger than codes
         widths = self._layout.widths
         sizes = torch.bincount(cell_S, minlength=len(widths)).cpu().numpy()
         begins = np.cumsum(sizes) - sizes
@@ -140,17 +143,15 @@ class Scan:
         limit_S = self._limit_N.index_select(0, query_S)
         visible_S = self._queries.visible.index_select(0, query_S)
         enough, grouped = group_SML.shape[2] >= self._k, self._layout.members > 1
-        if raising := enough and (grouped or bool((limit_S == NO_LIMIT).any())):
-            first_B1 = self._queries.visible[:1].expand(len(size_B), 1).contiguous()
-            late = int(torch.searchsorted(number_BW, first_B1).min())  # before, all see all
-            unseen_SW = number_BW[:, late:].index_select(0, cell_S) >= visible_S[:, None]
-            score_SW[:, late:].masked_fill_(unseen_SW, 2 * NO_LIMIT)
-        maxima_SL = group_SML.amax(1) if grouped else score_SW
-        if raising:
-            kth_S = best_of(maxima_SL, self._k)[:, 0] - 2 * self._error_N.index_select(0, query_S)
-            kth_S = kth_S.floor().clamp(min=NO_LIMIT).int()
-            self._limit_N[query_S] = limit_S = limit_S.maximum(kth_S)
+        given = query_S, number_BW, cell_S, visible_S, score_SW
+        if raised := enough and (grouped or bool((limit_S == NO_LIMIT).any())):
+            maxima_SL, limit_S = self._raise(limit_S, *given)
+        else:
+            maxima_SL = group_SML.amax(1) if grouped else score_SW
         slot, column, score = _reaching(maxima_SL, limit_S)
+        if enough and not raised and len(slot) > ROOM * len(limit_S):  # the limit is of little use
+            maxima_SL, limit_S = self._raise(limit_S, *given)
+            slot, column, score = _reaching(maxima_SL, limit_S)
         if grouped:
             hit, step, score = _reaching(group_SML[slot, :, column], limit_S[slot])
             slot, column = slot[hit], column[hit] + step * group_SML.shape[2]
@@ -158,9 +159,27 @@ class Scan:
         query = query_S.index_select(0, slot)
         seen = _where(row < visible_S.index_select(0, slot))
         if not self._fine and len(seen) > ROOM * len(limit_S):
-            sizes = torch.bincount(slot[seen], minlength=len(limit_S))
-            self._leave(query_S[sizes > CROWD + 8 * self._k])
+            crowded_S = torch.bincount(slot[seen], minlength=len(limit_S)) > CROWD + 8 * self._k
+            self._leave(query_S[crowded_S])
+            seen = seen[~crowded_S[slot[seen]]]
         return _some((query, row.long(), score), seen)
+
+    def _raise(
+        self, limit_S: torch.Tensor, query_S: torch.Tensor, number_BW: torch.Tensor,
+        cell_S: torch.Tensor, visible_S: torch.Tensor, score_SW: torch.Tensor,
+    ) -> Tensors:  # fmt: skip
+        """The best score (S, L) of each group, and limits (S,) that are at least the k-th best of
+        these, less twice the error."""
+        first_B1 = self._queries.visible[:1].expand(len(number_BW), 1).contiguous()
+        late = int(torch.searchsorted(number_BW, first_B1).min())  # before, all see all
+        unseen_SW = number_BW[:, late:].index_select(0, cell_S) >= visible_S[:, None]
+        score_SW[:, late:].masked_fill_(unseen_SW, 2 * NO_LIMIT)
+        members = self._layout.members
+        maxima_SL = score_SW.view(len(score_SW), members, -1).amax(1) if members > 1 else score_SW
+        kth_S = best_of(maxima_SL, self._k)[:, 0] - 2 * self._error_N.index_select(0, query_S)
+        limit_S = limit_S.maximum(kth_S.floor().clamp(min=NO_LIMIT).int())
+        self._limit_N[query_S] = limit_S
+        return maxima_SL, limit_S
 
     def _scores(
         self, query_S: torch.Tensor, number_BW: torch.Tensor, sizes: list[int]

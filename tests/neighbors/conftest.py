@@ -13,3 +13,4 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(index, "PROBE_ROWS", 256)
     monkeypatch.setattr(index, "MEMBERS", 4)
     monkeypatch.setitem(scan.TILE, "cpu", (5000, 7))
+    monkeypatch.setattr(scan, "CROWDED_AT_ONCE", 20)
